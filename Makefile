@@ -1,0 +1,64 @@
+# The package is tested as users get it: installed, not editable. From this folder `import tapeout` would find
+# ./tapeout without its subpackages; PYTHONSAFEPATH keeps Python from looking here, and .venv is where the tools
+# that look there anyway are started.
+export PYTHONSAFEPATH := 1
+
+BIN     := .venv/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+# setuptools leaves these behind, and what was deleted since then would come back from there.
+FRESH   := rm -rf build/lib build/bdist.* tapeout.egg-info &&
+FOLDERS := tapeout models quantize exporters validate targets
+# Folders too: their time changes when a file goes away.
+SOURCES := $(shell find $(FOLDERS) -name __pycache__ -prune -o -print)
+
+.PHONY: help demo test lint types bench clean
+.NOTPARALLEL:
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+demo: .venv/.installed ## export the embedded model to build/demo and prove the result
+	$(BIN)/tapeout export cpu arithmetic --scheme int4-g32 --out build/demo --force
+
+test: lint types ## everything that CI runs
+	$(BIN)/pytest -n 2 --dist worksteal
+
+lint: .venv/.dev .venv/.installed ## style, format and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd .venv && bin/lint-imports ../pyproject.toml --cache-dir ../.import_linter_cache
+
+types: .venv/.dev .venv/.installed ## mypy, strict
+	cd .venv && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p tapeout
+
+bench: ## list the benchmarks
+	@for file in benchmarks/*.py; do \
+	  test -e "$$file" && printf '%s/python %s\t%s\n' $(BIN) "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done; true
+
+clean: ## forget everything that was made here, the environment too
+	rm -rf .venv build dist *.egg-info .*_cache .hypothesis
+
+.venv/bin/python:
+	@set -e; for python in $(PYTHON) python3.11 python3 none; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; done; \
+	if test "$$python" = none; then \
+	  echo "tapeout needs Python 3.11 or newer, found $$(python3 --version 2>/dev/null || echo none): install one, or name it with make PYTHON=path." >&2; exit 1; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv; \
+	  else echo "$$python cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)." >&2; exit 1; fi; fi; \
+	"$$python" -m venv .venv
+
+# llama.cpp first: pip would find it missing and build all of it.
+.venv/.cpu: pyproject.toml constraints.txt scripts/llama_cpp.py | .venv/bin/python
+	$(PIP) pip setuptools
+	$(BIN)/python scripts/llama_cpp.py
+	$(FRESH) $(PIP) --no-build-isolation '.[cpu]'
+	@touch $@
+
+.venv/.dev: .venv/.cpu
+	$(FRESH) $(PIP) --no-build-isolation '.[dev]'
+	@touch $@
+
+.venv/.installed: .venv/.cpu $(SOURCES)
+	$(FRESH) $(PIP) --no-deps --no-build-isolation --force-reinstall .
+	@touch $@

@@ -1,0 +1,78 @@
+"""The plainest artifact: canonical codes in one safetensors file a tensor, as the store keeps them, and nothing of a runtime's.
+
+It is what ``targets/null.py`` exports: a worked example of an exporter, and a target for tests that need no device.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tapeout.errors import PackageError
+from tapeout.exporters import Artifact, Carry, Exact
+from tapeout.quantize import Quantized, QuantTensor, Scheme
+
+
+def carries(scheme: Scheme) -> Carry:
+    """Everything that has canonical codes."""
+    return Exact("float" if scheme.kind == "none" else f"u{scheme.bits}")
+
+
+def write(quant: Quantized, directory: Path) -> Artifact:
+    """Write one ``NAME.safetensors`` a tensor: ``codes``, ``scale`` and ``zero_point``, or ``weight`` (float32)."""
+    for name in quant:
+        tensor = quant[name]
+        if isinstance(tensor, QuantTensor):
+            parts = {"codes": tensor.packed, "scale": tensor.scale}
+            if tensor.zero_point is not None:
+                parts["zero_point"] = tensor.zero_point
+        else:
+            parts = {"weight": tensor.float32()}
+        save_file({part: np.ascontiguousarray(array) for part, array in parts.items()}, directory / _file(name))
+    (directory / "config.json").write_text(json.dumps(dict(quant.model.raw_config), indent=1, sort_keys=True))
+    for file in quant.model.tokenizer_files():
+        shutil.copyfile(file, directory / file.name)
+    return Artifact(
+        format="plain",
+        directory=directory,
+        files=tuple(sorted(path.name for path in directory.iterdir())),
+        context=quant.model.config.max_position_embeddings,
+        containers={name: carries(scheme).container for name, scheme in quant.schemes.items()},
+    )
+
+
+def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+    """Read every tensor back with the safetensors library; PackageError names a file that is not whole."""
+    for name in quant:
+        path = artifact.directory / _file(name)
+        try:
+            parts = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise PackageError(f"{path} cannot be read: {error}.") from error
+        expected = quant[name]
+        if isinstance(expected, QuantTensor):
+            yield (
+                name,
+                QuantTensor(
+                    packed=parts["codes"],
+                    bits=expected.bits,
+                    in_features=expected.in_features,
+                    scale=parts["scale"],
+                    group=expected.group,
+                    codebook=expected.codebook,
+                    zero_point=parts.get("zero_point"),
+                ),
+            )
+        else:
+            yield name, parts["weight"]
+
+
+def _file(name: str) -> str:
+    return f"{name}.safetensors"

@@ -1,0 +1,200 @@
+"""A model as it comes: configuration, lazily mapped tensors, tokenizer files, generation defaults."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tapeout import embedded
+from tapeout.errors import ModelError
+from tapeout.models.checkpoint import Checkpoint, SourceTensor
+from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
+from tapeout.models.families import family
+
+__all__ = ["Checkpoint", "DecoderConfig", "Generation", "Model", "Role", "SourceTensor", "TensorSpec", "load"]
+
+# What travels with a model besides its weights, under the names that Hugging Face gives it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generation defaults as ``generation_config.json`` states them; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint on disk and what is known of it.
+
+    Attributes:
+        name: the directory's name, or the embedded model's.
+        raw_config: ``config.json`` as it stands.
+        specs: every expected tensor with role and shape, in file order; each is in ``checkpoint`` with that shape.
+    """
+
+    name: str
+    directory: Path
+    raw_config: Mapping[str, Any]
+    config: DecoderConfig
+    specs: Mapping[str, TensorSpec]
+    checkpoint: Checkpoint
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files of TOKENIZER_FILES that the model has."""
+        return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).exists()]
+
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        """``tokenizer_config.json``, or nothing."""
+        return _read_json(self.directory / "tokenizer_config.json", optional=True)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template, from its own file or the tokenizer's configuration."""
+        own = self.directory / "chat_template.jinja"
+        if own.exists():
+            return own.read_text(encoding="utf-8")
+        template = self.tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # several named templates: transformers takes "default"
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    @cached_property
+    def generation(self) -> Generation:
+        """Generation defaults; what the file does not say is transformers' default (greedy unless ``do_sample``)."""
+        raw = _read_json(self.directory / "generation_config.json", optional=True)
+        sample = bool(raw.get("do_sample", False))
+        eos = raw.get("eos_token_id", self.config.eos_token_id)
+        stop = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
+        return Generation(
+            temperature=float(raw.get("temperature") or 1.0) if sample else 0.0,
+            top_p=float(raw.get("top_p") or 1.0),
+            top_k=int(raw.get("top_k") or (50 if sample else 0)),
+            repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
+            max_new_tokens=int(raw.get("max_new_tokens") or Generation.max_new_tokens),
+            stop_token_ids=stop,
+        )
+
+    @cached_property
+    def licence(self) -> str | None:
+        """The licence that the model card's front matter names (an SPDX or Hugging Face id), if any."""
+        card = self.directory / "README.md"
+        if not card.exists():
+            return None
+        front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+        named = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
+        return named[1] if named else None
+
+
+def load(source: str | Path) -> Model:
+    """Load a model: a directory as Hugging Face writes it, an embedded model's name, or a hub id.
+
+    No weight is read: tensors are mapped when they are asked for.
+
+    Raises:
+        ModelError: what was found, what was expected, in which file.
+    """
+    directory = _locate(source)
+    raw = _read_json(directory / "config.json")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{directory / 'config.json'} has no model_type.")
+    kind = family(model_type)
+    fields = ConfigReader(raw)
+    try:
+        config = kind.config(fields)
+    except KeyError as error:
+        raise ModelError(f"{directory / 'config.json'} lacks {error.args[0]}, which a {model_type} model needs.") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{directory / 'config.json'} has a field of the wrong type: {error}.") from error
+    if left := fields.left():
+        raise ModelError(
+            f"{directory / 'config.json'} has {', '.join(f'{n} = {json.dumps(raw[n])}' for n in left)}, which the family "
+            f"'{model_type}' does not handle; the model would not be the same without it."
+        )
+    checkpoint = Checkpoint(directory)
+    specs = kind.tensors(config)
+    _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(n)})
+    return Model(directory.name, directory, raw, config, specs, checkpoint)
+
+
+def _check_tensors(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], optional: set[str]) -> None:
+    missing = sorted(specs.keys() - checkpoint.keys())
+    unexpected = sorted(checkpoint.keys() - specs.keys() - optional)
+    wrong = [
+        f"{name} is {list(checkpoint[name].shape)} where config.json says {list(spec.shape)}"
+        for name, spec in specs.items()
+        if name in checkpoint and checkpoint[name].shape != spec.shape
+    ]
+    found = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected] + wrong
+    if found:
+        more = f" … and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ModelError(f"the tensors in {checkpoint.directory} do not fit config.json: {'; '.join(found[:5])}{more}.")
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path.resolve()
+    text = str(source)
+    if text in embedded.NAMES:
+        return embedded.path(text)
+    if path.exists():
+        raise ModelError(f"{path} is a file; a model is the directory that holds config.json.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return _download(text)
+    raise ModelError(
+        f"no model at '{text}': neither a directory, nor an embedded model ({', '.join(embedded.NAMES)}), nor a hub id "
+        "(owner/name)."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch a snapshot from the hub (cached by huggingface_hub); weights only as safetensors."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises from four libraries' trees: all of them mean "not fetched"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"'{hub_id}' is not a directory here and could not be fetched from the hub: {reason} "
+            "Without a network, give the path of a downloaded model."
+        ) from error
+
+
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not path.exists():
+        if optional:
+            return {}
+        raise ModelError(f"{path} is absent; a model directory needs it.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds {type(raw).__name__} where an object is expected.")
+    return raw

@@ -1,0 +1,166 @@
+"""Hugging Face checkpoints: safetensors shards, mapped and read row by row, never copied whole.
+
+A safetensors file is 8 bytes (little-endian length of the header), a JSON header that gives each tensor's dtype, shape
+and byte range, and the bytes. The library validates the header (overlaps, ranges, truncation); the bytes are mapped here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import ModelError
+
+# numpy has no bfloat16: its bits travel as uint16.
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1")}
+_WEIGHTS = ("F32", "F16", "BF16")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where a tensor lies in a safetensors file. ``dtype`` is F32, F16, BF16 or U8; ``offset`` and ``nbytes`` in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def bits(self) -> npt.NDArray[Any]:
+        """Map the tensor: float32 or float16 [shape], or for BF16 its bits as uint16 [shape]."""
+        if self.nbytes == 0:
+            return np.zeros(self.shape, _DTYPES[self.dtype])
+        # A mapping per tensor, so that dropping the array gives its pages back.
+        return np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape)
+
+    def float32(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """Return rows of the tensor as float32 [rows, ...] (exact: every source dtype fits)."""
+        return to_float32(self.bits()[rows], self.dtype)
+
+    def sha256(self) -> str:
+        """Digest of the tensor's bytes."""
+        return hashlib.sha256(self.bits().data if self.nbytes else b"").hexdigest()
+
+
+def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Widen F32, F16 or BF16 (given as its bits) to a new float32 array of the same shape."""
+    if dtype != "BF16":
+        return np.array(bits, np.float32)
+    wide = bits.astype(np.uint32)
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)
+
+
+class Checkpoint(Mapping[str, SourceTensor]):
+    """The tensors of a model directory by name, in the order of the files.
+
+    Raises:
+        ModelError: no weights, pickled weights only, a truncated or inconsistent file, a missing shard.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._tensors: dict[str, SourceTensor] = {}
+        promised = _promised(directory)
+        for shard, names in promised.items():
+            found, _ = read_header(directory / shard)
+            for tensor in found.values():
+                if tensor.dtype not in _WEIGHTS:
+                    raise ModelError(
+                        f"{tensor.name} in {tensor.file} is {tensor.dtype}; weights are expected as {', '.join(_WEIGHTS)}."
+                    )
+            missing = sorted(names - found.keys())
+            if missing:
+                raise ModelError(f"{directory / shard} lacks {_some(missing)}, which {_INDEX} says it holds.")
+            twice = sorted(found.keys() & self._tensors.keys())
+            if twice:
+                raise ModelError(f"{_some(twice)} is in {shard} and in {self._tensors[twice[0]].file.name}: one expected.")
+            self._tensors |= found
+
+    def __getitem__(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def sha256(self, pool: Executor) -> str:
+        """Digest of all tensors: of the lines ``name dtype shape digest`` sorted by name, whatever the sharding."""
+        names = sorted(self)
+        digests = pool.map(lambda name: self[name].sha256(), names)
+        lines = (f"{n} {self[n].dtype} {list(self[n].shape)} {d}\n" for n, d in zip(names, digests, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _promised(directory: Path) -> dict[str, set[str]]:
+    """Shard file names, in order, with the tensor names that the index promises for each (none without an index)."""
+    index = directory / _INDEX
+    if index.exists():
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{index} is not an index of safetensors shards: {error!r}.") from error
+        shards: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(str(shard), set()).add(name)
+        for shard in shards:
+            if not (directory / shard).exists():
+                raise ModelError(f"{index} names the shard {shard} ({len(shards[shard])} tensors), which is missing.")
+        return dict(sorted(shards.items()))
+    if (directory / _SINGLE).exists():
+        return {_SINGLE: set()}
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{directory} holds pickled weights ({_some(pickled)}), which can run code when loaded, and no safetensors. "
+            f'Convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
+        )
+    raise ModelError(f"{directory} holds no weights: expected {_SINGLE}, or {_INDEX} and its shards.")
+
+
+def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """Read a safetensors file's header: its tensors in the order of the file, and its metadata.
+
+    Raises:
+        ModelError: the library does not find it sound (truncated, overlapping, out of range), or a dtype is unknown.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        size = f"{path.stat().st_size} bytes" if path.exists() else "absent"
+        raise ModelError(f"{path} ({size}) is not a whole safetensors file: {error}. Fetch the file again.") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _DTYPES:
+            raise ModelError(f"{name} in {path} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}.")
+        begin, end = entry["data_offsets"]
+        tensors[name] = SourceTensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, end - begin)
+    return tensors, metadata
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """Name the first few of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,219 @@
+"""Numbers in, canonical codes out. Knows no file format of any target."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
+from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
+from tapeout.memory import keep_freed_memory
+from tapeout.models import Model, Role, SourceTensor
+from tapeout.quantize import store
+from tapeout.quantize.rtn import ScaleOverflow
+from tapeout.quantize.scheme import SCHEMES, Scheme
+from tapeout.quantize.tensor import QuantTensor
+
+__all__ = ["SCHEMES", "QuantTensor", "Quantized", "Scheme", "assign", "open_store", "quantize"]
+
+ROUNDINGS = ("rtn",)
+NONE = SCHEMES["none"]
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much of it is done, and how much there is (weights, tokens, bytes)."""
+
+
+@dataclass(frozen=True)
+class Quantized(Mapping[str, QuantTensor | SourceTensor]):
+    """A model's canonical codes: every expected tensor by name, as QuantTensor, or as the checkpoint has it.
+
+    Attributes:
+        schemes: the scheme of each tensor; ``none`` for those that stay float.
+        fallbacks: tensors that could not take the scheme they were given, with the reason.
+        clamped: groups whose scale was raised to float16's smallest normal, per tensor.
+        source_sha256: digest of the checkpoint's tensors.
+        digest: digest of ``quantization.json``, which holds every tensor's digest.
+    """
+
+    model: Model
+    scheme: Scheme
+    rounding: str
+    directory: Path
+    schemes: Mapping[str, Scheme]
+    fallbacks: Mapping[str, str]
+    clamped: Mapping[str, int]
+    source_sha256: str
+    digest: str
+
+    def __getitem__(self, name: str) -> QuantTensor | SourceTensor:
+        if self.schemes[name].kind == "none":
+            return self.model.checkpoint[name]
+        return store.read_tensor(self.directory, name, self.schemes[name], self.model.specs[name].shape[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.specs)
+
+    def __len__(self) -> int:
+        return len(self.model.specs)
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The weight that tensor ``name`` is on every device, float32 [shape]."""
+        tensor = self[name]
+        return tensor.dequantize() if isinstance(tensor, QuantTensor) else tensor.float32()
+
+
+def quantize(
+    model: Model,
+    scheme: Scheme | str,
+    *,
+    rounding: str = "rtn",
+    overrides: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize a model into a store, or find the store that an earlier run made of the same weights and recipe.
+
+    Streams: one tensor at a time, a few rows of it in memory. The bytes do not depend on ``threads``.
+
+    Args:
+        model: what ``load`` gives.
+        scheme: for the linear layers; embeddings and head take int8 with any scheme but ``none``.
+        rounding: how codes are chosen: ``rtn``.
+        overrides: scheme by glob over tensor names without ``.weight`` (``{"*.down_proj": "int8"}``); the last match wins.
+        out: where to put the store; None: the cache, by content.
+        force: replace the store at ``out``.
+        threads: default: as many as this process has cores.
+        progress: told how many weights are done.
+
+    Raises:
+        SchemeError: a group does not divide, an unknown scheme. ModelError: a weight is NaN or infinite.
+        RecipeError: an override that matches nothing. OutputError: the store cannot be written.
+    """
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if rounding not in ROUNDINGS:
+        raise SchemeError(f"'{rounding}' is not a rounding{nearest(rounding, ROUNDINGS)}.")
+    schemes = assign(model, scheme, overrides or {})
+    keep_freed_memory()
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        source = model.checkpoint.sha256(pool)
+        recipe = {
+            "format_version": store.FORMAT_VERSION,
+            "source_sha256": source,
+            "scheme": scheme.name,
+            "rounding": rounding,
+            "schemes": {name: s.name for name, s in schemes.items()},
+        }
+        if out is not None:
+            with new_directory(out, force=force) as partial:
+                _fill(partial, model, schemes, recipe, pool, progress)
+            return open_store(out, model)
+        key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
+        directory = cache_directory() / "store" / f"{model.name}-{scheme}-{key[:16]}"
+        with lock(directory, wait=True), writing(directory):
+            if (directory / "quantization.json").exists():
+                return open_store(directory, model, pool)
+            _fill(directory, model, schemes, recipe, pool, progress)
+        return open_store(directory, model)
+
+
+def assign(model: Model, scheme: Scheme, overrides: Mapping[str, str]) -> dict[str, Scheme]:
+    """Give each tensor its scheme, and check that it fits: RecipeError, SchemeError."""
+    wide = NONE if scheme.kind == "none" else SCHEMES["int8"]
+    by_role = {Role.LINEAR: scheme, Role.EMBEDDING: wide, Role.HEAD: wide}
+    schemes = {name: by_role.get(spec.role, NONE) for name, spec in model.specs.items()}
+    for pattern, wanted in overrides.items():
+        matched = [n for n in schemes if fnmatch.fnmatchcase(n.removesuffix(".weight"), pattern.removesuffix(".weight"))]
+        if not matched:
+            names = [n.removesuffix(".weight") for n in schemes]
+            tied = " The head is tied to model.embed_tokens." if model.config.tie_word_embeddings else ""
+            raise RecipeError(f"'{pattern}' matches no tensor of {model.name}{nearest(pattern, names)[:300]}.{tied}")
+        for name in matched:
+            chosen = Scheme.parse(wanted)
+            if not model.specs[name].role.is_matrix and chosen.kind != "none":
+                raise RecipeError(f"'{pattern}' gives {chosen} to {name}, a {model.specs[name].role}, which stays float.")
+            schemes[name] = chosen
+    for name, chosen in schemes.items():
+        if chosen.kind != "none":
+            chosen.check(name, model.specs[name].shape)
+    return schemes
+
+
+def _fill(
+    directory: Path,
+    model: Model,
+    schemes: Mapping[str, Scheme],
+    recipe: Mapping[str, Any],
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> None:
+    """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
+    from tapeout import __version__
+
+    (directory / "tensors").mkdir(parents=True, exist_ok=True)
+    total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
+    done, tensors, fallbacks = 0, {}, {}
+    for name, scheme in schemes.items():
+        source = model.checkpoint[name]
+        if scheme.kind != "none":
+            try:
+                tensors[name] = asdict(store.write_tensor(directory, source, scheme, pool))
+            except ScaleOverflow:
+                fallbacks[name] = f"a scale of {scheme} does not fit float16; the tensor stays {source.dtype}"
+        if name not in tensors:
+            store.check_finite(source, pool)
+        done += int(np.prod(source.shape))
+        if progress:
+            progress("quantize", done, total)
+    index = {**recipe, "tapeout": __version__, "tensors": tensors, "fallbacks": fallbacks}
+    partial = directory / ".quantization.json.partial"
+    partial.write_text(canonical_json(index), encoding="utf-8")
+    partial.rename(directory / "quantization.json")
+
+
+def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = None) -> Quantized:
+    """Open a whole store of ``model``; with a pool, every tensor's digest is checked.
+
+    Raises:
+        PackageError: it is no store, of a newer format, or a tensor is not what its index says.
+    """
+    index = directory / "quantization.json"
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+        entries: dict[str, dict[str, Any]] = raw["tensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{directory} is not a whole store: {index.name} cannot be read ({error!r}).") from error
+    if raw["format_version"] > store.FORMAT_VERSION:
+        raise PackageError(
+            f"{index} has format_version {raw['format_version']}; this tapeout reads up to {store.FORMAT_VERSION}: upgrade it."
+        )
+
+    def sound(name: str) -> bool:
+        path = store.tensor_path(directory, name)
+        return path.exists() and file_sha256(path) == entries[name]["sha256"]
+
+    for name, whole in zip(entries, pool.map(sound, entries) if pool else (), strict=pool is not None):
+        if not whole:
+            path = store.tensor_path(directory, name)
+            raise PackageError(f"{path} is not what {index} says: it was changed or lost. Delete {directory} and run again.")
+    return Quantized(
+        model=model,
+        scheme=Scheme.parse(raw["scheme"]),
+        rounding=raw["rounding"],
+        directory=directory,
+        schemes={n: SCHEMES[entries[n]["scheme"]] if n in entries else NONE for n in model.specs},
+        fallbacks=raw["fallbacks"],
+        clamped={n: e["clamped_groups"] for n, e in entries.items() if e["clamped_groups"]},
+        source_sha256=raw["source_sha256"],
+        digest=file_sha256(index),
+    )

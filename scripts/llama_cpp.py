@@ -1,0 +1,89 @@
+"""Install the llama-cpp-python that constraints.txt pins into this interpreter's environment.
+
+Its own build takes minutes, most of them for tools that tapeout never calls. Here the wheel is made from the vendored
+llama.cpp alone and kept in ~/.cache/tapeout/llama-cpp, one for each version and CPU.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+PARTS_OFF = ("APP", "COMMON", "EXAMPLES", "SERVER", "TESTS", "TOOLS")
+SETTINGS = [f"cmake.define.LLAMA_BUILD_{part}=OFF" for part in PARTS_OFF] + [
+    "cmake.source-dir=vendor/llama.cpp",  # the binding's own CMakeLists forces COMMON on
+    "cmake.define.LLAMA_OPENSSL=OFF",
+    "cmake.define.GGML_NATIVE=ON",
+    "cmake.define.CMAKE_INSTALL_LIBDIR=llama_cpp/lib",
+    f"cmake.define.CMAKE_INSTALL_RPATH={'@loader_path' if sys.platform == 'darwin' else '$ORIGIN'}",
+    # A wheel holds no links: versioned names would become copies, and two copies of ggml would be loaded.
+    "cmake.define.CMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
+    "wheel.exclude=bin/**;include/**;llama_cpp/lib/cmake/**;llama_cpp/lib/pkgconfig/**",
+]
+CPU_FACTS = r"^(?:vendor_id|cpu family|model|flags|Features|isa|CPU (?:implementer|architecture|part))\s*:.*"
+LOADS = "import sys, llama_cpp as l; l.llama_backend_init(); sys.exit(l.__version__ != sys.argv[1])"
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    status = subprocess.run(command, env=os.environ | environment, check=False).returncode
+    if status:
+        sys.exit(f"stopped with exit status {status}: {' '.join(map(str, command))}")
+
+
+def loads(version: str) -> bool:
+    """Whether this version is installed and its library starts without a warning."""
+    command = [sys.executable, "-I", "-W", "error", "-c", LOADS, version]
+    return not subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
+
+
+def cache_entry(version: str) -> Path:
+    """Native code runs on the CPU and the libc that it was built for, so both are part of the name."""
+    facts = [sys.platform, platform.machine(), platform.processor(), *platform.libc_ver(), *SETTINGS]
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():  # a set, since one machine's cores may differ
+        facts += sorted(set(re.findall(CPU_FACTS, cpuinfo.read_text(), re.MULTILINE)))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tapeout" / "llama-cpp"
+    return cache / f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
+def build(version: str, entry: Path) -> None:
+    # cmake and ninja come with pip's build environment where the machine has none; a compiler does not.
+    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        if os.geteuid() or not shutil.which("apt-get"):
+            sys.exit("llama.cpp needs a C++ compiler: install g++, then run this again.")
+        run("apt-get", "update", "-qq")
+        run("apt-get", "install", "-qq", "-y", "--no-install-recommends", "gcc", "g++", "libc6-dev")
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}-") as scratch:
+        # pip's own cache knows neither the CPU nor the settings, so this wheel must not get into it.
+        command = (*PIP, "wheel", "-q", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python")
+        settings = [f"--config-settings={setting}" for setting in SETTINGS]
+        new, jobs = Path(scratch, "new"), str(os.cpu_count() or 1)
+        run(*command, *settings, "-w", new, f"llama-cpp-python=={version}", CMAKE_BUILD_PARALLEL_LEVEL=jobs)
+        if not entry.exists():  # another clone may have been quicker
+            new.rename(entry)
+
+
+def main() -> None:
+    pin = re.search(r"^llama-cpp-python==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
+    version = pin[1] if pin else sys.exit(f"{CONSTRAINTS} has no line llama-cpp-python==VERSION")
+    if loads(version):
+        return
+    entry = cache_entry(version)
+    if not entry.exists():
+        print(f"building llama.cpp for this CPU, once on this machine, into {entry} ...", flush=True)
+        build(version, entry)
+    run(*PIP, "install", "-q", "-c", CONSTRAINTS, "--force-reinstall", "--no-deps", *entry.glob("*.whl"))
+    run(*PIP, "install", "-q", "-c", CONSTRAINTS, "llama-cpp-python")  # what it depends on
+    if not loads(version):
+        sys.exit(f"llama-cpp-python {version} does not load; delete {entry}, then run this again.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""tapeout: quantize a model once, lower those exact codes to every device, and prove it.
+
+The Python API is the five calls of the pipeline:
+
+>>> model = load("arithmetic")                              # doctest: +SKIP
+>>> quant = quantize(model, Scheme.parse("int4-g32"))       # doctest: +SKIP
+>>> artifact = target("cpu").export(quant, out)             # doctest: +SKIP
+>>> report = validate(artifact, model, quant, cpu)          # doctest: +SKIP
+>>> package = pack(artifact, report)                        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tapeout.build import export, pack, target, validate
+    from tapeout.errors import TapeoutError
+    from tapeout.models import Model, load
+    from tapeout.quantize import Quantized, Scheme, quantize
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "tapeout.models",
+    "Model": "tapeout.models",
+    "quantize": "tapeout.quantize",
+    "Quantized": "tapeout.quantize",
+    "Scheme": "tapeout.quantize",
+    "target": "tapeout.build",
+    "validate": "tapeout.build",
+    "pack": "tapeout.build",
+    "export": "tapeout.build",
+    "TapeoutError": "tapeout.errors",
+}
+
+__all__ = [
+    "Model",
+    "Quantized",
+    "Scheme",
+    "TapeoutError",
+    "__version__",
+    "export",
+    "load",
+    "pack",
+    "quantize",
+    "target",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import each name when it is first asked for: ``import tapeout`` costs nothing."""
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tapeout' has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""The pipeline: five calls on one screen, and nothing else orchestrates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tapeout import targets
+from tapeout.files import new_directory
+from tapeout.models import load
+from tapeout.pack import Package, pack
+from tapeout.quantize import quantize
+from tapeout.recipe import Recipe
+from tapeout.targets import Target, check_carries
+from tapeout.validate import Options, Report, validate
+
+__all__ = ["export", "pack", "target", "validate"]
+
+
+def target(name: str, **options: Any) -> Target:
+    """Return the target of that name with the given options; TapeoutError names the installed ones."""
+    return targets.get(name)(**options)
+
+
+def export(
+    target: Target,
+    source: str | Path,
+    out: Path,
+    recipe: Recipe | None = None,
+    *,
+    force: bool = False,
+    require: frozenset[str] = frozenset(),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Package, Report]:
+    """Take a model from its checkpoint to a package at ``out`` that was proven on the target's runtime.
+
+    A package whose gates failed is written all the same, marked ``"passed": false``: it is what one debugs with.
+
+    Args:
+        target: what ``target(name)`` gives.
+        source: a model directory, a hub id, or an embedded model's name.
+        out: becomes the package, whole or not at all.
+        recipe: scheme, rounding, overrides and limits.
+        force: replace what stands at ``out``.
+        require: gates that must not be skipped.
+        progress: called with (stage, done, total).
+
+    Raises:
+        TapeoutError: one of its kinds, with what to do.
+    """
+    recipe = recipe or Recipe()
+    check_carries(target, {recipe.scheme, *recipe.tensors.values()})
+    with new_directory(out, force=force) as directory:
+        model = load(source)
+        quant = quantize(
+            model, recipe.scheme, rounding=recipe.rounding, overrides=recipe.tensors, progress=progress
+        )
+        (directory / "artifact").mkdir()
+        artifact = target.export(quant, directory / "artifact", progress)
+        options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress)
+        report = validate(artifact, model, quant, target, options)
+        package = pack(artifact, report, quant, target)
+    return replace(package, directory=out), report

@@ -1,0 +1,414 @@
+"""The command line: each verb reads its arguments, makes one call and prints. Human output goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tapeout import __version__, targets
+from tapeout.errors import MissingToolchain, OutputError, PackageError, TapeoutError
+from tapeout.recipe import Recipe
+
+stderr = Console(stderr=True, highlight=False)
+
+app = App(
+    name="tapeout",
+    version=__version__,
+    help="Quantize a language model once, lower those exact codes to every device, and prove it.",
+)
+app.register_install_completion_command(help="Install completion for this shell.")
+export_app = App(
+    name="export",
+    help="""Take a model from its checkpoint to a proven package: quantize, lower, validate, pack.
+
+    Example: tapeout export cpu arithmetic --scheme int4-g32 --out build/demo
+    """,
+)
+app.command(export_app)
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Flag = Parameter(negative="")
+Many = Parameter(negative="", consume_multiple=False)
+ModelArgument = Annotated[str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count.")]
+
+
+def _register_export(kind: type[targets.Target]) -> None:
+    """Add ``tapeout export NAME``: the target's own flags are the fields of its dataclass."""
+
+    def export(
+        model: ModelArgument,
+        *,
+        scheme: str | None = None,
+        rounding: str | None = None,
+        recipe: Path | None = None,
+        out: Path | None = None,
+        force: Annotated[bool, Flag] = False,
+        require: Annotated[list[str] | None, Many] = None,
+        json: Json = False,
+        options: Any = None,
+    ) -> int:
+        """Args:
+        scheme: How weights become codes; `tapeout targets` lists what is carried. Default: int8.
+        rounding: How codes are chosen. Default: rtn.
+        recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
+        out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
+        force: Replace what stands there.
+        require: A gate that must run: skipped counts as failed. May be given several times.
+        json: Print the report to stdout.
+        """
+        from tapeout.build import export as run
+
+        settings = _recipe(recipe, scheme=scheme, rounding=rounding)
+        place = out or Path(f"{Path(model).name}-{settings.scheme}-{kind.name}")
+        with _progress() as progress:
+            package, report = run(
+                options or kind(),
+                model,
+                place,
+                settings,
+                force=force,
+                require=frozenset(require or ()),
+                progress=progress,
+            )
+        _show(report, as_json=json)
+        stderr.print(f"{place}  root digest {package.manifest['root_sha256']}", soft_wrap=True)
+        return 0 if report.passed else 1
+
+    export.__annotations__["options"] = Annotated[kind | None, Parameter(name="*", group=f"{kind.name} flags")]
+    example = f"Example: tapeout export {kind.name} arithmetic --scheme int4-g32 --out build/demo"
+    export_app.command(export, name=kind.name, help=f"{kind.summary}\n\n{example}")
+
+
+@app.command
+def quantize(
+    model: ModelArgument,
+    *,
+    scheme: str | None = None,
+    rounding: str | None = None,
+    recipe: Path | None = None,
+    out: Path,
+    force: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> int:
+    """Make the canonical codes only, as a store.
+
+    Example: tapeout quantize arithmetic --scheme nf4 --out build/codes
+
+    Args:
+        scheme: How weights become codes. Default: int8.
+        rounding: How codes are chosen. Default: rtn.
+        recipe: A TOML file: scheme, rounding, schemes by tensor.
+        out: Where the store goes.
+        force: Replace what stands there.
+        json: Print a summary to stdout.
+    """
+    from tapeout.models import load
+    from tapeout.quantize import quantize as run
+
+    settings = _recipe(recipe, scheme=scheme, rounding=rounding)
+    with _progress() as progress:
+        quant = run(
+            load(model),
+            settings.scheme,
+            rounding=settings.rounding,
+            overrides=settings.tensors,
+            out=out,
+            force=force,
+            progress=progress,
+        )
+    for name, reason in quant.fallbacks.items():
+        stderr.print(f"[yellow]{name}: {reason}[/]")
+    summary = {
+        "store": str(out),
+        "scheme": quant.scheme.name,
+        "codes_sha256": quant.digest,
+        "source_sha256": quant.source_sha256,
+        "fallbacks": dict(quant.fallbacks),
+        "clamped_groups": dict(quant.clamped),
+    }
+    if json:
+        _print_json(summary)
+    stderr.print(f"{out}  {quant.scheme}, codes {quant.digest}", soft_wrap=True)
+    return 0
+
+
+@app.command
+def validate(
+    package: Path,
+    *,
+    model: str | None = None,
+    recipe: Path | None = None,
+    require: Annotated[list[str] | None, Many] = None,
+    report: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Run the gates of a package again, on this machine.
+
+    Without its model, the gates that need it are skipped; the golden logits are compared all the same.
+
+    Example: tapeout validate build/demo --model arithmetic
+
+    Args:
+        package: The package's directory.
+        model: The model that it was made from: a directory, a hub id or an embedded name.
+        recipe: The recipe that it was made with, when it was made with one.
+        require: A gate that must run: skipped counts as failed. May be given several times.
+        report: A directory to write report.json, report.html and report.xml to.
+        json: Print the report to stdout.
+    """
+    from tapeout.build import revalidate
+
+    with _progress() as progress:
+        found = revalidate(
+            package,
+            model,
+            Recipe.read(recipe) if recipe else None,
+            require=frozenset(require or ()),
+            progress=progress,
+        )
+    if report:
+        report.mkdir(parents=True, exist_ok=True)
+        found.write(report)
+    _show(found, as_json=json)
+    return 0 if found.passed else 1
+
+
+@app.command
+def bench(
+    package: Path,
+    *,
+    contexts: Annotated[list[int] | None, Many] = None,
+    json: Json = False,
+) -> int:
+    """Measure a package's throughput on this machine, and nothing else.
+
+    Example: tapeout bench build/demo
+
+    Args:
+        package: The package's directory.
+        contexts: Context length to measure at, in tokens. May be given several times.
+        json: Print the figures to stdout.
+    """
+    from tapeout.build import bench as run
+    from tapeout.validate.report import throughput_table
+
+    with _progress() as progress:
+        figures = run(package, tuple(contexts or ()), progress)
+    if json:
+        _print_json(figures)
+    stderr.print(throughput_table(figures))
+    return 0
+
+
+@app.command
+def run(
+    package: Path,
+    *,
+    prompt: str,
+    chat: Annotated[bool, Flag] = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    json: Json = False,
+) -> int:
+    """Generate on the target's runtime, with the package's own generation settings.
+
+    Example: tapeout run build/demo --prompt "12*3="
+
+    Args:
+        package: The package's directory.
+        prompt: The text to go on from.
+        chat: Put the prompt into the package's chat template, as the user's turn.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from this many likeliest tokens; 0: from all.
+        repetition_penalty: Above 1 makes tokens that occurred less likely.
+        max_new_tokens: Stop after this many.
+        seed: Of the sampling.
+        json: Print one document with the text and its token ids instead of streaming.
+    """
+    from tapeout.build import generate
+    from tapeout.pack import Package
+
+    opened = Package.open(package)
+    if not opened.passed:
+        stderr.print(f"[yellow]warning: {package} failed its gates; see {package / 'report.html'}[/]")
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    ids: list[int] = []
+    text = ""
+    for token, piece in generate(opened, prompt, chat=chat, seed=seed, **{k: v for k, v in given.items() if v is not None}):
+        ids.append(token)
+        text += piece
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json:
+        _print_json({"prompt": prompt, "text": text, "token_ids": ids})
+    else:
+        sys.stdout.write("\n")
+    return 0
+
+
+@app.command
+def inspect(path: Path, *, json: Json = False) -> int:
+    """Say what is in a model, a store, an artifact or a package.
+
+    Example: tapeout inspect build/demo
+
+    Args:
+        path: A model directory, a store, a .gguf file or a package.
+        json: Print it to stdout.
+    """
+    from tapeout.build import describe
+
+    found = describe(path)
+    if json:
+        _print_json(found)
+        return 0
+    table = Table(title=str(path), show_header=False, title_justify="left")
+    for key, value in found.items():
+        shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, shown)
+    stderr.print(table)
+    return 0
+
+
+@app.command
+def verify(package: Path, *, json: Json = False) -> int:
+    """Compare every byte of a package with its manifest.
+
+    Example: tapeout verify build/demo
+
+    Args:
+        package: The package's directory.
+        json: Print the findings to stdout.
+    """
+    from tapeout.pack import Package
+
+    opened = Package.open(package)
+    damage = opened.damage()
+    if json:
+        _print_json({"package": str(package), "root_sha256": opened.manifest["root_sha256"], "damage": damage})
+    if damage:
+        raise PackageError(f"{package} is not what its manifest says: {'; '.join(damage[:5])}.")
+    stderr.print(f"{package} is whole: {len(opened.files())} files, root digest {opened.manifest['root_sha256']}", soft_wrap=True)
+    return 0
+
+
+@app.command(name="targets")
+def list_targets(*, json: Json = False) -> int:
+    """List the targets, what each carries, and whether its runtime is installed here.
+
+    Example: tapeout targets
+
+    Args:
+        json: Print the table to stdout.
+    """
+    from tapeout.build import carry_table
+
+    rows = carry_table()
+    if json:
+        _print_json(rows)
+        return 0
+    table = Table("scheme", *(name for name in rows["targets"]), title="what each target carries", title_justify="left")
+    for scheme, cells in rows["schemes"].items():
+        table.add_row(scheme, *(cells[name] for name in rows["targets"]))
+    stderr.print(table)
+    for name, facts in rows["targets"].items():
+        state = "installed" if facts["missing"] is None else facts["missing"]
+        stderr.print(f"[bold]{name}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+    return 0
+
+
+def _recipe(path: Path | None, **given: Any) -> Recipe:
+    """The recipe of a file, with what was given on the command line over it."""
+    recipe = Recipe.read(path) if path else Recipe()
+    return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _show(report: Any, *, as_json: bool) -> None:
+    from tapeout.validate.report import verdict_table
+
+    if as_json:
+        _print_json(report.to_json())
+    stderr.print(verdict_table(report))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one a stage; they vanish at the end, and there are none when it is not a terminal."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived: unwinds like Ctrl-C, so that nothing half-written stays."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line; exit status 0 all gates pass, 1 a gate failed, 2 bad input or usage, 3 something is missing."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        for name in targets.names():
+            _register_export(targets.get(name))
+        status = app(exit_on_error=False, result_action="return_value")
+    except TapeoutError as error:
+        _say(str(error))
+        status = error.status
+    except cyclopts.CycloptsError:
+        status = 2  # cyclopts has printed what is wrong
+    except (KeyboardInterrupt, _Terminated) as stop:
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        _say(f"stopped by {number.name}; nothing half-written was left. The same command goes on where it stopped.")
+        status = 128 + number
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except OSError as error:
+        _say(f"the operating system refused: {error}.")
+        status = OutputError.status
+    except ModuleNotFoundError as error:
+        _say(f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs.")
+        status = MissingToolchain.status
+    sys.exit(status or 0)
+
+
+def _say(message: str) -> None:
+    stderr.print(f"[red]tapeout:[/] {message}", markup=True, soft_wrap=True)

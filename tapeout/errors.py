@@ -1,0 +1,63 @@
+"""The one tree of errors. The command line prints them as a paragraph and exits with their ``status``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TapeoutError(Exception):
+    """Something the user can act on. The message is one paragraph: what was found, and what would fit."""
+
+    status = 2
+
+
+class ModelError(TapeoutError):
+    """The model cannot be read or is not what it says: what was found, what was expected, in which file."""
+
+
+class SchemeError(TapeoutError):
+    """A scheme is unknown, does not fit a tensor, or a target cannot carry it."""
+
+
+class RecipeError(TapeoutError):
+    """A recipe is malformed: the key, and the closest known one."""
+
+
+class OutputError(TapeoutError):
+    """The output cannot be written: it exists, is locked by another process, is read-only, or the disk is full."""
+
+
+class PackageError(TapeoutError):
+    """A package or a store is not whole: a file is missing, differs from its digest, or is of a newer format."""
+
+
+class MissingToolchain(TapeoutError):
+    """A runtime or toolchain is not installed; the message holds the command that installs it."""
+
+    status = 3
+
+
+class RuntimeCrash(TapeoutError):
+    """A runtime died or refused in its worker process: a finding about the runtime, not a crash of ours."""
+
+    status = 1
+
+
+class GateFailed(TapeoutError):
+    """At least one gate failed."""
+
+    status = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known word, or the list of known words.
+
+    Example:
+        >>> nearest("int4-g23", ["int4-g32", "nf4"])
+        "; did you mean 'int4-g32'? (known: int4-g32, nf4)"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    return f"{hint} (known: {', '.join(names)})"

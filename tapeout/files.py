@@ -1,0 +1,121 @@
+"""Writing so that nothing half-written ever stands under its final name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from tapeout.errors import OutputError
+
+
+def cache_directory() -> Path:
+    """Where stores are kept: ``$TAPEOUT_CACHE``, or the user's cache directory."""
+    return Path(os.environ.get("TAPEOUT_CACHE") or platformdirs.user_cache_path("tapeout"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write below ``path`` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full: free some space or give another --out",
+            errno.EDQUOT: "the disk quota is used up: free some space or give another --out",
+            errno.EFBIG: "a file would be larger than this process may write (see `ulimit -f`)",
+            errno.EACCES: "it is not writable by this user",
+            errno.EPERM: "it is not writable by this user",
+            errno.EROFS: "the file system is read-only",
+            errno.ENOTDIR: "a part of the path is a file",
+        }
+        if error.errno not in reasons:
+            raise
+        raise OutputError(f"could not write {path}: {reasons[error.errno]}. Nothing was left behind there.") from error
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold ``path``'s lock file among processes; without ``wait``, OutputError when another one holds it."""
+    import fcntl
+
+    name = path.with_name(f".{path.name}.lock")
+    with writing(path):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise OutputError(f"another tapeout process is writing {path}; wait for it, or give another --out.") from None
+    try:
+        yield
+    finally:
+        # Removed while still held, so that only a process that never had the lock can find the name gone.
+        name.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling to fill; it takes the place of ``path`` when whole, and is removed on any failure.
+
+    Raises:
+        OutputError: ``path`` exists and not ``force``, another process writes it, or it cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; give --force to replace it, or another --out.")
+    if path.exists() and not _ours(path):
+        raise OutputError(f"{path} exists and is not a tapeout output; --force replaces only what tapeout wrote.")
+    partial = path.with_name(f".{path.name}.partial")
+    with lock(path, wait=False), writing(path):
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            _replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _ours(path: Path) -> bool:
+    """Whether a directory is empty or holds what tapeout writes: --force must never delete somebody's work."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    return not names or bool(names & {"tapeout.json", "quantization.json"})
+
+
+def _replace(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    try:
+        partial.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and a newline at the end: the same value gives the same bytes."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,144 @@
+"""Generated checkpoints: any shape of a known family with random weights and a byte-level tokenizer.
+
+For tests, the conformance suite and benchmarks, where no hub is in reach. Norms and biases are spread away from 1 and 0:
+a plain initialisation hides a dropped one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from tapeout.models.decoder import ConfigReader, Role, TensorSpec
+from tapeout.models.families import family
+
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+}
+
+# The shapes of TinyLlama 1.1B and of LLaMA 2 7B.
+LLAMA_1B = SMALL | {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+LLAMA_7B = LLAMA_1B | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+
+
+def write_model(
+    directory: Path,
+    model_type: str = "llama",
+    config: dict[str, Any] | None = None,
+    *,
+    dtype: str = "BF16",
+    shard_bytes: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a Hugging Face directory with random weights; memory stays near one shard.
+
+    Args:
+        directory: made when absent.
+        model_type: a known family.
+        config: fields over those of SMALL.
+        dtype: F32, F16 or BF16 (truncated from float32).
+        shard_bytes: begin a new file after this many bytes; None: one file.
+        seed: the same seed gives the same bytes.
+
+    Returns:
+        ``directory``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = {"model_type": model_type, **SMALL, **(config or {})}
+    (directory / "config.json").write_text(json.dumps(raw, indent=1))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16}))
+    kind = family(model_type)
+    _write_tokenizer(directory)
+    shards = list(_shards(dict(kind.tensors(kind.config(ConfigReader(raw)))), dtype, shard_bytes))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if shard_bytes is None:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    random = np.random.default_rng(seed)
+    for file, shard in zip(names, shards, strict=True):
+        arrays = {name: _data(spec, dtype, random) for name, spec in shard.items()}
+        tensors = {
+            name: safetensors.TensorSpec(
+                dtype=_SAFETENSORS_DTYPES[dtype], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
+            )
+            for name, a in arrays.items()
+        }
+        safetensors.serialize_file(tensors, directory / file, {"format": "pt"})
+    return directory
+
+
+def _shards(specs: dict[str, TensorSpec], dtype: str, shard_bytes: int | None) -> Iterator[dict[str, TensorSpec]]:
+    width = 4 if dtype == "F32" else 2
+    shard: dict[str, TensorSpec] = {}
+    size = 0
+    for name, spec in specs.items():
+        nbytes = int(np.prod(spec.shape)) * width
+        if shard and shard_bytes and size + nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = spec
+        size += nbytes
+    yield shard
+
+
+def _data(spec: TensorSpec, dtype: str, random: np.random.Generator) -> npt.NDArray[Any]:
+    values = random.standard_normal(spec.shape, np.float32)
+    if spec.role is Role.NORM:
+        values = 1 + np.float32(0.2) * values
+    elif spec.role is Role.BIAS:
+        values *= np.float32(0.2)
+    else:
+        # Keeps activations near unit size; logits then have a spread that a comparison can be made on.
+        values *= np.float32(spec.shape[-1] ** -0.5) if spec.role is not Role.EMBEDDING else np.float32(0.5)
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(_SAFETENSORS_DTYPES[dtype])
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE without merges, and ``<eos>``."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1))

@@ -1,0 +1,247 @@
+"""A package: the artifact and everything that an edge engineer needs to run it and to trust it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+import numpy as np
+from safetensors.numpy import save_file
+
+from tapeout import __version__, targets
+from tapeout.errors import PackageError
+from tapeout.exporters import Artifact
+from tapeout.files import canonical_json, file_sha256
+from tapeout.models import Generation, Model
+from tapeout.quantize import Quantized
+from tapeout.targets import Target
+from tapeout.validate.report import Report
+
+FORMAT_VERSION = 1
+MANIFEST = "tapeout.json"
+
+# Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
+_BESIDE = ("root_sha256", "beside", "passed")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk.
+
+    Attributes:
+        manifest: ``tapeout.json``: format_version, root_sha256, model, scheme, target, artifact, files, needs, beside.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Package:
+        """Read a package's manifest; PackageError when there is none, or it is of a newer format."""
+        path = directory / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            version = int(manifest["format_version"])
+        except FileNotFoundError:
+            raise PackageError(f"{directory} is not a package: it has no {MANIFEST}.") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PackageError(f"{path} cannot be read as a manifest: {error!r}.") from error
+        if version > FORMAT_VERSION:
+            raise PackageError(
+                f"{path} has format_version {version}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
+            )
+        return cls(directory, manifest)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all gates passed when it was made."""
+        return bool(self.manifest["passed"])
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact as its exporter described it."""
+        raw = dict(self.manifest["artifact"])
+        return Artifact(
+            raw["format"],
+            self.directory / "artifact",
+            tuple(raw["files"]),
+            raw["context"],
+            raw["containers"],
+            tuple(raw["notes"]),
+        )
+
+    @property
+    def generation(self) -> Generation:
+        """The package's generation defaults."""
+        raw = dict(self.manifest["generation"])
+        return Generation(**raw | {"stop_token_ids": tuple(raw["stop_token_ids"])})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of its chat template."""
+        path = self.directory / "tokenizer" / "chat_template.jinja"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def target(self) -> Target:
+        """The target that it was made for, with the options that it was made with."""
+        return targets.get(self.manifest["target"]["name"])(**self.manifest["target"]["options"])
+
+    def files(self) -> dict[str, str]:
+        """Every file with its SHA-256, those beside the root digest too."""
+        every = {**self.manifest["files"], **self.manifest["beside"]}
+        return {path: entry["sha256"] for path, entry in every.items()}
+
+    def damage(self) -> list[str]:
+        """What is not as the manifest says, one sentence each; empty for a whole package."""
+        found = []
+        for path, digest in self.files().items():
+            if not (self.directory / path).exists():
+                found.append(f"{path} is missing")
+            elif file_sha256(self.directory / path) != digest:
+                found.append(f"{path} differs from its digest")
+        if _root(self.manifest) != self.manifest["root_sha256"]:
+            found.append(f"{MANIFEST} differs from its root digest")
+        return found
+
+
+def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -> Package:
+    """Make the directory around ``artifact`` (its ``artifact/`` already stands there) a whole package.
+
+    The same inputs give the same root digest: no clock, host name or absolute path is in what it covers.
+    """
+    directory, model = artifact.directory.parent, quant.model
+    (directory / "tokenizer").mkdir()
+    for file in model.tokenizer_files():
+        shutil.copyfile(file, directory / "tokenizer" / file.name)
+    if model.chat_template:
+        (directory / "tokenizer" / "chat_template.jinja").write_text(model.chat_template, encoding="utf-8")
+    facts = _facts(artifact, quant, target)
+    (directory / "README.md").write_text(_card(artifact, facts, model, target), encoding="utf-8")
+    manifest = {**facts, "files": _digests(directory)}
+    manifest["root_sha256"] = _root(manifest)
+    report.write(directory)
+    (directory / "sbom.cdx.json").write_text(_sbom(manifest), encoding="utf-8")
+    if report.golden:
+        _write_golden(directory / "golden.safetensors", report)
+    manifest["beside"] = {path: entry for path, entry in _digests(directory).items() if path not in manifest["files"]}
+    manifest["passed"] = report.passed
+    (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
+    return Package(directory, manifest)
+
+
+def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
+    config = quant.model.config
+    size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
+    window = min(artifact.context, config.sliding_window or artifact.context)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * window
+    return {
+        "format_version": FORMAT_VERSION,
+        "tapeout": __version__,
+        "model": {
+            "name": quant.model.name,
+            "family": config.family,
+            "licence": quant.model.licence,
+            "source_sha256": quant.source_sha256,
+        },
+        "scheme": quant.scheme.name,
+        "rounding": quant.rounding,
+        "tensors": dict(Counter(scheme.name for scheme in quant.schemes.values())),
+        "codes_sha256": quant.digest,
+        "target": {"name": target.name, "options": targets.options(target)},
+        "artifact": {
+            "format": artifact.format,
+            "files": artifact.files,
+            "context": artifact.context,
+            "containers": artifact.containers,
+            "notes": artifact.notes,
+        },
+        "generation": asdict(quant.model.generation),
+        "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},
+    }
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(directory).as_posix(): {"sha256": file_sha256(path), "size": path.stat().st_size}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def _root(manifest: Mapping[str, Any]) -> str:
+    covered = {key: value for key, value in manifest.items() if key not in _BESIDE}
+    return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
+
+
+def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Target) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tapeout"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("card.md.j2").render(
+        facts=facts, model=model, how=target.card(artifact), notes=artifact.notes
+    )
+
+
+def _write_golden(path: Path, report: Report) -> None:
+    """Prompts ``tokens.N`` int32 [tokens] and the float32 [vocab] ``logits.N`` that must follow each."""
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for index, (ids, logits) in enumerate(report.golden):
+        arrays[f"tokens.{index}"] = np.array(ids, np.int32)
+        arrays[f"logits.{index}"] = logits
+    save_file(arrays, path)
+
+
+def _sbom(manifest: Mapping[str, Any]) -> str:
+    """A CycloneDX 1.6 ML-BOM: the model, its files and the runtime that it needs."""
+    from cyclonedx.model import HashAlgorithm, HashType, Property
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.model.license import DisjunctiveLicense
+    from cyclonedx.output.json import JsonV1Dot6
+
+    model = manifest["model"]
+    licences = [DisjunctiveLicense(name=model["licence"])] if model["licence"] else []
+    root = Component(
+        name=f"{model['name']}-{manifest['scheme']}-{manifest['target']['name']}",
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref="model",
+        version=manifest["root_sha256"][:16],
+        licenses=licences,
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=manifest["root_sha256"])],
+        properties=[
+            Property(name=f"tapeout:{key}", value=str(value))
+            for key, value in {
+                "source_sha256": model["source_sha256"],
+                "codes_sha256": manifest["codes_sha256"],
+                "scheme": manifest["scheme"],
+                "rounding": manifest["rounding"],
+                "runtime": manifest["needs"]["runtime"],
+            }.items()
+        ],
+    )
+    files = [
+        Component(
+            name=path,
+            type=ComponentType.FILE,
+            bom_ref=path,
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=entry["sha256"])],
+        )
+        for path, entry in manifest["files"].items()
+    ]
+    # The library stamps a random serial and the clock; a package's bytes must not depend on either.
+    bom = Bom(components=files, serial_number=uuid.uuid5(uuid.NAMESPACE_OID, manifest["root_sha256"]))
+    bom.metadata.timestamp = cast(Any, None)
+    bom.metadata.component = root
+    bom.metadata.tools.components.add(
+        Component(name="tapeout", version=manifest["tapeout"], type=ComponentType.APPLICATION, bom_ref="tapeout")
+    )
+    bom.register_dependency(root, files)
+    return JsonV1Dot6(bom).output_as_string(indent=1) + "\n"

@@ -1,0 +1,69 @@
+"""Recipes: a TOML file that says how a model is quantized and what its gates demand.
+
+    scheme = "int4-g128"
+    rounding = "rtn"
+
+    [tensors]                 # scheme by glob over tensor names; the last match wins
+    "*.down_proj" = "int8"
+    lm_head = "int8"
+
+    [limits]                  # of the quality and task gates
+    kl = 0.05
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tapeout.errors import RecipeError, nearest
+from tapeout.validate import Limits
+
+
+class Recipe(BaseModel):
+    """Everything that decides the codes, and the limits that the gates hold them to.
+
+    Attributes:
+        scheme: of the linear layers; embeddings and head take int8 unless ``tensors`` says otherwise.
+        rounding: how codes are chosen.
+        tensors: scheme by glob over tensor names without ``.weight``.
+        limits: of the quality and task gates; what is absent follows from the scheme.
+        text: evaluation text, UTF-8; None: the model's own or the one that ships with tapeout.
+        tokens: how many tokens of it are evaluated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: str = "int8"
+    rounding: str = "rtn"
+    tensors: dict[str, str] = Field(default_factory=dict)
+    limits: Limits = Limits()
+    text: Path | None = None
+    tokens: int = Field(default=4096, gt=0)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a recipe file; RecipeError names the key that is wrong and the closest known one."""
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} is not TOML: {error}.") from error
+        return cls.of(raw, str(path))
+
+    @classmethod
+    def of(cls, raw: dict[str, Any], source: str = "the recipe") -> Recipe:
+        """Check a recipe's values; RecipeError names the key that is wrong and the closest known one."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                known = Limits.__dataclass_fields__ if "limits" in first["loc"] else cls.model_fields
+                raise RecipeError(f"{source} has an unknown key '{key}'{nearest(str(first['loc'][-1]), known)}.") from None
+            raise RecipeError(f"{source}: {key} is {first['input']!r}: {first['msg']}.") from None

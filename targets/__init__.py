@@ -1,0 +1,77 @@
+"""Targets: a device, the exporter it takes, and how to open a session on its runtime.
+
+A target is a frozen dataclass, found by its entry point in the group ``tapeout.targets``. Its fields are the flags that
+``tapeout export NAME`` takes; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from tapeout.errors import SchemeError, TapeoutError, nearest
+from tapeout.exporters import Artifact, Carry, Refused
+from tapeout.quantize import Quantized, Scheme
+from tapeout.validate.session import Device, SessionSpec
+
+Progress = Callable[[str, int, int], None]
+
+__all__ = ["SessionSpec", "Target", "check_carries", "get", "names"]
+
+
+class Target(Device, Protocol):
+    """What a target gives besides what validation asks of it (``Device``).
+
+    Attributes:
+        name: what the user types; the entry point's name.
+        summary: one line for ``tapeout targets``.
+        needs: what the device must have to run the package, for its manifest and card.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[str]
+
+    @classmethod
+    def carries(cls, scheme: Scheme) -> Carry:
+        """Whether the artifact can hold codes of ``scheme``, and in what."""
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """None when the runtime is installed here; otherwise one sentence with the command that installs it."""
+
+    def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
+        """Write the files that the runtime loads into the empty directory ``out``; no device is needed."""
+
+    def card(self, artifact: Artifact) -> str:
+        """How to run the package on the device: Markdown, a few copyable lines, for its README."""
+
+
+def names() -> list[str]:
+    """Names of the installed targets, sorted."""
+    return sorted({entry.name for entry in entry_points(group="tapeout.targets")})
+
+
+def get(name: str) -> type[Target]:
+    """Return the target class of that name; TapeoutError names the installed ones."""
+    for entry in entry_points(group="tapeout.targets"):
+        if entry.name == name:
+            found: type[Target] = entry.load()
+            return found
+    raise TapeoutError(f"'{name}' is not an installed target{nearest(name, names())}.")
+
+
+def options(target: Target) -> dict[str, Any]:
+    """The options of a target that differ from their defaults."""
+    return {f.name: getattr(target, f.name) for f in fields(target) if getattr(target, f.name) != f.default}  # type: ignore[arg-type]
+
+
+def check_carries(target: Target | type[Target], schemes: set[str]) -> None:
+    """Raise SchemeError when a target refuses one of the schemes, with the nearest that fits."""
+    for name in sorted(schemes):
+        carry = target.carries(Scheme.parse(name))
+        if isinstance(carry, Refused):
+            raise SchemeError(f"target {target.name} cannot carry {name}: {carry.reason} What fits: {carry.nearest}.")

@@ -1,0 +1,121 @@
+"""What validation asks of a running model, and of the target that opened it. Knows no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.exporters import Artifact
+from tapeout.quantize import Quantized, QuantTensor
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a session says of itself.
+
+    Attributes:
+        runtime: name and version (``llama.cpp 0.3.36``).
+        device: what it runs on (``cpu, 2 threads``).
+        load_s: seconds from the call to a loaded model.
+        resident_bytes: memory of the process that the model added, in bytes.
+        context: most tokens that a sequence may have.
+    """
+
+    runtime: str
+    device: str
+    load_s: float
+    resident_bytes: int
+    context: int
+
+
+class Session(Protocol):
+    """A model loaded on a runtime: one sequence at a time, with its cache."""
+
+    facts: Facts
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
+
+    def decode(self, token: int) -> Logits:
+        """Append one token by the runtime's token-by-token road; return float32 [vocab]."""
+
+    def reset(self) -> None:
+        """Begin a new sequence with an empty cache."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` by the artifact's own tokenizer; special tokens in the text are recognised, none added."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids by the artifact's own tokenizer, special tokens kept."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """How a worker process opens a session: data only, so that it can cross to another Python environment.
+
+    Attributes:
+        factory: ``module:function`` that takes ``arguments`` and returns a Session.
+        arguments: keyword arguments; JSON values only.
+        python: the interpreter to run it with; None: this one.
+        environment: variables to add.
+    """
+
+    factory: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    python: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to hold a device's logits against the reference that runs the dequantized weights.
+
+    Attributes:
+        check: what it isolates: ``weights`` (nothing but the lowered numbers) or ``runtime`` (the shipped file as deployed).
+        session: the artifact, or a twin of it, opened so that only this is tested.
+        arithmetic: the reference's: ``float32``, or ``q8_0`` (inputs of quantized matmuls rounded to int8 in blocks of 32).
+        metric: ``max`` (largest absolute difference of logits in units of their standard deviation) or ``kl`` (mean, nats).
+        limit: the bound.
+        derivation: where the bound comes from, in one or two sentences.
+    """
+
+    check: Literal["weights", "runtime"]
+    session: SessionSpec
+    arithmetic: Literal["float32", "q8_0"]
+    metric: Literal["max", "kl"]
+    limit: float
+    derivation: str
+
+
+class Device(Protocol):
+    """The part of a target that validation uses."""
+
+    name: str
+
+    def session(self, artifact: Artifact) -> SessionSpec:
+        """The artifact as it is deployed."""
+
+    def read_codes(
+        self, artifact: Artifact, quant: Quantized
+    ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+        """Every tensor as the files hold it, by its Hugging Face name, read by the format owner's library."""
+
+    def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
+        """The lowering checks of this runtime; twins of the artifact may be written to ``scratch``."""
+
+    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
+        """The same model cut to its first ``layers`` layers (and final norm and head), for the bisect of ``weights``."""
