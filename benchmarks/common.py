@@ -1,0 +1,126 @@
+"""What the benchmarks share: the machine, children with their peak memory, generated checkpoints, the peer's tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapeout.files import cache_directory
+from tapeout.generated import LLAMA_1B, LLAMA_7B, write_model
+
+SHAPES = {"1b": LLAMA_1B, "7b": LLAMA_7B}
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A child process that succeeded: wall seconds, and peak resident bytes of it or of a child of its own."""
+
+    wall_s: float
+    peak_bytes: int
+
+
+def run(*command: str | Path, environment: dict[str, str] | None = None) -> Ran:
+    """Run a command to its end and measure it; its output is shown only when it fails."""
+    begin = time.perf_counter()
+    child = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONSAFEPATH": "1"} | (environment or {}),
+    )
+    assert child.stdout
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - begin
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"{command[0]} failed with {child.returncode}:\n{output.decode(errors='replace')[-4000:]}")
+    return Ran(wall, usage.ru_maxrss * 1024)
+
+
+def checkpoint(shape: str, work: Path) -> Path:
+    """A generated Llama checkpoint of that shape, bf16, in shards; made once."""
+    directory = work / f"llama-{shape}"
+    if not (directory / "whole").exists():
+        write_model(directory, "llama", SHAPES[shape], dtype="BF16", shard_bytes=1 << 30)
+        (directory / "whole").touch()
+    return directory
+
+
+def read_into_page_cache(directory: Path) -> None:
+    """Both sides begin with the checkpoint in the page cache, as far as it fits."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def peer() -> Path:
+    """llama.cpp's own sources as llama-cpp-python's sdist carries them, with llama-quantize built; made once."""
+    pinned = re.search(r"^llama[-_]cpp[-_]python==(\S+)", (_HERE.parent / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    place = cache_directory() / "peer" / pinned[1]
+    source = place / f"llama_cpp_python-{pinned[1]}" / "vendor" / "llama.cpp"
+    if not source.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--no-binary", ":all:", "-d", str(place)]
+        subprocess.run([*pip, f"llama-cpp-python=={pinned[1]}"], check=True)
+        with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
+            archive.extractall(place, filter="data")
+    build = place / "build"
+    if not (build / "bin" / "llama-quantize").exists():
+        off = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
+        configure = ["cmake", "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", *off, str(source)]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        command = ["cmake", "--build", str(build), "-j2", "--target", "llama-quantize"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return place
+
+
+def convert_by_peer(model: Path, out: Path) -> Ran:
+    """``convert_hf_to_gguf.py`` to f16. It knows no generated tokenizer by its hash, so it is told what the regex says."""
+    source = next(peer().glob("llama_cpp_python-*/vendor/llama.cpp"))
+    code = (
+        "import sys, runpy; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/gguf-py']\n"
+        "from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
+        "sys.argv = ['convert_hf_to_gguf.py', sys.argv[2], '--outfile', sys.argv[3], '--outtype', 'f16']\n"
+        "runpy.run_path(sys.path[0] + '/convert_hf_to_gguf.py', run_name='__main__')"
+    )
+    return run(sys.executable, "-c", code, source, model, out, environment={"NO_LOCAL_GGUF": ""})
+
+
+def quantize_by_peer(source: Path, out: Path, kind: str) -> Ran:
+    """``llama-quantize`` on all cores, with the types that ours gives embeddings and head."""
+    same = ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
+    return run(peer() / "build" / "bin" / "llama-quantize", *same, source, out, kind, str(cores()))
+
+
+def export_by_us(model: Path, out: Path, scheme: str, cache: Path) -> Ran:
+    """load → quantize → export in a fresh process with an empty store."""
+    code = (
+        "import sys; from pathlib import Path; from tapeout import load, quantize, target\n"
+        "quant = quantize(load(sys.argv[1]), sys.argv[2])\n"
+        "out = Path(sys.argv[3]); out.mkdir(parents=True); target('cpu').export(quant, out)"
+    )
+    return run(sys.executable, "-c", code, model, scheme, out, environment={"TAPEOUT_CACHE": str(cache)})
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the JSON line that ends every benchmark."""
+    from tapeout.validate.throughput import machine
+
+    print(json.dumps(result | {"machine": machine()}))

@@ -1,0 +1,9 @@
+"""GGUF, the format of llama.cpp: the codes in its own block types, the model's numbers and its tokenizer in one file."""
+
+from __future__ import annotations
+
+from tapeout.exporters.gguf.layout import carries
+from tapeout.exporters.gguf.reader import read_codes
+from tapeout.exporters.gguf.writer import write
+
+__all__ = ["carries", "read_codes", "write"]

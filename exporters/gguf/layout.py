@@ -1,0 +1,222 @@
+"""Which tensors a file holds, in which type and order, and which of their rows move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import MissingToolchain, ModelError
+from tapeout.exporters import Carry, Exact, Rounded
+from tapeout.exporters.gguf import blocks
+from tapeout.models import DecoderConfig
+from tapeout.models.decoder import Rope
+from tapeout.quantize import Quantized, QuantTensor, Scheme
+from tapeout.quantize.scheme import NF4
+
+Index = npt.NDArray[np.intp]
+
+# BF16 is copied as its bits.
+FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+_NONE = "the checkpoint's own"
+_BLOCKS = {"symmetric": {8: blocks.Q8_0, 4: blocks.Q4_0}, "asymmetric": {4: blocks.Q5_0}, "nf4": {4: blocks.NF4_AS_Q8_0}}
+_NAMES = {blocks.Q8_0: "Q8_0", blocks.Q4_0: "Q4_0", blocks.Q5_0: "Q5_0", blocks.NF4_AS_Q8_0: "Q8_0"}
+
+# exp(sink - maximum) is exactly 0 in float32 for any maximum above -1e29, and -inf would make NaN of a masked row.
+_NO_SINK = np.float32(-1e30)
+
+
+def library() -> ModuleType:
+    """The format owner's library; MissingToolchain says how to get it."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingToolchain("GGUF files need the gguf library: pip install 'tapeout[cpu]'.") from None
+    found: ModuleType = gguf
+    return found
+
+
+def carries(scheme: Scheme) -> Carry:
+    """How GGUF holds a scheme: all exactly but NF4, whose codebook becomes integers."""
+    if scheme.kind == "none":
+        return Exact(_NONE)
+    name = _NAMES[block_of(scheme)]
+    return Rounded(name, nf4_added_error()) if scheme.kind == "nf4" else Exact(name)
+
+
+def block_of(scheme: Scheme) -> blocks.Block:
+    """The block type of a scheme that has codes."""
+    return _BLOCKS[scheme.kind][scheme.bits]
+
+
+@cache
+def nf4_added_error() -> float:
+    """Relative root-mean-square error that integers and a float16 scale add to an NF4 weight.
+
+    NF4 assumes normal weights in blocks of 64, divided by the largest magnitude m of their block (QLoRA, section 3 and
+    appendix E). Given m the other 63 are normal within ±m, so a code's probability is that of its interval, averaged
+    over m. The scale's own rounding adds a relative error uniform in half an ulp: 2^-11 / sqrt(3), times
+    sqrt(3 / (8 ln 2)) for a mantissa that is spread evenly over the logarithm.
+    """
+    cdf = np.vectorize(lambda x: math.erf(x / math.sqrt(2)))  # of the magnitude
+    m = np.linspace(0.5, 6.5, 1201)
+    density = np.gradient(cdf(m) ** 64, m)
+    edges = np.concatenate(([-1.0], (NF4[1:].astype(float) + NF4[:-1]) / 2, [1.0]))
+    below = np.sign(edges) * cdf(np.abs(edges) * m[:, None]) / cdf(m)[:, None]
+    probability = np.diff(below, axis=1).T @ density / density.sum() / 2 * 63 / 64
+    probability[[0, -1]] += 1 / 128  # the largest itself is a code ±1
+    rounded = blocks.NF4_INTEGERS / float(blocks.NF4_STEP)
+    added = probability @ (rounded - NF4) ** 2 / (probability @ NF4.astype(float) ** 2)
+    of_scale = 2.0**-22 / 3 * 3 / (8 * math.log(2))
+    return math.sqrt(added + of_scale)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        name: in the file.
+        source: the tensor's Hugging Face name; None for what llama.cpp wants besides, which ``values`` holds.
+        kind: GGUF type (``Q4_0``).
+        block: how rows of codes become bytes; None for float types.
+        heads: rotary heads whose rows are interleaved; 0: rows stay.
+    """
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    kind: str
+    block: blocks.Block | None = None
+    heads: int = 0
+    values: npt.NDArray[np.float32] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        weights = math.prod(self.shape)
+        return weights // blocks.WEIGHTS * self.block.size if self.block else weights * FLOATS[self.kind].itemsize
+
+    def order(self) -> Index | None:
+        """For each row of the file the row of the checkpoint, [out]; None when they are the same.
+
+        Hugging Face rotates element i of a head with i + dim / 2, llama.cpp's "norm" RoPE 2 i with 2 i + 1.
+        """
+        if not self.heads:
+            return None
+        return np.arange(self.shape[0]).reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's tensors in order, the arch that they are for, the context it may be run with, and what a user has to know."""
+
+    arch: str
+    context: int
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+    layers: int
+
+
+def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: int | None) -> Layout:
+    """Decide arch, types and order.
+
+    Raises:
+        ModelError: a field of the model's config that no arch expresses.
+    """
+    config = quant.model.config
+    _check(config)
+    arch, context, notes = _arch(config, sliding_window)
+    count = config.num_layers if layers is None else layers
+    if not 1 <= count <= config.num_layers:
+        raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
+    names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, config.num_layers)
+    entries = []
+    if config.rope.kind == "llama3":
+        factors = rope_factors(config.rope, config.head_dim)
+        entries.append(Entry("rope_freqs.weight", None, factors.shape, "F32", values=factors))
+    for source, spec in quant.model.specs.items():
+        layer = int(source.split(".")[2]) if source.startswith("model.layers.") else -1
+        if layer >= count:
+            continue
+        kind, block, note = ("F32", None, None) if as_float32 else _kind(quant, source)
+        if note:
+            notes.append(note)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(source.split(".")[-2], 0)
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        entries.append(Entry(name, source, spec.shape, kind, block, heads))
+        if arch == "granite-swa" and source.endswith("self_attn.o_proj.weight"):
+            sinks = np.full(config.num_heads, _NO_SINK)
+            entries.append(Entry(f"blk.{layer}.attn_sinks.weight", None, sinks.shape, "F32", values=sinks))
+    return Layout(arch, context, tuple(entries), tuple(notes), count)
+
+
+def _check(config: DecoderConfig) -> None:
+    """Stop at what arch llama does not compute."""
+    unfit: dict[str, Any] = {}
+    if config.family not in ("llama", "mistral"):
+        unfit["model_type"] = config.family
+    if config.hidden_act != "silu":
+        unfit["hidden_act"] = config.hidden_act
+    if config.rope.kind not in ("default", "linear", "llama3"):
+        unfit["rope_type"] = config.rope.kind
+    if config.head_dim % 2:
+        unfit["head_dim"] = config.head_dim
+    if unfit:
+        fields = ", ".join(f"{field} = {value}" for field, value in unfit.items())
+        raise ModelError(f"{fields} is not expressible in GGUF arch 'llama'.")
+
+
+def _arch(config: DecoderConfig, sliding_window: str) -> tuple[str, int, list[str]]:
+    """Arch, longest context, notes: a window that matters goes into granite-swa, or limits the context."""
+    window, context = config.sliding_window, config.max_position_embeddings
+    if window is None or window >= context:
+        return "llama", context, []
+    if sliding_window == "clamp":
+        note = f"arch llama has no sliding window: the context is clamped from {context} to the window of {window} tokens"
+        return "llama", window, [note]
+    note = (
+        f"the sliding window of {window} tokens is carried by arch granite-swa (scales 1, sinks that weigh 0): needs a "
+        "llama.cpp of 2026 or later that knows this arch; sliding_window='clamp' makes a file for any, with a context of "
+        f"{window}"
+    )
+    return "granite-swa", context, [note]
+
+
+def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | None]:
+    """GGUF type and block of a tensor, and a note where it is not the scheme's own."""
+    scheme, spec = quant.schemes[name], quant.model.specs[name]
+    if scheme.kind == "none":
+        # llama.cpp multiplies vectors in float32 only.
+        return (quant.model.checkpoint[name].dtype if spec.role.is_matrix else "F32"), None, None
+    block = block_of(scheme)
+    into = spec.shape[-1]
+    if into % blocks.WEIGHTS:
+        return "F16", None, f"{name} is F16: its rows of {into} weights are no whole blocks of {blocks.WEIGHTS}"
+    if scheme.kind == "nf4":
+        tensor = quant[name]
+        assert isinstance(tensor, QuantTensor)
+        if np.abs(blocks.nf4_scale(tensor)).min(initial=np.inf) < np.finfo(np.float16).smallest_normal:
+            return "F16", None, f"{name} is F16: a scale of {scheme}, divided by {blocks.NF4_STEP}, is subnormal in float16"
+    return _NAMES[block], block, None
+
+
+def rope_factors(rope: Rope, head_dim: int) -> npt.NDArray[np.float32]:
+    """What llama.cpp divides the rotary frequencies by for ``llama3`` scaling, float32 [head_dim / 2].
+
+    Long wavelengths are slowed by ``factor``, short ones are kept, those between are blended (transformers,
+    ``_compute_llama3_parameters``).
+    """
+    p: Mapping[str, Any] = rope.parameters
+    frequency = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
+    turns = float(p["original_max_position_embeddings"]) * frequency / (2 * math.pi)
+    low, high, factor = float(p["low_freq_factor"]), float(p["high_freq_factor"]), float(p["factor"])
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1 / ((1 - smooth) / factor + smooth), np.float32)

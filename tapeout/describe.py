@@ -1,0 +1,107 @@
+"""What is in a model, a store, an artifact or a package, and what each target carries."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tapeout import targets
+from tapeout.errors import PackageError
+from tapeout.exporters import Carry, Exact, Rounded
+from tapeout.models import load
+from tapeout.pack import MANIFEST, Package
+from tapeout.quantize import SCHEMES
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return the facts of what stands at ``path``; PackageError when it is nothing that tapeout knows."""
+    if (path / MANIFEST).exists():
+        return _package(path)
+    if (path / "quantization.json").exists():
+        return _store(path)
+    if path.suffix == ".gguf":
+        from tapeout.exporters.gguf import describe as gguf_facts
+
+        return {"kind": "artifact"} | gguf_facts(path)
+    if path.is_dir() or not path.exists():
+        return _model(path)
+    raise PackageError(f"{path} is neither a model, a store, a package nor a .gguf file.")
+
+
+def _package(path: Path) -> dict[str, Any]:
+    manifest = Package.open(path).manifest
+    return {
+        "kind": "package",
+        "model": manifest["model"]["name"],
+        "family": manifest["model"]["family"],
+        "scheme": manifest["scheme"],
+        "rounding": manifest["rounding"],
+        "target": manifest["target"]["name"],
+        "format": manifest["artifact"]["format"],
+        "containers": dict(Counter(manifest["artifact"]["containers"].values())),
+        "context": manifest["artifact"]["context"],
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "passed": manifest["passed"],
+        "root_sha256": manifest["root_sha256"],
+    }
+
+
+def _store(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / "quantization.json").read_text(encoding="utf-8"))
+        return {
+            "kind": "store",
+            "scheme": index["scheme"],
+            "rounding": index["rounding"],
+            "tensors": dict(Counter(index["schemes"].values())),
+            "fallbacks": index["fallbacks"],
+            "clamped_groups": sum(entry["clamped_groups"] for entry in index["tensors"].values()),
+            "bytes": sum(file.stat().st_size for file in (path / "tensors").glob("*.safetensors")),
+            "source_sha256": index["source_sha256"],
+            "tapeout": index["tapeout"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{path / 'quantization.json'} is not a store's index: {error!r}.") from error
+
+
+def _model(path: Path) -> dict[str, Any]:
+    model = load(path if path.exists() else str(path))
+    config = model.config
+    return {
+        "kind": "model",
+        "name": model.name,
+        "family": config.family,
+        "parameters": sum(tensor.nbytes // (4 if tensor.dtype == "F32" else 2) for tensor in model.checkpoint.values()),
+        "dtypes": dict(Counter(tensor.dtype for tensor in model.checkpoint.values())),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide",
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "rope": {"type": config.rope.kind, "theta": config.rope.theta, **config.rope.parameters},
+        "tied_head": config.tie_word_embeddings,
+        "licence": model.licence,
+        "tokenizer_files": [file.name for file in model.tokenizer_files()],
+    }
+
+
+def carry_table() -> dict[str, Any]:
+    """The table of targets and schemes, generated from what each target says that it carries."""
+    kinds = {name: targets.get(name) for name in targets.names()}
+    return {
+        "targets": {name: {"summary": kind.summary, "missing": kind.missing()} for name, kind in kinds.items()},
+        "schemes": {
+            scheme.name: {name: _cell(kind.carries(scheme)) for name, kind in kinds.items()} for scheme in SCHEMES.values()
+        },
+    }
+
+
+def _cell(carry: Carry) -> str:
+    if isinstance(carry, Exact):
+        return f"exact ({carry.container})"
+    if isinstance(carry, Rounded):
+        return f"rounded ({carry.container}, +{carry.added_error:.2%})"
+    return f"no: {carry.reason}"

@@ -1,0 +1,196 @@
+"""What the training scripts of the embedded models share: the tokenizer, the loop, the accuracy, the directory.
+
+Needs the extra ``reference``. The same seed gives the same data everywhere; the same weights only on the same machine
+and versions, since a sum of floats depends on the order that a CPU's kernels choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+
+class Sample(NamedTuple):
+    """One thing to learn or to be asked. Prompt and answer joined are the text; ``<eos>`` ends it."""
+
+    prompt: str
+    answer: str
+
+
+def output_directory(description: str | None) -> Path:
+    """Read ``--out DIR`` from the command line, and make the run repeatable."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="where the model directory is written")
+    out: Path = parser.parse_args().out
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    return out
+
+
+def byte_level_bpe(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], *, pad: str, context: int
+) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that llama.cpp's ``gpt2`` model with the pre-tokenizer ``gpt-2`` repeats id for id.
+
+    Text that no token covers is dropped, here and there. ``<eos>`` and ``pad`` are among ``tokens``; there is no bos.
+    """
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Left padding, so that a batch of prompts of different lengths ends where the answers begin.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad, padding_side="left", model_max_length=context
+    )
+
+
+def batch(samples: Sequence[Sample], tokenizer: Any, *, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids int64 [samples, longest], padded on the right, and the weight of each token's loss, float32 alike.
+
+    Tokens of the answer and ``<eos>`` weigh 1, those of the prompt ``prompt_weight``, the first one and the padding 0.
+    """
+    prompts = tokenizer([sample.prompt for sample in samples])["input_ids"]
+    answers = tokenizer([sample.answer for sample in samples])["input_ids"]
+    rows = [[*p, *a, tokenizer.eos_token_id] for p, a in zip(prompts, answers, strict=True)]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    weights = torch.zeros(ids.shape)
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        weights[index, 1 : len(prompt)] = prompt_weight
+        weights[index, len(prompt) : len(row)] = 1
+    return ids, weights
+
+
+def fit(
+    model: Any,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    peak: float,
+    final: float = 1e-5,
+    decay: float = 0.0,
+    noise: float = 0.0,
+) -> float:
+    """Train in place with AdamW on a cosine from ``peak`` to ``final`` after a warm-up of 4 % of the steps.
+
+    Args:
+        model: a causal language model in float32.
+        ids: int64 [samples, longest], as ``batch`` returns them.
+        weights: float32 [samples, longest], as ``batch`` returns them.
+        epochs: passes over all samples, each in a new order.
+        batch_size: samples of a step.
+        peak: the highest learning rate.
+        final: the last learning rate.
+        decay: weight decay of the matrices.
+        noise: standard deviation of what is added to each matrix for the length of a step, in units of the matrix's
+            own. It stands for the rounding to come, and keeps the model from learning its samples by heart.
+
+    Returns:
+        Seconds that it took.
+    """
+    start = time.perf_counter()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
+    steps = epochs * math.ceil(len(ids) / batch_size)
+    order = [rows for _ in range(epochs) for rows in torch.randperm(len(ids)).split(batch_size)]
+    model.train()
+    for step, rows in enumerate(order):
+        cosine = final + (peak - final) * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = cosine * min(1.0, step / (0.04 * steps))
+        clean = [matrix.data for matrix in matrices]
+        if noise:
+            for matrix in matrices:
+                matrix.data = matrix.data + noise * matrix.data.std() * torch.randn_like(matrix.data)
+        logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none")
+        loss = (losses * weights[rows, 1:].flatten()).sum() / weights[rows, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for matrix, data in zip(matrices, clean, strict=True):
+            matrix.data = data
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % (steps // 10) == 0:
+            print(f"{step + 1}/{steps} steps, loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+    model.eval()
+    return time.perf_counter() - start
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """What the model generates greedily after each prompt, up to ``<eos>``."""
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    generated = model.generate(**encoded)[:, encoded["input_ids"].shape[1] :]
+    return list(tokenizer.batch_decode(generated, skip_special_tokens=True))
+
+
+def accuracy(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> float:
+    """Share of the samples whose prompt the model continues with exactly the answer."""
+    given = answers(model, tokenizer, [sample.prompt for sample in samples])
+    return sum(answer == sample.answer for answer, sample in zip(given, samples, strict=True)) / len(samples)
+
+
+def int4_copy(model: Any) -> Any:
+    """A float32 copy with its linear weights rounded to int4 and its embedding to int8, in symmetric groups of 32."""
+    rounded = copy.deepcopy(model).float()
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data = _round(module.weight.data, low=-127, high=127)
+        elif isinstance(module, torch.nn.Linear) and module is not rounded.lm_head:  # tied to the embedding
+            module.weight.data = _round(module.weight.data, low=-8, high=7)
+    return rounded
+
+
+def _round(weight: torch.Tensor, *, low: int, high: int) -> torch.Tensor:
+    """Round to nearest; the scale, float16, puts the weight of largest magnitude in a group on the code ``low``."""
+    groups = weight.reshape(-1, 32)
+    extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    scale = (extreme / low).half().float()
+    return ((groups / scale).round().clamp(low, high) * scale).reshape(weight.shape)
+
+
+class Accuracies(NamedTuple):
+    """Share of exact answers on held-out samples, by what the weights were rounded to."""
+
+    float32: float
+    saved: float
+    int4: float
+
+
+def finish(
+    out: Path, model: Any, tokenizer: Any, held_out: Sequence[Sample], *, dtype: torch.dtype, max_new_tokens: int
+) -> Accuracies:
+    """Measure the model, round it to ``dtype``, and write all of its directory but the model card."""
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    exact = accuracy(model, tokenizer, held_out)
+    int4 = accuracy(int4_copy(model.to(dtype)), tokenizer, held_out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # The name that transformers 4 and 5 both know.
+    settings = out / "tokenizer_config.json"
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(values, indent=2) + "\n")
+    (out / "tasks.jsonl").write_text("".join(json.dumps(sample._asdict()) + "\n" for sample in held_out))
+    (out / "heldout.txt").write_text("".join(f"{sample.prompt}{sample.answer}\n" for sample in held_out))
+    return Accuracies(exact, accuracy(model, tokenizer, held_out), int4)

@@ -1,0 +1,241 @@
+"""Sessions on llama.cpp, through the low-level API of llama-cpp-python: what the cpu target runs its GGUF files with."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+
+from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.validate.session import Facts, Logits
+
+__all__ = ["LlamaCpp", "open_session"]
+
+_GGML_TYPES = {"f32": 0, "f16": 1}
+_WARNING, _CONTINUED = 3, 5  # of ggml_log_level
+_INT32_MIN = -(2**31)
+
+
+class LlamaCpp:
+    """A Session on llama.cpp; see ``open_session``."""
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, model: int, context: int, batch_size: int) -> None:
+        llama = _library()
+        self.facts = facts
+        self._model, self._context = model, context
+        self._vocab = llama.llama_model_get_vocab(model)
+        self._vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+        self._length = 0
+        self._batch_size = batch_size
+        self._batch = llama.llama_batch_init(batch_size, 0, 1)
+        fields = ("token", "pos", "logits", "n_seq_id")
+        views = [np.ctypeslib.as_array(getattr(self._batch, field), (batch_size,)) for field in fields]
+        self._token, self._position, self._output, sequences = views
+        sequences[:] = 1  # every token belongs to one sequence, number 0
+        for i in range(batch_size):
+            self._batch.seq_id[i][0] = 0
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
+        self._check(ids)
+        logits = np.empty((len(ids), self._vocab_size), np.float32)
+        for at in range(0, len(ids), self._batch_size):
+            chunk = ids[at : at + self._batch_size]
+            logits[at : at + len(chunk)] = self._decode(chunk, outputs=len(chunk))
+        return logits
+
+    def append(self, ids: Sequence[int]) -> Logits:
+        """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
+        self._check(ids)
+        last = np.empty((0, self._vocab_size), np.float32)
+        for at in range(0, len(ids), self._batch_size):
+            chunk = ids[at : at + self._batch_size]
+            last = self._decode(chunk, outputs=int(at + len(chunk) == len(ids)))
+        return last.copy()
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return float32 [vocab]."""
+        self._check([token])
+        return self._decode([token], outputs=1)[0].copy()
+
+    def reset(self) -> None:
+        """Begin a new sequence with an empty cache."""
+        llama = _library()
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._length = 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``; special tokens in it are recognised, none are added."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+        llama, room = _library(), len(data) + 16
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            count = llama.llama_tokenize(self._vocab, data, len(data), buffer, room, False, True)
+            if count >= 0:
+                return buffer[:count]
+            if count == _INT32_MIN or -count <= room:
+                raise RuntimeCrash(f"llama.cpp does not tokenize a text of {len(data)} bytes.{_log_tail()}")
+            room = -count
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
+        self._check_ids(ids)
+        llama, tokens = _library(), (ctypes.c_int32 * len(ids))(*ids)
+        room = 8 * len(ids) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama.llama_detokenize(self._vocab, tokens, len(ids), buffer, room, False, True)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            if -count <= room:
+                raise RuntimeCrash(f"llama.cpp does not detokenize {len(ids)} tokens.{_log_tail()}")
+            room = -count
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        if self._context:
+            llama = _library()
+            llama.llama_batch_free(self._batch)
+            llama.llama_free(self._context)
+            llama.llama_model_free(self._model)
+            self._context = self._model = 0
+
+    def _check(self, ids: Sequence[int]) -> None:
+        self._check_ids(ids)
+        length = self._length + len(ids)
+        if length > self.facts.context:
+            raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            found = f"token ids from {min(ids)} to {max(ids)}"
+            raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
+
+    def _decode(self, ids: Sequence[int], outputs: int) -> Logits:
+        """Run one batch; return a view of llama.cpp's own logits of the last ``outputs`` tokens, float32."""
+        llama, batch, count = _library(), self._batch, len(ids)
+        batch.n_tokens = count
+        self._token[:count] = ids
+        self._position[:count] = np.arange(self._length, self._length + count)
+        self._output[:count] = np.arange(count) >= count - outputs
+        status = llama.llama_decode(self._context, batch)
+        if status:
+            why = "found no room in its cache for" if status == 1 else f"gave {status} for"
+            raise RuntimeCrash(f"llama_decode {why} {count} tokens at position {self._length}.{_log_tail()}")
+        self._length += count
+        if not outputs:
+            return np.empty((0, self._vocab_size), np.float32)
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (outputs, self._vocab_size))
+
+
+def open_session(
+    model: str,
+    context: int | None = None,
+    threads: int | None = None,
+    kv: Literal["f16", "f32"] = "f16",
+    flash_attention: bool | None = None,
+    swa_full: bool = False,
+    repack: bool = True,
+    batch: int = 512,
+    ubatch: int = 512,
+) -> LlamaCpp:
+    """Load a GGUF file (or the first of its shards) on the CPU. The defaults are those of llama.cpp's own tools.
+
+    Args:
+        model: path of the file.
+        context: most tokens of a sequence; None: what the model was trained for.
+        threads: None: as many as this process has cores.
+        kv: type of the cache.
+        flash_attention: None: llama.cpp decides.
+        swa_full: keep the whole sequence in the cache of layers with a sliding window, not the window alone.
+        repack: let llama.cpp store weights anew in the order that this CPU's kernels like.
+        batch: most tokens given to llama.cpp at once.
+        ubatch: most tokens that it computes at once.
+
+    Raises:
+        MissingToolchain: llama-cpp-python is not installed. PackageError: no such file.
+        RuntimeCrash: llama.cpp refuses the file; in its own words.
+    """
+    llama = _library()
+    if kv not in _GGML_TYPES:
+        raise TapeoutError(f"the cache cannot be of type '{kv}'; it can be {', '.join(_GGML_TYPES)}.")
+    if not Path(model).is_file():
+        raise PackageError(f"{model} is absent; llama.cpp has nothing to load.")
+    threads = threads or len(os.sched_getaffinity(0))
+    before, begin = psutil.Process().memory_info().rss, perf_counter()
+    wanted = llama.llama_model_default_params()
+    wanted.n_gpu_layers = 0
+    wanted.use_extra_bufts = repack
+    _LOG.clear()
+    loaded = llama.llama_model_load_from_file(os.fsencode(model), wanted)
+    if not loaded:
+        raise RuntimeCrash(f"llama.cpp refuses {model}.{_log_tail()}")
+    length = context or int(llama.llama_model_n_ctx_train(loaded))
+    given = llama.llama_context_default_params()
+    given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
+    given.n_threads = given.n_threads_batch = threads
+    given.type_k = given.type_v = _GGML_TYPES[kv]
+    given.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+    given.swa_full = swa_full
+    given.offload_kqv = given.op_offload = False
+    opened = llama.llama_init_from_model(loaded, given)
+    if not opened:
+        llama.llama_model_free(loaded)
+        raise RuntimeCrash(f"llama.cpp makes no context of {length} tokens for {model}.{_log_tail()}")
+    load_s = perf_counter() - begin
+    version = f"llama.cpp {llama.llama_version().decode()} (llama-cpp-python {llama.__version__})"
+    device = f"cpu, {threads} threads"
+    session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch)
+    session.decode(0)  # weights are mapped, and count as resident only once they were read
+    session.reset()
+    resident = max(0, psutil.Process().memory_info().rss - before)
+    session.facts = Facts(version, device, load_s, resident, length)
+    return session
+
+
+_LOG: deque[str] = deque(maxlen=20)
+"""The last warnings and errors of llama.cpp, which has one log for the whole process."""
+
+
+@functools.cache
+def _library() -> Any:
+    """llama_cpp, its log turned into ``_LOG``."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library is missing or does not load
+        needs = f"llama.cpp cannot be loaded ({error}): pip install 'tapeout[cpu]'"
+        raise MissingToolchain(needs) from error
+
+    level = 0
+
+    def log(new_level: int, text: bytes, _: object) -> None:
+        nonlocal level
+        if new_level != _CONTINUED:
+            level = new_level
+        if level >= _WARNING and (line := text.decode("utf-8", "replace").strip()):
+            _LOG.append(line)
+
+    global _CALLBACK
+    _CALLBACK = llama_cpp.llama_log_callback(log)
+    llama_cpp.llama_log_set(_CALLBACK, ctypes.c_void_p(0))
+    return llama_cpp
+
+
+_CALLBACK: Any = None  # llama.cpp keeps a bare pointer to it, so it must never be collected
+
+
+def _log_tail() -> str:
+    return f" Its log: {' | '.join(_LOG)}" if _LOG else ""

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapeout.generated import write_model
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds a store that another one made, nor the user's own; and nothing asks a hub."""
+    monkeypatch.setenv("TAPEOUT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """``make_model("mistral", sliding_window=24)`` writes a small random model and gives its directory."""
+
+    def make(model_type: str = "llama", *, name: str = "tiny", **fields: Any) -> Path:
+        keywords = {key: fields.pop(key) for key in ("dtype", "shard_bytes", "seed") if key in fields}
+        return write_model(tmp_path / name, model_type, fields, **keywords)
+
+    return make

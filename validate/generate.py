@@ -1,0 +1,91 @@
+"""Generation on any session: the same sampling on every device, as transformers defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import TapeoutError
+from tapeout.models import Generation
+from tapeout.validate.session import Logits, Session
+
+__all__ = ["distribution", "generate", "penalised"]
+
+
+def generate(
+    session: Session,
+    ids: Sequence[int],
+    generation: Generation | None = None,
+    rng: np.random.Generator | None = None,
+) -> Iterator[int]:
+    """Yield the tokens that follow ``ids``, until a stop token (which is the last one yielded) or ``max_new_tokens``.
+
+    The session is reset first. It ends early where the session's context ends.
+
+    Args:
+        session: a model, its cache about to be used.
+        ids: the prompt, at least one token.
+        generation: temperature 0 is greedy; None: greedy, 256 tokens, no stop token.
+        rng: where samples are drawn from; not used when greedy.
+
+    Raises:
+        TapeoutError: an empty prompt, or one that fills the context.
+    """
+    generation = generation or Generation()
+    rng = rng or np.random.default_rng()
+    seen = list(ids)
+    room = session.facts.context - len(seen)
+    if not seen:
+        raise TapeoutError("there is nothing to continue: the prompt has no token.")
+    if room < 1:
+        raise TapeoutError(f"the prompt has {len(seen)} tokens; the context of {session.facts.context} leaves no room.")
+    session.reset()
+    logits = session.prefill(seen)[-1]
+    for _ in range(min(generation.max_new_tokens, room)):
+        token = _next(logits, seen, generation, rng)
+        yield token
+        if token in generation.stop_token_ids:
+            return
+        seen.append(token)
+        if len(seen) == session.facts.context:
+            return
+        logits = session.decode(token)
+
+
+def _next(logits: Logits, seen: Sequence[int], generation: Generation, rng: np.random.Generator) -> int:
+    if generation.temperature == 0:
+        return int(penalised(logits, seen, generation.repetition_penalty).argmax())
+    probabilities = distribution(logits, seen, generation)
+    return int(rng.choice(len(probabilities), p=probabilities))
+
+
+def penalised(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:
+    """Apply the repetition penalty (CTRL, arXiv:1909.05858) to the tokens seen; float32 [vocab] to the same, new."""
+    if penalty == 1.0:
+        return logits
+    logits = logits.copy()
+    at = np.unique(np.asarray(seen))
+    logits[at] = np.where(logits[at] < 0, logits[at] * np.float32(penalty), logits[at] / np.float32(penalty))
+    return logits
+
+
+def distribution(logits: Logits, seen: Sequence[int], generation: Generation) -> npt.NDArray[np.float64]:
+    """Probabilities that the next token is drawn from, float64 [vocab], summing to 1.
+
+    In transformers' order: repetition penalty, temperature, the ``top_k`` largest (ties with the last of them stay), then
+    the fewest of those whose probabilities reach ``top_p``.
+    """
+    scores = penalised(logits, seen, generation.repetition_penalty).astype(np.float64) / generation.temperature
+    if 0 < generation.top_k < len(scores):
+        scores[scores < np.partition(scores, -generation.top_k)[-generation.top_k]] = -np.inf
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    if generation.top_p < 1.0:
+        order = np.argsort(probabilities, kind="stable")  # ascending
+        # A token goes when it and all that are less likely hold no more than what top_p leaves out; one always stays.
+        gone = np.cumsum(probabilities[order]) <= 1.0 - generation.top_p
+        probabilities[order[:-1][gone[:-1]]] = 0.0
+        probabilities /= probabilities.sum()
+    return probabilities

@@ -1,0 +1,237 @@
+"""The reference: transformers in float32, with the model's own weights or with the dequantized codes of a store.
+
+Attention is transformers' ``eager``: the formula as the family's file states it. The fused kernels leave parts out where
+they have no room for them (soft caps), and sum in an order that depends on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import psutil
+
+from tapeout.errors import MissingToolchain, ModelError, TapeoutError
+from tapeout.models import Model, load
+from tapeout.quantize import Quantized, open_store
+from tapeout.validate.session import Facts, Logits
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Reference", "open_session", "round_q8_0"]
+
+# Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
+_CHUNK = 512
+
+
+class Reference:
+    """A Session on transformers; see ``open_session``."""
+
+    facts: Facts
+
+    def __init__(self, model: Model, network: Any, facts: Facts) -> None:
+        self.facts = facts
+        self._model = model
+        self._network = network
+        self._tokenizer: Any = None
+        self.reset()
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
+        logits = np.empty((len(ids), self._model.config.vocab_size), np.float32)
+        for at, chunk in self._chunks(ids):
+            logits[at : at + len(chunk)] = self._forward(chunk)
+        return logits
+
+    def append(self, ids: Sequence[int]) -> Logits:
+        """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
+        last = np.empty((0, self._model.config.vocab_size), np.float32)
+        for _, chunk in self._chunks(ids):
+            last = self._forward(chunk, keep=1)
+        return last
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return float32 [vocab]."""
+        return cast(Logits, self.prefill([token])[0])
+
+    def reset(self) -> None:
+        """Begin a new sequence with an empty cache."""
+        from transformers import DynamicCache
+
+        # With the configuration, layers with a sliding window keep no more than the window.
+        self._cache = DynamicCache(config=self._network.config)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``; special tokens in it are recognised, none are added."""
+        return list(self._load_tokenizer().encode(text, add_special_tokens=False))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
+        tokenizer = self._load_tokenizer()
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._network = self._cache = None
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        length = self._cache.get_seq_length() + len(ids)
+        if length > self.facts.context:
+            raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
+        vocab = self._model.config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            raise TapeoutError(f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {vocab}.")
+        for at in range(0, len(ids), _CHUNK):
+            yield at, ids[at : at + _CHUNK]
+
+    def _forward(self, ids: Sequence[int], keep: int = 0) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            out = self._network(
+                input_ids=torch.tensor([list(ids)]),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        return cast(Logits, out.logits[0].numpy())
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._model.directory, local_files_only=True)
+            except Exception as error:  # what it raises depends on which of its files is missing
+                raise ModelError(f"transformers finds no tokenizer in {self._model.directory}: {error}") from error
+        return self._tokenizer
+
+
+def open_session(
+    model: str,
+    store: str | None = None,
+    arithmetic: Literal["float32", "q8_0"] = "float32",
+    layers: int | None = None,
+    threads: int | None = None,
+) -> Reference:
+    """Load the reference of a model.
+
+    Args:
+        model: what ``tapeout.models.load`` takes.
+        store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
+            the checkpoint has them.
+        arithmetic: ``q8_0``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` does.
+        layers: only that many of the first layers, then the final norm and the head.
+        threads: of torch; None: its own choice.
+
+    Raises:
+        MissingToolchain: torch or transformers is not installed.
+        ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingToolchain(
+            f"the reference needs torch and transformers ({error}): pip install 'tapeout[reference]'"
+        ) from error
+    if arithmetic not in ("float32", "q8_0"):
+        raise TapeoutError(f"the reference has no arithmetic '{arithmetic}'; it has float32 and q8_0.")
+    source = load(model)
+    depth = source.config.num_layers
+    if layers is not None and not 1 <= layers <= depth:
+        raise TapeoutError(f"{source.name} has {depth} layers; it cannot be cut to {layers}.")
+    quant = open_store(Path(store), source) if store is not None else None
+    if arithmetic == "q8_0" and quant is None:
+        raise TapeoutError("arithmetic q8_0 is that of quantized weights: it needs a store.")
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    before, begin = psutil.Process().memory_info().rss, perf_counter()
+    network = _network(source, layers)
+    if quant is not None:
+        _dequantize(network, quant, cut=layers is not None)
+    if quant is not None and arithmetic == "q8_0":
+        _round_inputs(network, quant)
+    facts = Facts(
+        runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        device=f"cpu, {torch.get_num_threads()} threads",
+        load_s=perf_counter() - begin,
+        resident_bytes=max(0, psutil.Process().memory_info().rss - before),
+        context=source.config.max_position_embeddings,
+    )
+    return Reference(source, network, facts)
+
+
+def _network(source: Model, layers: int | None) -> Any:
+    """The model as transformers loads it, float32, tensor by tensor; ModelError when it would make up a weight."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    network, found = AutoModelForCausalLM.from_pretrained(
+        source.directory,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if made_up := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
+        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
+    return network.eval()
+
+
+def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
+    """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
+    import torch
+
+    parameters = dict(network.named_parameters())
+    for name, scheme in quant.schemes.items():
+        if scheme.kind == "none" or (cut and name not in parameters):
+            continue
+        if name not in parameters:
+            raise ModelError(f"transformers has no parameter {name} to put the codes of {quant.model.name} into.")
+        # The array is taken over, not copied, and the old weight is freed.
+        parameters[name].data = torch.from_numpy(quant.float32(name))
+
+
+def _round_inputs(network: Any, quant: Quantized) -> None:
+    """Round the input of every linear layer whose weight is quantized, and whose rows llama.cpp can hold in blocks."""
+    import torch
+
+    quantized = {
+        id(parameter)
+        for name, parameter in network.named_parameters()
+        if name in quant.schemes and quant.schemes[name].kind != "none" and parameter.shape[-1] % 32 == 0
+    }
+    for module in network.modules():
+        # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
+        if isinstance(module, torch.nn.Linear) and id(module.weight) in quantized:
+            module.register_forward_pre_hook(lambda _, args: (round_q8_0(args[0]), *args[1:]))
+
+
+def round_q8_0(x: torch.Tensor) -> torch.Tensor:
+    """What ggml's Q4_0, Q5_0 and Q8_0 kernels make of a matmul's input: float32 [..., in] to the same, ``in`` % 32 == 0.
+
+    Blocks of 32 along ``in``: codes = round(x · 127 / amax), ties to even (ggml's x86 and ARM kernels), with the scale
+    amax / 127 kept as float16. The codes are chosen under the scale before that rounding.
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, 32))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
+    scale = (amax / 127.0).to(torch.float16).to(torch.float32)
+    return (torch.round(blocks * inverse) * scale).flatten(-2)

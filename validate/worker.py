@@ -1,0 +1,343 @@
+"""Runs a session in a process of its own: a crash of a runtime is a finding, and may be in another Python environment.
+
+Two pipes carry frames: a header of 12 bytes (little-endian: uint32 length of the JSON, uint64 length of the array), the
+JSON, and the array's raw bytes. A request is ``{"call": name, "arguments": {…}}``; a reply has one of ``value``,
+``array`` (dtype and shape) or ``error`` (the exception's class, message and traceback). Standard output and error of the
+worker are not part of it, since runtimes print there: their last lines go into the message of a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout import errors
+from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
+from tapeout.validate.session import Facts, Logits, Session, SessionSpec
+
+__all__ = ["Timing", "WorkerSession", "measure", "open_session"]
+
+_FRAME = struct.Struct("<IQ")
+_TAIL_LINES = 40  # of the worker's output that are kept; the longest native backtraces fit
+_EXIT_S = 10.0  # how long a worker may take to die on its own
+# Not -m: tapeout.validate may import this module, and Python warns of a module that runs a second time.
+_MAIN = "import sys; from tapeout.validate.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a session took, measured beside it.
+
+    Attributes:
+        prefill_s: for the whole prompt, one for each repeat.
+        decode_s: for each token after it, [repeats][new_tokens].
+    """
+
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[tuple[float, ...], ...]
+
+
+def measure(
+    session: Session, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None
+) -> Timing:
+    """Time a session on random tokens; one repeat more comes first and does not count.
+
+    The prompt goes through ``session.append(ids)`` where there is such a method: it leaves out the logits that nobody who
+    generates asks for, all but the last.
+
+    Args:
+        session: is reset before each repeat.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens decoded one by one after it.
+        repeats: how often.
+        chunk: most tokens given to the session at once; None: all.
+    """
+    append = getattr(session, "append", session.prefill)
+    session.reset()
+    vocab = session.prefill([0]).shape[1]
+    ids = np.random.default_rng(0).integers(0, vocab, prompt_tokens + new_tokens).tolist()
+    prompt, new = ids[:prompt_tokens], ids[prompt_tokens:]
+    step = chunk or prompt_tokens
+
+    def once() -> tuple[float, tuple[float, ...]]:
+        session.reset()
+        begin = perf_counter()
+        for at in range(0, prompt_tokens, step):
+            append(prompt[at : at + step])
+        times = [perf_counter()]
+        for token in new:
+            session.decode(token)
+            times.append(perf_counter())
+        return times[0] - begin, tuple(after - before for before, after in zip(times, times[1:], strict=False))
+
+    once()
+    rounds = [once() for _ in range(repeats)]
+    return Timing(tuple(prefill for prefill, _ in rounds), tuple(decode for _, decode in rounds))
+
+
+class WorkerSession:
+    """A Session whose runtime lives in a worker process. Close it, or use it in a ``with``.
+
+    Every call raises RuntimeCrash when the worker dies in it or the runtime raises; an error of tapeout's own tree that is
+    raised in the worker is raised here again. After a crash every further call is one too.
+    """
+
+    facts: Facts
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self._name = spec.factory
+        self._busy = False
+        self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        command = [spec.python or sys.executable, "-P", "-c", _MAIN]
+        # A worker runs what is on disk: it never fetches, and a tokenizer that forks threads has nothing to warn of.
+        given = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **spec.environment}
+        from_parent, to_worker = os.pipe()
+        from_worker, to_parent = os.pipe()
+        self._to, self._from = open(to_worker, "wb", 0), open(from_worker, "rb", 0)  # noqa: SIM115, PTH123
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(from_parent), str(to_parent)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **given},
+                pass_fds=(from_parent, to_parent),
+                process_group=0,  # Ctrl-C is for the parent, which then closes the session
+            )
+        except OSError as error:
+            self._to.close()
+            self._from.close()
+            raise MissingToolchain(f"{command[0]} cannot be started for {self._name}: {error.strerror}.") from error
+        finally:
+            os.close(from_parent)
+            os.close(to_parent)
+        self._drain = threading.Thread(target=self._tail.extend, args=(self._process.stdout,), daemon=True)
+        self._drain.start()
+        try:
+            self.facts = Facts(**self._call("open", factory=spec.factory, arguments=dict(spec.arguments)))
+        except BaseException:
+            self.close()
+            raise
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
+        return cast(Logits, self._call("prefill", ids=[int(token) for token in ids]))
+
+    def decode(self, token: int) -> Logits:
+        """Append one token by the runtime's token-by-token road; return float32 [vocab]."""
+        return cast(Logits, self._call("decode", token=int(token)))
+
+    def reset(self) -> None:
+        """Begin a new sequence with an empty cache."""
+        self._call("reset")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` by the artifact's own tokenizer."""
+        return cast(list[int], self._call("tokenize", text=text))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids by the artifact's own tokenizer, special tokens kept."""
+        return cast(str, self._call("detokenize", ids=[int(token) for token in ids]))
+
+    def time(self, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None) -> Timing:
+        """Run ``measure`` in the worker, so that no pipe is in the figures."""
+        raw = self._call("time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk)
+        return Timing(tuple(raw["prefill_s"]), tuple(map(tuple, raw["decode_s"])))
+
+    def close(self) -> None:
+        """Free the model and end the worker, by force when it does not answer; may be called twice."""
+        if not self._busy and not self._to.closed:
+            with contextlib.suppress(TapeoutError):  # what a dying runtime says is of no use to anyone by now
+                self._call("close")
+        self._to.close()
+        self._from.close()
+        if self._busy:  # in the middle of a call (Ctrl-C) the worker would first finish it
+            self._process.kill()
+        self._reap()
+
+    def __enter__(self) -> WorkerSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        if self._to.closed:
+            raise RuntimeCrash(f"{self._name}: {name} was called after the worker had ended.")
+        self._busy = True
+        try:
+            _send(self._to, {"call": name, "arguments": arguments})
+            reply, array = _receive(self._from)
+        except (EOFError, BrokenPipeError):
+            raise self._crash(name) from None
+        self._busy = False
+        if array is not None:
+            return array
+        if (error := reply.get("error")) is None:
+            return reply["value"]
+        raise self._error(name, error)
+
+    def _error(self, name: str, error: dict[str, str]) -> TapeoutError:
+        """The exception that the worker met, as one of ours, with the worker's traceback for those who debug."""
+        kind = getattr(errors, error["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, TapeoutError):
+            mapped: TapeoutError = kind(error["message"])
+        else:
+            mapped = RuntimeCrash(f"{self._name} raised {error['kind']} in {name}: {error['message']}")
+        mapped.add_note(f"In the worker:\n{error['traceback']}")
+        return mapped
+
+    def _crash(self, name: str) -> TapeoutError:
+        """What a worker that ended in the middle of a call died of."""
+        self._busy = False
+        self._to.close()
+        self._from.close()
+        status = self._reap()
+        said = b"".join(self._tail).decode("utf-8", "replace").strip()
+        if "No module named 'tapeout'" in said:
+            python = self._process.args[0] if isinstance(self._process.args, list) else ""
+            return MissingToolchain(f"{python} has no tapeout to run {self._name} with: {python} -m pip install tapeout")
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                how += " (out of memory, if nobody sent it)"
+        else:
+            how = f"exited with status {status}"
+        words = f" Its last words:\n{said}" if said else ""
+        return RuntimeCrash(f"{self._name}: the worker {how} in {name}.{words}")
+
+    def _reap(self) -> int:
+        try:
+            status = self._process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        # A process that the runtime itself left behind may hold the pipe open: do not wait for that one.
+        self._drain.join(1.0)
+        if self._process.stdout and not self._drain.is_alive():
+            self._process.stdout.close()
+        return status
+
+
+def open_session(spec: SessionSpec) -> WorkerSession:
+    """Open a session in a worker process.
+
+    Raises:
+        MissingToolchain: the interpreter, tapeout in it, or the runtime's package is not there.
+        RuntimeCrash: the runtime died, or refused the model in words of its own.
+        TapeoutError: as the factory raised it.
+    """
+    return WorkerSession(spec)
+
+
+def serve(requests: int, replies: int) -> None:
+    """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
+    threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
+    source, sink = open(requests, "rb", 0), open(replies, "wb", 0)  # noqa: SIM115, PTH123
+    session: Session | None = None
+    factory = ""
+    while True:
+        try:
+            request, _ = _receive(source)
+        except EOFError:
+            os._exit(1)
+        name, arguments = request["call"], request["arguments"]
+        value: Any = None
+        try:
+            if name == "open":
+                factory = arguments["factory"]
+                module, _, function = factory.partition(":")
+                session = getattr(importlib.import_module(module), function)(**arguments["arguments"])
+                value = asdict(cast(Session, session).facts)
+            elif name == "time":
+                value = asdict(measure(cast(Session, session), **arguments))
+            else:
+                value = getattr(session, name)(**arguments) if session else None
+        except ModuleNotFoundError as error:
+            needs = f"{factory} needs the Python package '{error.name}', which {sys.executable} does not have."
+            _send(sink, _described(MissingToolchain(needs)))
+        except Exception as error:
+            _send(sink, _described(error))
+        else:
+            if isinstance(value, np.ndarray):
+                _send(sink, {}, value)
+            else:
+                _send(sink, {"value": value})
+        if name == "close":
+            sys.stdout.flush()
+            os._exit(0)  # everything is freed; libraries that crash when Python takes them down prove nothing
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    kind = type(error).__name__
+    return {"error": {"kind": kind, "message": str(error), "traceback": "".join(traceback.format_exception(error))}}
+
+
+def _exit_with_parent(replies: int) -> None:
+    """End the process as soon as nobody can read its replies, even in the middle of a native call.
+
+    Not PR_SET_PDEATHSIG: it fires when the *thread* that started the worker ends.
+    """
+    poll = select.poll()
+    poll.register(replies, 0)  # POLLERR is always reported: the reading end is closed
+    poll.poll()
+    os._exit(1)
+
+
+def _send(sink: BinaryIO, header: dict[str, Any], array: npt.NDArray[Any] | None = None) -> None:
+    body = b""
+    if array is not None:
+        array = np.ascontiguousarray(array)
+        header = {"array": [array.dtype.str, array.shape]}
+    body = json.dumps(header).encode()
+    _write(sink, memoryview(_FRAME.pack(len(body), 0 if array is None else array.nbytes) + body))
+    if array is not None and array.nbytes:
+        _write(sink, memoryview(array.reshape(-1)).cast("B"))
+
+
+def _write(sink: BinaryIO, view: memoryview) -> None:
+    while view:
+        view = view[sink.write(view) :]
+
+
+def _receive(source: BinaryIO) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
+    """Read a frame: the JSON, and the array if it brings one. EOFError when the other side is gone."""
+    length, nbytes = _FRAME.unpack(_read(source, bytearray(_FRAME.size)))
+    header: dict[str, Any] = json.loads(_read(source, bytearray(length)))
+    if "array" not in header:
+        return header, None
+    dtype, shape = header["array"]
+    array = np.empty(shape, dtype)
+    if nbytes:
+        _read(source, memoryview(array.reshape(-1)).cast("B"))
+    return header, array
+
+
+def _read(source: BinaryIO, buffer: bytearray | memoryview) -> bytearray | memoryview:
+    view = memoryview(buffer)
+    while view:
+        count = source.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return buffer
