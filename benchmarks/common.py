@@ -66,20 +66,41 @@ def read_into_page_cache(directory: Path) -> None:
 
 def peer() -> Path:
     """llama.cpp's own sources as llama-cpp-python's sdist carries them, with llama-quantize built; made once."""
-    pinned = re.search(r"^llama[-_]cpp[-_]python==(\S+)", (_HERE.parent / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = re.search(
+        r"^llama[-_]cpp[-_]python==(\S+)", (_HERE.parent / "constraints.txt").read_text(), re.MULTILINE
+    )
     assert pinned
     place = cache_directory() / "peer" / pinned[1]
     source = place / f"llama_cpp_python-{pinned[1]}" / "vendor" / "llama.cpp"
     if not source.exists():
         place.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--no-binary", ":all:", "-d", str(place)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "-q",
+            "download",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "-d",
+            str(place),
+        ]
         subprocess.run([*pip, f"llama-cpp-python=={pinned[1]}"], check=True)
         with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
             archive.extractall(place, filter="data")
     build = place / "build"
     if not (build / "bin" / "llama-quantize").exists():
         off = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
-        configure = ["cmake", "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", *off, str(source)]
+        configure = [
+            "cmake",
+            "-B",
+            str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DLLAMA_CURL=OFF",
+            *off,
+            str(source),
+        ]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         command = ["cmake", "--build", str(build), "-j2", "--target", "llama-quantize"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -105,7 +126,7 @@ def quantize_by_peer(source: Path, out: Path, kind: str) -> Ran:
 
 
 def export_by_us(model: Path, out: Path, scheme: str, cache: Path) -> Ran:
-    """load → quantize → export in a fresh process with an empty store."""
+    """Load → quantize → export in a fresh process with an empty store."""
     code = (
         "import sys; from pathlib import Path; from tapeout import load, quantize, target\n"
         "quant = quantize(load(sys.argv[1]), sys.argv[2])\n"

@@ -31,7 +31,8 @@ def main() -> None:
         export = common.export_by_us(model, scratch / "ours", arguments.scheme, scratch / "cache")
         file = next((scratch / "ours").glob("*.gguf"))
         spec = SessionSpec(
-            "tapeout.targets.llama_cpp:open_session", {"model": str(file), "context": 512, "threads": common.cores()}
+            "tapeout.targets.llama_cpp:open_session",
+            {"model": str(file), "context": 512, "threads": common.cores()},
         )
         bytes_per_s = bandwidth()
         with open_session(spec) as session:

@@ -1,6 +1,6 @@
 """Decode and prefill of our GGUF file and of llama.cpp's own, same types and size, same runtime, interleaved.
 
-    python benchmarks/gguf_decode.py [--rounds 7]
+python benchmarks/gguf_decode.py [--rounds 7]
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
         files = {"tapeout": next((scratch / "ours").glob("*.gguf")), "llama.cpp": scratch / "peer.gguf"}
         factory = "tapeout.targets.llama_cpp:open_session"
         sessions = {
-            who: open_session(SessionSpec(factory, {"model": str(file), "context": 512, "threads": common.cores()}))
+            who: open_session(
+                SessionSpec(factory, {"model": str(file), "context": 512, "threads": common.cores()})
+            )
             for who, file in files.items()
         }
         prefill: dict[str, list[float]] = {who: [] for who in files}

@@ -21,13 +21,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=common.SHAPES, default="1b")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-peer", action="store_true", help="only ours (the peer's 7B takes minutes and 14 GB)")
+    parser.add_argument(
+        "--no-peer", action="store_true", help="only ours (the peer's 7B takes minutes and 14 GB)"
+    )
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
     arguments = parser.parse_args()
     model = common.checkpoint(arguments.shape, arguments.work)
     if not arguments.no_peer:
         common.peer()
-    result: dict[str, object] = {"benchmark": "gguf_export", "shape": arguments.shape, "repeats": arguments.repeats}
+    result: dict[str, object] = {
+        "benchmark": "gguf_export",
+        "shape": arguments.shape,
+        "repeats": arguments.repeats,
+    }
     for scheme, kind in (("int4-g32", "Q4_0"), ("int8", "Q8_0")):
         ours, theirs = [], []
         for _ in range(arguments.repeats):
@@ -62,7 +68,9 @@ def main() -> None:
                 "peer_file_bytes": peer_size,
                 "speedup": round(peer_wall / wall, 2),
             }
-            print(f"{kind}: llama.cpp {peer_wall:.2f} s, {peak / 1e9:.3f} GB peak, {peer_size / 1e6:.1f} MB: {peer_wall / wall:.2f}×")
+            print(
+                f"{kind}: llama.cpp {peer_wall:.2f} s, {peak / 1e9:.3f} GB peak, {peer_size / 1e6:.1f} MB: {peer_wall / wall:.2f}×"
+            )
         result[kind] = entry
     common.report(result)
 

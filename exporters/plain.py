@@ -35,7 +35,9 @@ def write(quant: Quantized, directory: Path) -> Artifact:
                 parts["zero_point"] = tensor.zero_point
         else:
             parts = {"weight": tensor.float32()}
-        save_file({part: np.ascontiguousarray(array) for part, array in parts.items()}, directory / _file(name))
+        save_file(
+            {part: np.ascontiguousarray(array) for part, array in parts.items()}, directory / _file(name)
+        )
     (directory / "config.json").write_text(json.dumps(dict(quant.model.raw_config), indent=1, sort_keys=True))
     for file in quant.model.tokenizer_files():
         shutil.copyfile(file, directory / file.name)
@@ -48,7 +50,9 @@ def write(quant: Quantized, directory: Path) -> Artifact:
     )
 
 
-def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+def read_codes(
+    artifact: Artifact, quant: Quantized
+) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
     """Read every tensor back with the safetensors library; PackageError names a file that is not whole."""
     for name in quant:
         path = artifact.directory / _file(name)

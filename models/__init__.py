@@ -126,7 +126,9 @@ def load(source: str | Path) -> Model:
     try:
         config = kind.config(fields)
     except KeyError as error:
-        raise ModelError(f"{directory / 'config.json'} lacks {error.args[0]}, which a {model_type} model needs.") from error
+        raise ModelError(
+            f"{directory / 'config.json'} lacks {error.args[0]}, which a {model_type} model needs."
+        ) from error
     except (TypeError, ValueError) as error:
         raise ModelError(f"{directory / 'config.json'} has a field of the wrong type: {error}.") from error
     if left := fields.left():
@@ -151,7 +153,9 @@ def _check_tensors(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], opti
     found = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected] + wrong
     if found:
         more = f" … and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ModelError(f"the tensors in {checkpoint.directory} do not fit config.json: {'; '.join(found[:5])}{more}.")
+        raise ModelError(
+            f"the tensors in {checkpoint.directory} do not fit config.json: {'; '.join(found[:5])}{more}."
+        )
 
 
 def _locate(source: str | Path) -> Path:
@@ -178,7 +182,9 @@ def _download(hub_id: str) -> Path:
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises from four libraries' trees: all of them mean "not fetched"
+    except (
+        Exception
+    ) as error:  # the hub's client raises from four libraries' trees: all of them mean "not fetched"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"'{hub_id}' is not a directory here and could not be fetched from the hub: {reason} "

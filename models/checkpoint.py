@@ -86,7 +86,9 @@ class Checkpoint(Mapping[str, SourceTensor]):
                 raise ModelError(f"{directory / shard} lacks {_some(missing)}, which {_INDEX} says it holds.")
             twice = sorted(found.keys() & self._tensors.keys())
             if twice:
-                raise ModelError(f"{_some(twice)} is in {shard} and in {self._tensors[twice[0]].file.name}: one expected.")
+                raise ModelError(
+                    f"{_some(twice)} is in {shard} and in {self._tensors[twice[0]].file.name}: one expected."
+                )
             self._tensors |= found
 
     def __getitem__(self, name: str) -> SourceTensor:
@@ -102,7 +104,9 @@ class Checkpoint(Mapping[str, SourceTensor]):
         """Digest of all tensors: of the lines ``name dtype shape digest`` sorted by name, whatever the sharding."""
         names = sorted(self)
         digests = pool.map(lambda name: self[name].sha256(), names)
-        lines = (f"{n} {self[n].dtype} {list(self[n].shape)} {d}\n" for n, d in zip(names, digests, strict=True))
+        lines = (
+            f"{n} {self[n].dtype} {list(self[n].shape)} {d}\n" for n, d in zip(names, digests, strict=True)
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -119,7 +123,9 @@ def _promised(directory: Path) -> dict[str, set[str]]:
             shards.setdefault(str(shard), set()).add(name)
         for shard in shards:
             if not (directory / shard).exists():
-                raise ModelError(f"{index} names the shard {shard} ({len(shards[shard])} tensors), which is missing.")
+                raise ModelError(
+                    f"{index} names the shard {shard} ({len(shards[shard])} tensors), which is missing."
+                )
         return dict(sorted(shards.items()))
     if (directory / _SINGLE).exists():
         return {_SINGLE: set()}
@@ -146,7 +152,9 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         size = f"{path.stat().st_size} bytes" if path.exists() else "absent"
-        raise ModelError(f"{path} ({size}) is not a whole safetensors file: {error}. Fetch the file again.") from error
+        raise ModelError(
+            f"{path} ({size}) is not a whole safetensors file: {error}. Fetch the file again."
+        ) from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -156,7 +164,9 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
         if entry["dtype"] not in _DTYPES:
             raise ModelError(f"{name} in {path} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}.")
         begin, end = entry["data_offsets"]
-        tensors[name] = SourceTensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, end - begin)
+        tensors[name] = SourceTensor(
+            name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, end - begin
+        )
     return tensors, metadata
 
 

@@ -133,15 +133,23 @@ def assign(model: Model, scheme: Scheme, overrides: Mapping[str, str]) -> dict[s
     by_role = {Role.LINEAR: scheme, Role.EMBEDDING: wide, Role.HEAD: wide}
     schemes = {name: by_role.get(spec.role, NONE) for name, spec in model.specs.items()}
     for pattern, wanted in overrides.items():
-        matched = [n for n in schemes if fnmatch.fnmatchcase(n.removesuffix(".weight"), pattern.removesuffix(".weight"))]
+        matched = [
+            n
+            for n in schemes
+            if fnmatch.fnmatchcase(n.removesuffix(".weight"), pattern.removesuffix(".weight"))
+        ]
         if not matched:
             names = [n.removesuffix(".weight") for n in schemes]
             tied = " The head is tied to model.embed_tokens." if model.config.tie_word_embeddings else ""
-            raise RecipeError(f"'{pattern}' matches no tensor of {model.name}{nearest(pattern, names)[:300]}.{tied}")
+            raise RecipeError(
+                f"'{pattern}' matches no tensor of {model.name}{nearest(pattern, names)[:300]}.{tied}"
+            )
         for name in matched:
             chosen = Scheme.parse(wanted)
             if not model.specs[name].role.is_matrix and chosen.kind != "none":
-                raise RecipeError(f"'{pattern}' gives {chosen} to {name}, a {model.specs[name].role}, which stays float.")
+                raise RecipeError(
+                    f"'{pattern}' gives {chosen} to {name}, a {model.specs[name].role}, which stays float."
+                )
             schemes[name] = chosen
     for name, chosen in schemes.items():
         if chosen.kind != "none":
@@ -192,7 +200,9 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
         raw = json.loads(index.read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = raw["tensors"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackageError(f"{directory} is not a whole store: {index.name} cannot be read ({error!r}).") from error
+        raise PackageError(
+            f"{directory} is not a whole store: {index.name} cannot be read ({error!r})."
+        ) from error
     if raw["format_version"] > store.FORMAT_VERSION:
         raise PackageError(
             f"{index} has format_version {raw['format_version']}; this tapeout reads up to {store.FORMAT_VERSION}: upgrade it."
@@ -205,7 +215,9 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
     for name, whole in zip(entries, pool.map(sound, entries) if pool else (), strict=pool is not None):
         if not whole:
             path = store.tensor_path(directory, name)
-            raise PackageError(f"{path} is not what {index} says: it was changed or lost. Delete {directory} and run again.")
+            raise PackageError(
+                f"{path} is not what {index} says: it was changed or lost. Delete {directory} and run again."
+            )
     return Quantized(
         model=model,
         scheme=Scheme.parse(raw["scheme"]),

@@ -130,7 +130,9 @@ def _float16(scale: Floats) -> tuple[npt.NDArray[np.float16], int]:
     return rounded, clamped
 
 
-def _nearest_integer(grouped: Floats, scale: Floats, zero: Floats | np.float32, bits: int) -> npt.NDArray[np.uint8]:
+def _nearest_integer(
+    grouped: Floats, scale: Floats, zero: Floats | np.float32, bits: int
+) -> npt.NDArray[np.uint8]:
     """``round(weight / scale) + zero``, ties to even, clipped to the codes."""
     steps = grouped / scale[:, :, None]
     np.rint(steps, out=steps)

@@ -127,7 +127,9 @@ def _lay_out(
         offsets[part], begin = begin, end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, {part: 8 + len(text) + offset for part, offset in offsets.items()}
+    return struct.pack("<Q", len(text)) + text, {
+        part: 8 + len(text) + offset for part, offset in offsets.items()
+    }
 
 
 def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:
@@ -145,7 +147,10 @@ def read_tensor(store: Path, name: str, scheme: Scheme, in_features: int) -> Qua
     double = None
     if scheme.double_quant:
         double = DoubleQuant(
-            parts["scale_codes"], parts["scale_block"], np.float32(parts["scale_offset"][0]), parts["scale_codebook"]
+            parts["scale_codes"],
+            parts["scale_block"],
+            np.float32(parts["scale_offset"][0]),
+            parts["scale_codebook"],
         )
     return QuantTensor(
         packed=parts["codes"],

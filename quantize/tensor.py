@@ -99,7 +99,13 @@ class QuantTensor:
         zero_point = None if self.zero_point is None else self.zero_point[index]
         # The parts of a doubly quantized scale run across rows; the scale they mean is what a row keeps.
         return QuantTensor(
-            self.packed[index], self.bits, self.in_features, self.scale[index], self.group, self.codebook, zero_point
+            self.packed[index],
+            self.bits,
+            self.in_features,
+            self.scale[index],
+            self.group,
+            self.codebook,
+            zero_point,
         )
 
     def dequantize(self) -> npt.NDArray[np.float32]:

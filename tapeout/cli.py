@@ -16,6 +16,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tapeout import __version__, targets
 from tapeout.errors import MissingToolchain, OutputError, PackageError, TapeoutError
@@ -86,7 +87,9 @@ def _register_export(kind: type[targets.Target]) -> None:
         stderr.print(f"{place}  root digest {package.manifest['root_sha256']}", soft_wrap=True)
         return 0 if report.passed else 1
 
-    export.__annotations__["options"] = Annotated[kind | None, Parameter(name="*", group=f"{kind.name} flags")]
+    export.__annotations__["options"] = Annotated[
+        kind | None, Parameter(name="*", group=f"{kind.name} flags")
+    ]
     example = f"Example: tapeout export {kind.name} arithmetic --scheme int4-g32 --out build/demo"
     export_app.command(export, name=kind.name, help=f"{kind.summary}\n\n{example}")
 
@@ -168,7 +171,7 @@ def validate(
         report: A directory to write report.json, report.html and report.xml to.
         json: Print the report to stdout.
     """
-    from tapeout.build import revalidate
+    from tapeout.replay import revalidate
 
     with _progress() as progress:
         found = revalidate(
@@ -201,7 +204,7 @@ def bench(
         contexts: Context length to measure at, in tokens. May be given several times.
         json: Print the figures to stdout.
     """
-    from tapeout.build import bench as run
+    from tapeout.replay import bench as run
     from tapeout.validate.report import throughput_table
 
     with _progress() as progress:
@@ -242,8 +245,8 @@ def run(
         seed: Of the sampling.
         json: Print one document with the text and its token ids instead of streaming.
     """
-    from tapeout.build import generate
     from tapeout.pack import Package
+    from tapeout.replay import generate
 
     opened = Package.open(package)
     if not opened.passed:
@@ -257,7 +260,9 @@ def run(
     }
     ids: list[int] = []
     text = ""
-    for token, piece in generate(opened, prompt, chat=chat, seed=seed, **{k: v for k, v in given.items() if v is not None}):
+    for token, piece in generate(
+        opened, prompt, chat=chat, seed=seed, **{k: v for k, v in given.items() if v is not None}
+    ):
         ids.append(token)
         text += piece
         if not json:
@@ -280,7 +285,7 @@ def inspect(path: Path, *, json: Json = False) -> int:
         path: A model directory, a store, a .gguf file or a package.
         json: Print it to stdout.
     """
-    from tapeout.build import describe
+    from tapeout.describe import describe
 
     found = describe(path)
     if json:
@@ -309,10 +314,15 @@ def verify(package: Path, *, json: Json = False) -> int:
     opened = Package.open(package)
     damage = opened.damage()
     if json:
-        _print_json({"package": str(package), "root_sha256": opened.manifest["root_sha256"], "damage": damage})
+        _print_json(
+            {"package": str(package), "root_sha256": opened.manifest["root_sha256"], "damage": damage}
+        )
     if damage:
         raise PackageError(f"{package} is not what its manifest says: {'; '.join(damage[:5])}.")
-    stderr.print(f"{package} is whole: {len(opened.files())} files, root digest {opened.manifest['root_sha256']}", soft_wrap=True)
+    stderr.print(
+        f"{package} is whole: {len(opened.files())} files, root digest {opened.manifest['root_sha256']}",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -325,13 +335,15 @@ def list_targets(*, json: Json = False) -> int:
     Args:
         json: Print the table to stdout.
     """
-    from tapeout.build import carry_table
+    from tapeout.describe import carry_table
 
     rows = carry_table()
     if json:
         _print_json(rows)
         return 0
-    table = Table("scheme", *(name for name in rows["targets"]), title="what each target carries", title_justify="left")
+    table = Table(
+        "scheme", *(name for name in rows["targets"]), title="what each target carries", title_justify="left"
+    )
     for scheme, cells in rows["schemes"].items():
         table.add_row(scheme, *(cells[name] for name in rows["targets"]))
     stderr.print(table)
@@ -396,7 +408,9 @@ def main() -> None:
         status = 2  # cyclopts has printed what is wrong
     except (KeyboardInterrupt, _Terminated) as stop:
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
-        _say(f"stopped by {number.name}; nothing half-written was left. The same command goes on where it stopped.")
+        _say(
+            f"stopped by {number.name}; nothing half-written was left. The same command goes on where it stopped."
+        )
         status = 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -405,10 +419,13 @@ def main() -> None:
         _say(f"the operating system refused: {error}.")
         status = OutputError.status
     except ModuleNotFoundError as error:
-        _say(f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs.")
+        _say(
+            f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs."
+        )
         status = MissingToolchain.status
     sys.exit(status or 0)
 
 
 def _say(message: str) -> None:
-    stderr.print(f"[red]tapeout:[/] {message}", markup=True, soft_wrap=True)
+    # Text, since a message may hold brackets that are no markup.
+    stderr.print(Text.assemble(("tapeout: ", "bold red"), message), soft_wrap=True)

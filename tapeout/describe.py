@@ -73,7 +73,9 @@ def _model(path: Path) -> dict[str, Any]:
         "kind": "model",
         "name": model.name,
         "family": config.family,
-        "parameters": sum(tensor.nbytes // (4 if tensor.dtype == "F32" else 2) for tensor in model.checkpoint.values()),
+        "parameters": sum(
+            tensor.nbytes // (4 if tensor.dtype == "F32" else 2) for tensor in model.checkpoint.values()
+        ),
         "dtypes": dict(Counter(tensor.dtype for tensor in model.checkpoint.values())),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -92,9 +94,12 @@ def carry_table() -> dict[str, Any]:
     """The table of targets and schemes, generated from what each target says that it carries."""
     kinds = {name: targets.get(name) for name in targets.names()}
     return {
-        "targets": {name: {"summary": kind.summary, "missing": kind.missing()} for name, kind in kinds.items()},
+        "targets": {
+            name: {"summary": kind.summary, "missing": kind.missing()} for name, kind in kinds.items()
+        },
         "schemes": {
-            scheme.name: {name: _cell(kind.carries(scheme)) for name, kind in kinds.items()} for scheme in SCHEMES.values()
+            scheme.name: {name: _cell(kind.carries(scheme)) for name, kind in kinds.items()}
+            for scheme in SCHEMES.values()
         },
     }
 

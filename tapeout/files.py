@@ -39,7 +39,9 @@ def writing(path: Path) -> Iterator[None]:
         }
         if error.errno not in reasons:
             raise
-        raise OutputError(f"could not write {path}: {reasons[error.errno]}. Nothing was left behind there.") from error
+        raise OutputError(
+            f"could not write {path}: {reasons[error.errno]}. Nothing was left behind there."
+        ) from error
 
 
 @contextmanager
@@ -55,7 +57,9 @@ def lock(path: Path, *, wait: bool) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(handle)
-        raise OutputError(f"another tapeout process is writing {path}; wait for it, or give another --out.") from None
+        raise OutputError(
+            f"another tapeout process is writing {path}; wait for it, or give another --out."
+        ) from None
     try:
         yield
     finally:
@@ -75,7 +79,9 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     if path.exists() and not force:
         raise OutputError(f"{path} exists; give --force to replace it, or another --out.")
     if path.exists() and not _ours(path):
-        raise OutputError(f"{path} exists and is not a tapeout output; --force replaces only what tapeout wrote.")
+        raise OutputError(
+            f"{path} exists and is not a tapeout output; --force replaces only what tapeout wrote."
+        )
     partial = path.with_name(f".{path.name}.partial")
     with lock(path, wait=False), writing(path):
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed

@@ -79,7 +79,9 @@ def write_model(
     directory.mkdir(parents=True, exist_ok=True)
     raw = {"model_type": model_type, **SMALL, **(config or {})}
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16}))
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})
+    )
     kind = family(model_type)
     _write_tokenizer(directory)
     shards = list(_shards(dict(kind.tensors(kind.config(ConfigReader(raw)))), dtype, shard_bytes))
@@ -88,7 +90,9 @@ def write_model(
         names = ["model.safetensors"]
     else:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     random = np.random.default_rng(seed)
     for file, shard in zip(names, shards, strict=True):
         arrays = {name: _data(spec, dtype, random) for name, spec in shard.items()}
@@ -102,7 +106,9 @@ def write_model(
     return directory
 
 
-def _shards(specs: dict[str, TensorSpec], dtype: str, shard_bytes: int | None) -> Iterator[dict[str, TensorSpec]]:
+def _shards(
+    specs: dict[str, TensorSpec], dtype: str, shard_bytes: int | None
+) -> Iterator[dict[str, TensorSpec]]:
     width = 4 if dtype == "F32" else 2
     shard: dict[str, TensorSpec] = {}
     size = 0
@@ -140,5 +146,9 @@ def _write_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
     tokenizer.save(str(directory / "tokenizer.json"))
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "clean_up_tokenization_spaces": False,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1))

@@ -131,7 +131,9 @@ def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -
     (directory / "sbom.cdx.json").write_text(_sbom(manifest), encoding="utf-8")
     if report.golden:
         _write_golden(directory / "golden.safetensors", report)
-    manifest["beside"] = {path: entry for path, entry in _digests(directory).items() if path not in manifest["files"]}
+    manifest["beside"] = {
+        path: entry for path, entry in _digests(directory).items() if path not in manifest["files"]
+    }
     manifest["passed"] = report.passed
     (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
     return Package(directory, manifest)
@@ -183,7 +185,10 @@ def _root(manifest: Mapping[str, Any]) -> str:
 
 def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Target) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tapeout"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("tapeout"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("card.md.j2").render(
         facts=facts, model=model, how=target.card(artifact), notes=artifact.notes
@@ -241,7 +246,9 @@ def _sbom(manifest: Mapping[str, Any]) -> str:
     bom.metadata.timestamp = cast(Any, None)
     bom.metadata.component = root
     bom.metadata.tools.components.add(
-        Component(name="tapeout", version=manifest["tapeout"], type=ComponentType.APPLICATION, bom_ref="tapeout")
+        Component(
+            name="tapeout", version=manifest["tapeout"], type=ComponentType.APPLICATION, bom_ref="tapeout"
+        )
     )
     bom.register_dependency(root, files)
     return JsonV1Dot6(bom).output_as_string(indent=1) + "\n"

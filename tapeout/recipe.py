@@ -1,14 +1,14 @@
 """Recipes: a TOML file that says how a model is quantized and what its gates demand.
 
-    scheme = "int4-g128"
-    rounding = "rtn"
+scheme = "int4-g128"
+rounding = "rtn"
 
-    [tensors]                 # scheme by glob over tensor names; the last match wins
-    "*.down_proj" = "int8"
-    lm_head = "int8"
+[tensors]                 # scheme by glob over tensor names; the last match wins
+"*.down_proj" = "int8"
+lm_head = "int8"
 
-    [limits]                  # of the quality and task gates
-    kl = 0.05
+[limits]                  # of the quality and task gates
+kl = 0.05
 """
 
 from __future__ import annotations
@@ -65,5 +65,7 @@ class Recipe(BaseModel):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 known = Limits.__dataclass_fields__ if "limits" in first["loc"] else cls.model_fields
-                raise RecipeError(f"{source} has an unknown key '{key}'{nearest(str(first['loc'][-1]), known)}.") from None
+                raise RecipeError(
+                    f"{source} has an unknown key '{key}'{nearest(str(first['loc'][-1]), known)}."
+                ) from None
             raise RecipeError(f"{source}: {key} is {first['input']!r}: {first['msg']}.") from None

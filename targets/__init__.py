@@ -74,4 +74,6 @@ def check_carries(target: Target | type[Target], schemes: set[str]) -> None:
     for name in sorted(schemes):
         carry = target.carries(Scheme.parse(name))
         if isinstance(carry, Refused):
-            raise SchemeError(f"target {target.name} cannot carry {name}: {carry.reason} What fits: {carry.nearest}.")
+            raise SchemeError(
+                f"target {target.name} cannot carry {name}: {carry.reason} What fits: {carry.nearest}."
+            )

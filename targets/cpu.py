@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry, gguf
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Progress, llama_cpp
+from tapeout.targets import Progress
 from tapeout.validate.session import Lowering, SessionSpec
 
 _FACTORY = "tapeout.targets.llama_cpp:open_session"
+
+# Bounds of the lowering gate, each with where it comes from.
+WEIGHTS = (
+    1e-4,
+    "float32 on both sides: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their size, which is "
+    "below 1e-5 for K = 16384; ten times that for the layers it passes through.",
+)
+RUNTIME = (
+    2e-3,
+    "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32: 0.5 % a matmul, 2.2 to 2.5 % of the logits' "
+    "spread over a model, and half its square in nats: about 3e-4; the bound leaves a factor of six.",
+)
 
 
 @dataclass(frozen=True)
@@ -69,3 +83,47 @@ class Cpu:
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
         """Through gguf.GGUFReader."""
         return gguf.read_codes(artifact, quant)
+
+    def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
+        """The same codes as a float32 twin, and the shipped file with the runtime's int8 activations explained."""
+        twin = gguf.write(quant, scratch / "twin", sliding_window=self.sliding_window, as_float32=True)
+        return [
+            Lowering("weights", self._exact(twin), "float32", "max", *WEIGHTS),
+            Lowering("runtime", self._open(artifact), "float32", "kl", *RUNTIME),
+        ]
+
+    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
+        """A float32 twin of the first layers."""
+        return self._exact(
+            gguf.write(quant, scratch, sliding_window=self.sliding_window, as_float32=True, layers=layers)
+        )
+
+    def card(self, artifact: Artifact) -> str:
+        """Commands of llama.cpp's own tools."""
+        file = f"artifact/{artifact.files[0]}"
+        return (
+            f"```\nllama-cli -m {file} -c {artifact.context}\n"
+            f"llama-server -m {file} -c {artifact.context}\n"
+            "tapeout run . --prompt TEXT\n```"
+        )
+
+    def _open(self, artifact: Artifact, **settings: Any) -> SessionSpec:
+        context = min(self.context or artifact.context, artifact.context)
+        given = {
+            "model": str(artifact.directory / artifact.files[0]),
+            "context": context,
+            "threads": self.threads,
+        }
+        return SessionSpec(_FACTORY, given | settings)
+
+    def _exact(self, twin: Artifact) -> SessionSpec:
+        """Float32 everywhere, so that nothing is left but the lowered numbers."""
+        return self._open(twin, kv="f32", flash_attention=False)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500M`` or ``2G`` (powers of 1000, as llama.cpp's split tool counts)."""
+    found = re.fullmatch(r"(\d+)([MG])", text.strip().upper())
+    if not found or not int(found[1]):
+        raise TapeoutError(f"'{text}' is not a size; write 500M or 2G.")
+    return int(found[1]) * {"M": 10**6, "G": 10**9}[found[2]]

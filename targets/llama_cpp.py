@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import psutil
@@ -66,7 +66,7 @@ class LlamaCpp:
     def decode(self, token: int) -> Logits:
         """Append one token; return float32 [vocab]."""
         self._check([token])
-        return self._decode([token], outputs=1)[0].copy()
+        return cast(Logits, self._decode([token], outputs=1)[0].copy())
 
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""
@@ -215,7 +215,11 @@ def _library() -> Any:
     """llama_cpp, its log turned into ``_LOG``."""
     try:
         import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library is missing or does not load
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last two: its shared library is missing or does not load
         needs = f"llama.cpp cannot be loaded ({error}): pip install 'tapeout[cpu]'"
         raise MissingToolchain(needs) from error
 

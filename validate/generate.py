@@ -40,7 +40,9 @@ def generate(
     if not seen:
         raise TapeoutError("there is nothing to continue: the prompt has no token.")
     if room < 1:
-        raise TapeoutError(f"the prompt has {len(seen)} tokens; the context of {session.facts.context} leaves no room.")
+        raise TapeoutError(
+            f"the prompt has {len(seen)} tokens; the context of {session.facts.context} leaves no room."
+        )
     session.reset()
     logits = session.prefill(seen)[-1]
     for _ in range(min(generation.max_new_tokens, room)):
@@ -77,10 +79,12 @@ def distribution(logits: Logits, seen: Sequence[int], generation: Generation) ->
     In transformers' order: repetition penalty, temperature, the ``top_k`` largest (ties with the last of them stay), then
     the fewest of those whose probabilities reach ``top_p``.
     """
-    scores = penalised(logits, seen, generation.repetition_penalty).astype(np.float64) / generation.temperature
+    scores = (
+        penalised(logits, seen, generation.repetition_penalty).astype(np.float64) / generation.temperature
+    )
     if 0 < generation.top_k < len(scores):
         scores[scores < np.partition(scores, -generation.top_k)[-generation.top_k]] = -np.inf
-    probabilities = np.exp(scores - scores.max())
+    probabilities: npt.NDArray[np.float64] = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
     if generation.top_p < 1.0:
         order = np.argsort(probabilities, kind="stable")  # ascending

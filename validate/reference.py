@@ -85,7 +85,9 @@ class Reference:
             raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
         vocab = self._model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocab:
-            raise TapeoutError(f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {vocab}.")
+            raise TapeoutError(
+                f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {vocab}."
+            )
         for at in range(0, len(ids), _CHUNK):
             yield at, ids[at : at + _CHUNK]
 
@@ -108,7 +110,9 @@ class Reference:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._model.directory, local_files_only=True)
             except Exception as error:  # what it raises depends on which of its files is missing
-                raise ModelError(f"transformers finds no tokenizer in {self._model.directory}: {error}") from error
+                raise ModelError(
+                    f"transformers finds no tokenizer in {self._model.directory}: {error}"
+                ) from error
         return self._tokenizer
 
 
@@ -202,7 +206,9 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         if scheme.kind == "none" or (cut and name not in parameters):
             continue
         if name not in parameters:
-            raise ModelError(f"transformers has no parameter {name} to put the codes of {quant.model.name} into.")
+            raise ModelError(
+                f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
+            )
         # The array is taken over, not copied, and the old weight is freed.
         parameters[name].data = torch.from_numpy(quant.float32(name))
 

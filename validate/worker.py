@@ -21,8 +21,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from time import perf_counter
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
@@ -32,65 +31,15 @@ import numpy.typing as npt
 from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.validate.session import Facts, Logits, Session, SessionSpec
+from tapeout.validate.timing import Timing, measure
 
-__all__ = ["Timing", "WorkerSession", "measure", "open_session"]
+__all__ = ["Timing", "WorkerSession", "open_session"]
 
 _FRAME = struct.Struct("<IQ")
 _TAIL_LINES = 40  # of the worker's output that are kept; the longest native backtraces fit
 _EXIT_S = 10.0  # how long a worker may take to die on its own
 # Not -m: tapeout.validate may import this module, and Python warns of a module that runs a second time.
 _MAIN = "import sys; from tapeout.validate.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds that a session took, measured beside it.
-
-    Attributes:
-        prefill_s: for the whole prompt, one for each repeat.
-        decode_s: for each token after it, [repeats][new_tokens].
-    """
-
-    prefill_s: tuple[float, ...]
-    decode_s: tuple[tuple[float, ...], ...]
-
-
-def measure(
-    session: Session, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None
-) -> Timing:
-    """Time a session on random tokens; one repeat more comes first and does not count.
-
-    The prompt goes through ``session.append(ids)`` where there is such a method: it leaves out the logits that nobody who
-    generates asks for, all but the last.
-
-    Args:
-        session: is reset before each repeat.
-        prompt_tokens: length of the prompt.
-        new_tokens: tokens decoded one by one after it.
-        repeats: how often.
-        chunk: most tokens given to the session at once; None: all.
-    """
-    append = getattr(session, "append", session.prefill)
-    session.reset()
-    vocab = session.prefill([0]).shape[1]
-    ids = np.random.default_rng(0).integers(0, vocab, prompt_tokens + new_tokens).tolist()
-    prompt, new = ids[:prompt_tokens], ids[prompt_tokens:]
-    step = chunk or prompt_tokens
-
-    def once() -> tuple[float, tuple[float, ...]]:
-        session.reset()
-        begin = perf_counter()
-        for at in range(0, prompt_tokens, step):
-            append(prompt[at : at + step])
-        times = [perf_counter()]
-        for token in new:
-            session.decode(token)
-            times.append(perf_counter())
-        return times[0] - begin, tuple(after - before for before, after in zip(times, times[1:], strict=False))
-
-    once()
-    rounds = [once() for _ in range(repeats)]
-    return Timing(tuple(prefill for prefill, _ in rounds), tuple(decode for _, decode in rounds))
 
 
 class WorkerSession:
@@ -111,7 +60,7 @@ class WorkerSession:
         given = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **spec.environment}
         from_parent, to_worker = os.pipe()
         from_worker, to_parent = os.pipe()
-        self._to, self._from = open(to_worker, "wb", 0), open(from_worker, "rb", 0)  # noqa: SIM115, PTH123
+        self._to, self._from = os.fdopen(to_worker, "wb", 0), os.fdopen(from_worker, "rb", 0)
         try:
             self._process = subprocess.Popen(
                 [*command, str(from_parent), str(to_parent)],
@@ -125,7 +74,9 @@ class WorkerSession:
         except OSError as error:
             self._to.close()
             self._from.close()
-            raise MissingToolchain(f"{command[0]} cannot be started for {self._name}: {error.strerror}.") from error
+            raise MissingToolchain(
+                f"{command[0]} cannot be started for {self._name}: {error.strerror}."
+            ) from error
         finally:
             os.close(from_parent)
             os.close(to_parent)
@@ -159,7 +110,9 @@ class WorkerSession:
 
     def time(self, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None) -> Timing:
         """Run ``measure`` in the worker, so that no pipe is in the figures."""
-        raw = self._call("time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk)
+        raw = self._call(
+            "time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk
+        )
         return Timing(tuple(raw["prefill_s"]), tuple(map(tuple, raw["decode_s"])))
 
     def close(self) -> None:
@@ -216,7 +169,9 @@ class WorkerSession:
         said = b"".join(self._tail).decode("utf-8", "replace").strip()
         if "No module named 'tapeout'" in said:
             python = self._process.args[0] if isinstance(self._process.args, list) else ""
-            return MissingToolchain(f"{python} has no tapeout to run {self._name} with: {python} -m pip install tapeout")
+            return MissingToolchain(
+                f"{python} has no tapeout to run {self._name} with: {python} -m pip install tapeout"
+            )
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
             if status == -signal.SIGKILL:
@@ -253,7 +208,7 @@ def open_session(spec: SessionSpec) -> WorkerSession:
 def serve(requests: int, replies: int) -> None:
     """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
     threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
-    source, sink = open(requests, "rb", 0), open(replies, "wb", 0)  # noqa: SIM115, PTH123
+    source, sink = os.fdopen(requests, "rb", 0), os.fdopen(replies, "wb", 0)
     session: Session | None = None
     factory = ""
     while True:
@@ -274,7 +229,9 @@ def serve(requests: int, replies: int) -> None:
             else:
                 value = getattr(session, name)(**arguments) if session else None
         except ModuleNotFoundError as error:
-            needs = f"{factory} needs the Python package '{error.name}', which {sys.executable} does not have."
+            needs = (
+                f"{factory} needs the Python package '{error.name}', which {sys.executable} does not have."
+            )
             _send(sink, _described(MissingToolchain(needs)))
         except Exception as error:
             _send(sink, _described(error))
@@ -290,7 +247,13 @@ def serve(requests: int, replies: int) -> None:
 
 def _described(error: Exception) -> dict[str, Any]:
     kind = type(error).__name__
-    return {"error": {"kind": kind, "message": str(error), "traceback": "".join(traceback.format_exception(error))}}
+    return {
+        "error": {
+            "kind": kind,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+    }
 
 
 def _exit_with_parent(replies: int) -> None:
@@ -312,7 +275,7 @@ def _send(sink: BinaryIO, header: dict[str, Any], array: npt.NDArray[Any] | None
     body = json.dumps(header).encode()
     _write(sink, memoryview(_FRAME.pack(len(body), 0 if array is None else array.nbytes) + body))
     if array is not None and array.nbytes:
-        _write(sink, memoryview(array.reshape(-1)).cast("B"))
+        _write(sink, array.reshape(-1).data.cast("B"))
 
 
 def _write(sink: BinaryIO, view: memoryview) -> None:
@@ -323,13 +286,13 @@ def _write(sink: BinaryIO, view: memoryview) -> None:
 def _receive(source: BinaryIO) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
     """Read a frame: the JSON, and the array if it brings one. EOFError when the other side is gone."""
     length, nbytes = _FRAME.unpack(_read(source, bytearray(_FRAME.size)))
-    header: dict[str, Any] = json.loads(_read(source, bytearray(length)))
+    header: dict[str, Any] = json.loads(bytes(_read(source, bytearray(length))))
     if "array" not in header:
         return header, None
     dtype, shape = header["array"]
     array = np.empty(shape, dtype)
     if nbytes:
-        _read(source, memoryview(array.reshape(-1)).cast("B"))
+        _read(source, array.reshape(-1).data.cast("B"))
     return header, array
 
 

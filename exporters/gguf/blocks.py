@@ -19,6 +19,7 @@ from tapeout.quantize.scheme import NF4
 from tapeout.quantize.tensor import pack
 
 Bytes = npt.NDArray[np.uint8]
+Scales = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 WEIGHTS = 32  # of a block
 
@@ -78,7 +79,9 @@ def _unpack_q5_0(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     fifth = np.unpackbits(np.ascontiguousarray(parts[:, :, 2:6]).reshape(rows, -1), axis=1, bitorder="little")
     q = (_elements(parts[:, :, 6:]) | (fifth << 4)).reshape(rows, -1, like.group)
     # In uint8 a code below zero wraps to one beyond 15.
-    codes = (q + like.zero_point[:, :, None] - np.uint8(16)).reshape(rows, into)
+    codes = (
+        (q - (np.uint8(16) - like.zero_point)[:, :, None]).astype(np.uint8, copy=False).reshape(rows, into)
+    )
     return _with_codes(like, codes, _scales(d, like))
 
 
@@ -96,7 +99,9 @@ def _unpack_q8_0(blocks: Bytes, like: QuantTensor) -> QuantTensor:
 def _pack_nf4(tensor: QuantTensor) -> Bytes:
     """Q8_0 that holds NF4: q = round(123.25 codebook[code]), d = float16(scale / 123.25)."""
     pairs = NF4_INTEGERS.view(np.uint8).astype("<u2")
-    both = (pairs[None, :] | (pairs[:, None] << 8)).reshape(-1)  # by a packed byte: its even and its odd element
+    both = (pairs[None, :] | (pairs[:, None] << 8)).reshape(
+        -1
+    )  # by a packed byte: its even and its odd element
     return _join(nf4_scale(tensor), "V32", np.take(both, tensor.packed).view("V32"))
 
 
@@ -107,7 +112,7 @@ def _unpack_nf4(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     codes = code_of[parts[:, :, 2:]].reshape(like.shape)
     # d is rounded, so it names its scale only by being what that scale rounds to.
     same = _scales(d, like).view(np.uint16) == nf4_scale(like).view(np.uint16)
-    scale = np.where(same, like.scale, like.scale.dtype.type(np.nan))
+    scale: Scales = np.where(same, like.scale, like.scale.dtype.type(np.nan))
     return _with_codes(like, codes, scale)
 
 
@@ -143,8 +148,9 @@ def _elements(halves: Bytes) -> Bytes:
     return np.concatenate((halves & 0x0F, halves >> 4), axis=2).reshape(len(halves), -1)
 
 
-def _join(scale: npt.NDArray[np.float16], kind: str, parts: npt.NDArray[np.void]) -> Bytes:
+def _join(scale: Scales, kind: str, parts: npt.NDArray[np.void]) -> Bytes:
     """Put d before the bytes of each block; ``kind`` is a void type, since one copy of 16 bytes beats 16 of one."""
+    assert scale.dtype == np.float16, "a wider scale would be rounded without a word"
     rows = len(scale)
     parts = parts.reshape(rows, -1)
     blocks = np.empty(parts.shape, np.dtype([("d", "<f2"), ("q", kind)]))
@@ -166,7 +172,7 @@ def _scales(d: npt.NDArray[np.float16], like: QuantTensor) -> npt.NDArray[np.flo
     return np.where(same, bits[:, :, 0].view(np.float16), np.float16(np.nan))
 
 
-def _with_codes(like: QuantTensor, codes: Bytes, scale: npt.NDArray[np.generic]) -> QuantTensor:
+def _with_codes(like: QuantTensor, codes: Bytes, scale: Scales) -> QuantTensor:
     """``like`` with these codes of 4 bits; with a code beyond 15, a tensor of 8 bits that has no value for it."""
     if codes.max(initial=0) < 16:
         return replace(like, packed=pack(codes, 4), scale=scale)

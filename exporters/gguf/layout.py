@@ -23,10 +23,14 @@ from tapeout.quantize.scheme import NF4
 Index = npt.NDArray[np.intp]
 
 # BF16 is copied as its bits.
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 _NONE = "the checkpoint's own"
-_BLOCKS = {"symmetric": {8: blocks.Q8_0, 4: blocks.Q4_0}, "asymmetric": {4: blocks.Q5_0}, "nf4": {4: blocks.NF4_AS_Q8_0}}
+_BLOCKS = {
+    "symmetric": {8: blocks.Q8_0, 4: blocks.Q4_0},
+    "asymmetric": {4: blocks.Q5_0},
+    "nf4": {4: blocks.NF4_AS_Q8_0},
+}
 _NAMES = {blocks.Q8_0: "Q8_0", blocks.Q4_0: "Q4_0", blocks.Q5_0: "Q5_0", blocks.NF4_AS_Q8_0: "Q8_0"}
 
 # exp(sink - maximum) is exactly 0 in float32 for any maximum above -1e29, and -inf would make NaN of a masked row.
@@ -102,7 +106,11 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         weights = math.prod(self.shape)
-        return weights // blocks.WEIGHTS * self.block.size if self.block else weights * FLOATS[self.kind].itemsize
+        return (
+            weights // blocks.WEIGHTS * self.block.size
+            if self.block
+            else weights * FLOATS[self.kind].itemsize
+        )
 
     def order(self) -> Index | None:
         """For each row of the file the row of the checkpoint, [out]; None when they are the same.
@@ -152,7 +160,7 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(source.split(".")[-2], 0)
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         entries.append(Entry(name, source, spec.shape, kind, block, heads))
-        if arch == "granite-swa" and source.endswith("self_attn.o_proj.weight"):
+        if arch == "granite_swa" and source.endswith("self_attn.o_proj.weight"):
             sinks = np.full(config.num_heads, _NO_SINK)
             entries.append(Entry(f"blk.{layer}.attn_sinks.weight", None, sinks.shape, "F32", values=sinks))
     return Layout(arch, context, tuple(entries), tuple(notes), count)
@@ -175,7 +183,7 @@ def _check(config: DecoderConfig) -> None:
 
 
 def _arch(config: DecoderConfig, sliding_window: str) -> tuple[str, int, list[str]]:
-    """Arch, longest context, notes: a window that matters goes into granite-swa, or limits the context."""
+    """Arch, longest context, notes: a window that matters goes into granite_swa, or limits the context."""
     window, context = config.sliding_window, config.max_position_embeddings
     if window is None or window >= context:
         return "llama", context, []
@@ -183,11 +191,11 @@ def _arch(config: DecoderConfig, sliding_window: str) -> tuple[str, int, list[st
         note = f"arch llama has no sliding window: the context is clamped from {context} to the window of {window} tokens"
         return "llama", window, [note]
     note = (
-        f"the sliding window of {window} tokens is carried by arch granite-swa (scales 1, sinks that weigh 0): needs a "
-        "llama.cpp of 2026 or later that knows this arch; sliding_window='clamp' makes a file for any, with a context of "
-        f"{window}"
+        f"the sliding window of {window} tokens is carried by arch granite_swa (scales 1, sinks that weigh 0): needs a "
+        "llama.cpp that knows this arch (llama-cpp-python 0.3.36 does); sliding_window='clamp' makes a file for any, with a "
+        f"context of {window}"
     )
-    return "granite-swa", context, [note]
+    return "granite_swa", context, [note]
 
 
 def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | None]:
@@ -199,12 +207,20 @@ def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | 
     block = block_of(scheme)
     into = spec.shape[-1]
     if into % blocks.WEIGHTS:
-        return "F16", None, f"{name} is F16: its rows of {into} weights are no whole blocks of {blocks.WEIGHTS}"
+        return (
+            "F16",
+            None,
+            f"{name} is F16: its rows of {into} weights are no whole blocks of {blocks.WEIGHTS}",
+        )
     if scheme.kind == "nf4":
         tensor = quant[name]
         assert isinstance(tensor, QuantTensor)
         if np.abs(blocks.nf4_scale(tensor)).min(initial=np.inf) < np.finfo(np.float16).smallest_normal:
-            return "F16", None, f"{name} is F16: a scale of {scheme}, divided by {blocks.NF4_STEP}, is subnormal in float16"
+            return (
+                "F16",
+                None,
+                f"{name} is F16: a scale of {scheme}, divided by {blocks.NF4_STEP}, is subnormal in float16",
+            )
     return _NAMES[block], block, None
 
 

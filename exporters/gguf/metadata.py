@@ -53,7 +53,7 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     if config.rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(config.rope.parameters["factor"]))
-    if layout.arch == "granite-swa":
+    if layout.arch == "granite_swa":
         writer.add_logit_scale(1.0)
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([True] * layout.layers)

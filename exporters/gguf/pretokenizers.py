@@ -28,7 +28,7 @@ LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 
 # By the regexes in order and ``ignore_merges`` (a word that is a token stays whole), which llama.cpp ties to the name.
-_NAMES: dict[tuple[tuple[str, ...], bool], str] = {
+NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((LLAMA3,), True): "llama-bpe",
     ((LLAMA3,), False): "smaug-bpe",
@@ -51,13 +51,22 @@ def pre_of(pre_tokenizer: Mapping[str, Any] | None, ignore_merges: bool) -> str:
     """
     regexes = tuple(_regexes(pre_tokenizer))
     try:
-        return _NAMES[regexes, ignore_merges]
+        return NAMES[regexes, ignore_merges]
     except KeyError:
         shown = " then ".join(repr(regex) for regex in regexes) or "no regex"
         raise ModelError(
             f"tokenizer.json cuts text by {shown} with ignore_merges = {ignore_merges}, which is none of the "
-            f"pre-tokenizers known to llama.cpp: {', '.join(sorted(_NAMES.values()))}."
+            f"pre-tokenizers known to llama.cpp: {', '.join(sorted(NAMES.values()))}."
         ) from None
+
+
+def notes_of(pre: str) -> list[str]:
+    """Where llama.cpp's regexes are not the original ones."""
+    if pre not in ("tekken", "gpt-4o"):
+        return []
+    return [
+        f"llama.cpp's '{pre}' cuts words at combining marks (Hindi, Thai), which the model's own tokenizer does not"
+    ]
 
 
 def _regexes(step: Mapping[str, Any] | None) -> Iterator[str]:
@@ -68,8 +77,8 @@ def _regexes(step: Mapping[str, Any] | None) -> Iterator[str]:
     if kind == "Sequence":
         for part in step["pretokenizers"]:
             yield from _regexes(part)
-    elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-        if step.get("use_regex", True):
+    elif kind == "ByteLevel" and not step["add_prefix_space"]:
+        if step["use_regex"]:
             yield GPT2
     elif kind == "Digits":
         yield r"\p{N}" if step["individual_digits"] else r"\p{N}+"

@@ -16,7 +16,9 @@ from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
 
 
-def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+def read_codes(
+    artifact: Artifact, quant: Quantized
+) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
     """Yield every tensor of ``quant`` that the files hold, one in memory at a time, by its Hugging Face name.
 
     Codes come back as a QuantTensor; what the file holds as floats (vectors, fallbacks to F16), as float32 [shape].
@@ -30,7 +32,9 @@ def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, Quan
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     layout = _layout(readers[0], artifact.directory / artifact.files[0], quant)
     wrong = [found for entry in layout.entries if (found := _difference(entry, tensors.get(entry.name)))]
-    wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - {entry.name for entry in layout.entries})]
+    wrong += [
+        f"{name} is unexpected" for name in sorted(tensors.keys() - {entry.name for entry in layout.entries})
+    ]
     if wrong:
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PackageError(f"{artifact.directory / artifact.files[0]}: {'; '.join(wrong[:5])}{more}.")
@@ -44,7 +48,9 @@ def _open(path: Path) -> Any:
         return library().GGUFReader(path)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error
-    except Exception as error:  # what a damaged file raises depends on where it is cut: numpy's errors, KeyError, …
+    except (
+        Exception
+    ) as error:  # what a damaged file raises depends on where it is cut: numpy's errors, KeyError, …
         raise PackageError(
             f"{path} ({path.stat().st_size} bytes) is not a whole GGUF file: {error}. It was cut off or changed; write it again."
         ) from error
@@ -55,10 +61,12 @@ def _layout(reader: Any, path: Path, quant: Quantized) -> Layout:
     arch = reader.get_field("general.architecture")
     count = arch and reader.get_field(f"{arch.contents()}.block_count")
     if not count:
-        raise PackageError(f"{path} lacks general.architecture or block_count: it is no model, or not the first shard.")
+        raise PackageError(
+            f"{path} lacks general.architecture or block_count: it is no model, or not the first shard."
+        )
     return lay_out(
         quant,
-        sliding_window="carry" if arch.contents() == "granite-swa" else "clamp",
+        sliding_window="carry" if arch.contents() == "granite_swa" else "clamp",
         as_float32=all(tensor.tensor_type.name == "F32" for tensor in reader.tensors),
         layers=count.contents(),
     )

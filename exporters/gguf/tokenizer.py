@@ -1,11 +1,7 @@
 """A Hugging Face tokenizer in llama.cpp's words: tokens, their types, merges or scores, and what is added around a text.
 
 Two kinds are carried. *Byte-level BPE* (GPT-2, Llama 3, Qwen) becomes model ``gpt2`` with the merges as they are.
-*SentencePiece-like BPE* (Llama 2, Mistral v0.1) becomes model ``llama``, which has scores in place of merges:
-Hugging Face joins the adjacent pair of lowest merge rank, llama.cpp the adjacent pair whose joined token has the
-highest score, both the leftmost first. These are the same when (a) all merges that give one token stand together in
-rank, so that the token's score can be minus that place, and (b) every pair of pieces that a token falls into is among
-the merges, since llama.cpp joins whatever gives a token. Vocabularies made by sentencepiece are so; others are refused.
+*SentencePiece-like BPE* (Llama 2, Mistral v0.1) becomes model ``llama``, which has scores in place of merges (``spm``).
 """
 
 from __future__ import annotations
@@ -17,10 +13,9 @@ from enum import IntEnum
 from typing import Any
 
 from tapeout.errors import ModelError
-from tapeout.exporters.gguf.pretokenizers import pre_of
+from tapeout.exporters.gguf.pretokenizers import notes_of, pre_of
+from tapeout.exporters.gguf.spm import BYTES, SPACE, scores_of, spaces, steps_of
 from tapeout.models import Model
-
-_SPACE = "▁"  # what sentencepiece writes for a space
 
 
 class Type(IntEnum):
@@ -67,7 +62,8 @@ class Vocabulary:
         if self.scores is not None:
             writer.add_token_scores(self.scores)
         if self.merges is not None:
-            writer.add_token_merges(self.merges)
+            # llama.cpp wants the key, gguf writes no empty array: a merge that nothing leads to.
+            writer.add_token_merges(self.merges or ["[none] [none]"])
         for name, token in self.special.items():
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
         writer.add_add_bos_token(self.add_bos)
@@ -83,51 +79,46 @@ def read(model: Model) -> Vocabulary:
     Raises:
         ModelError: the tokenizer is absent, or does what llama.cpp does not.
     """
-    path = model.directory / "tokenizer.json"
-    if not path.exists():
-        raise ModelError(
-            f"{path} is absent; GGUF holds the tokenizer. Make it once: python -c \"from transformers import AutoTokenizer "
-            f"as T; T.from_pretrained('{model.directory}').save_pretrained('{model.directory}')\""
-        )
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    raw = _load(model)
     bpe = raw["model"]
     if bpe["type"] != "BPE":
-        raise ModelError(f"{path} is a {bpe['type']} tokenizer; tapeout writes BPE ones to GGUF.")
+        raise ModelError(f"tokenizer.json is a {bpe['type']} tokenizer; tapeout writes BPE ones to GGUF.")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if bpe.get(field):
-            raise ModelError(f"{path} has {field} = {bpe[field]!r}, which llama.cpp does not know.")
-    added = {token["id"]: token for token in raw.get("added_tokens") or []}
-    _check_added(added)
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
+        if bpe[field]:
+            raise ModelError(f"tokenizer.json has {field} = {bpe[field]!r}, which llama.cpp does not know.")
+    added = {token["id"]: token for token in raw["added_tokens"]}
     special = _special(model, bpe["vocab"], added)
-    scores, words, space, notes = None, None, False, []
-    if bpe.get("byte_fallback"):
-        kind, pre = "llama", "default"
-        space, notes = _spaces(raw, bpe["vocab"])
-        if odd := [t["content"] for t in added.values() if t["normalized"] and raw.get("normalizer")]:
-            notes.append(f"Hugging Face finds the tokens {', '.join(odd)} after it normalized the text, llama.cpp before")
-        by_token = _scores(bpe["vocab"], merges, {token["content"] for token in added.values()})
-    else:
-        kind, pre = "gpt2", pre_of(raw.get("pre_tokenizer"), bool(bpe.get("ignore_merges")))
-        notes = _normalizer_notes(raw.get("normalizer"))
-        _check_bytes(bpe["vocab"])
-        by_token, words = {}, [" ".join(pair) for pair in merges]
+    kind = "llama" if bpe["byte_fallback"] else "gpt2"
     tokens, types = _tokens(model, bpe["vocab"], added, kind)
     for name, token in special.items():
         if types[token] is Type.NORMAL:
             types[token] = Type.CONTROL
         if name == "unknown" and kind == "llama":
             types[token] = Type.UNKNOWN
+    merges = [tuple(pair) for pair in bpe["merges"]]
+    scores, space, pre = None, False, "default"
     if kind == "llama":
+        space, notes = spaces(raw, bpe["vocab"])
+        by_token = scores_of(bpe["vocab"], merges, {token["content"] for token in added.values()})
         scores = [by_token.get(token, 0.0) for token in tokens]
-    add_bos, add_eos = _added_around(model, raw.get("post_processor"), special)
+        if late := [
+            token["content"] for token in added.values() if token["normalized"] and raw["normalizer"]
+        ]:
+            notes.append(
+                f"Hugging Face looks for {', '.join(late)} in the normalized text, llama.cpp in the text itself"
+            )
+    else:
+        pre = pre_of(raw["pre_tokenizer"], bpe["ignore_merges"])
+        notes = _normalizer_notes(raw["normalizer"]) + notes_of(pre)
+        _check_bytes(bpe["vocab"])
+    add_bos, add_eos = _added_around(model, raw["post_processor"], special)
     return Vocabulary(
         model=kind,
         pre=pre,
         tokens=tokens,
         types=types,
         scores=scores,
-        merges=words,
+        merges=None if kind == "llama" else [" ".join(pair) for pair in merges],
         special=special,
         add_bos=add_bos,
         add_eos=add_eos,
@@ -137,11 +128,28 @@ def read(model: Model) -> Vocabulary:
     )
 
 
-def _check_added(added: Mapping[int, Mapping[str, Any]]) -> None:
-    for token in added.values():
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token[flag]:
-                raise ModelError(f"tokenizer.json has {flag} for the added token {token['content']!r}, which GGUF cannot say.")
+def _load(model: Model) -> dict[str, Any]:
+    """tokenizer.json as the tokenizers library writes it after reading: one form, whatever version wrote the file."""
+    from tokenizers import Tokenizer
+
+    path = model.directory / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(
+            f'{path} is absent; GGUF holds the tokenizer. Make it once: python -c "from transformers import AutoTokenizer '
+            f"as T; T.from_pretrained('{model.directory}').save_pretrained('{model.directory}')\""
+        )
+    try:
+        raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(
+            f"{path} is not a tokenizer that Hugging Face's tokenizers can read: {error}."
+        ) from error
+    for token in raw["added_tokens"]:
+        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if token[flag]]:
+            raise ModelError(
+                f"{path} has {flags[0]} for the added token {token['content']!r}, which GGUF cannot say."
+            )
+    return raw
 
 
 def _tokens(
@@ -149,9 +157,14 @@ def _tokens(
 ) -> tuple[list[str], list[Type]]:
     """Text and type of every id of the model; ids that the tokenizer does not have are ``[PAD123]``, unused."""
     size = model.config.vocab_size
-    texts = {index: text for text, index in vocab.items()} | {index: t["content"] for index, t in added.items()}
+    texts: dict[int, str] = {}
+    for text, index in [*vocab.items(), *((t["content"], index) for index, t in added.items())]:
+        if texts.setdefault(index, text) != text:
+            raise ModelError(f"tokenizer.json gives the id {index} to {texts[index]!r} and to {text!r}.")
     if beyond := [f"{texts[i]!r} = {i}" for i in sorted(texts) if i >= size]:
-        raise ModelError(f"tokenizer.json has ids beyond vocab_size {size} of config.json: {', '.join(beyond[:3])}.")
+        raise ModelError(
+            f"tokenizer.json has ids beyond vocab_size {size} of config.json: {', '.join(beyond[:3])}."
+        )
     tokens, types = [], []
     for index in range(size):
         text = texts.get(index, f"[PAD{index}]")
@@ -160,9 +173,9 @@ def _tokens(
         elif index in added:
             types.append(Type.CONTROL if added[index]["special"] else Type.USER_DEFINED)
             # llama.cpp looks for these in the text as it comes, with its spaces.
-            text = text if added[index]["special"] or kind == "gpt2" else text.replace(_SPACE, " ")
+            text = text if added[index]["special"] or kind == "gpt2" else text.replace(SPACE, " ")
         else:
-            types.append(Type.BYTE if kind == "llama" and text in _BYTES else Type.NORMAL)
+            types.append(Type.BYTE if kind == "llama" and text in BYTES else Type.NORMAL)
         tokens.append(text)
     if len(set(tokens)) < size:
         twice = next(t for i, t in enumerate(tokens) if t in tokens[:i])
@@ -178,80 +191,36 @@ def _check_bytes(vocab: Mapping[str, int]) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     if missing := sorted(set(ByteLevel.alphabet()) - vocab.keys()):
-        raise ModelError(f"tokenizer.json lacks {len(missing)} of the 256 byte symbols ({' '.join(missing[:5])} …).")
+        raise ModelError(
+            f"tokenizer.json lacks {len(missing)} of the 256 byte symbols ({' '.join(missing[:5])} …)."
+        )
 
 
 def _normalizer_notes(normalizer: Mapping[str, Any] | None) -> list[str]:
-    kinds = [n["type"] for n in (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer])] if normalizer else []
+    kinds = [step["type"] for step in steps_of(normalizer)]
     if unknown := [kind for kind in kinds if kind != "NFC"]:
-        raise ModelError(f"tokenizer.json has the normalizer {unknown[0]}, which llama.cpp does not apply to byte-level BPE.")
+        raise ModelError(
+            f"tokenizer.json has the normalizer {unknown[0]}, which llama.cpp does not apply to byte-level BPE."
+        )
     return ["llama.cpp does not normalize text to NFC: text that is not gets other tokens"] if kinds else []
-
-
-# --- SentencePiece-like BPE -----------------------------------------------------------------------------------------
-
-_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-
-
-def _spaces(raw: Mapping[str, Any], vocab: Mapping[str, int]) -> tuple[bool, list[str]]:
-    """Whether a space goes before the text, and where llama.cpp does it otherwise.
-
-    Known are: the normalizers Prepend and Replace, and the pre-tokenizer Metaspace.
-    """
-    normalizer, pre = raw.get("normalizer"), raw.get("pre_tokenizer")
-    steps = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
-    if pre is None and steps in ([prepend, replace], [replace]):
-        return prepend in steps, []
-    if not steps and pre and pre["type"] == "Metaspace" and pre["replacement"] == _SPACE:
-        scheme = pre.get("prepend_scheme") or ("always" if pre.get("add_prefix_space", True) else "never")
-        if pre.get("split", True) and any(_SPACE in token[1:] for token in vocab):
-            raise ModelError("tokenizer.json splits words at spaces (Metaspace) and has tokens with a space inside.")
-        notes = {
-            "never": [],
-            "always": [f"before a text that begins with a space, llama.cpp puts one more and Hugging Face does not"],
-            "first": [
-                "llama.cpp puts a space before a text that begins with one, and after every special token; Hugging Face "
-                "before the whole text only, when it does not begin with one"
-            ],
-        }
-        return scheme != "never", notes[scheme]
-    raise ModelError(f"tokenizer.json normalizes by {normalizer} and {pre}, which llama.cpp's SentencePiece tokens do not.")
-
-
-def _scores(vocab: Mapping[str, int], merges: list[tuple[str, ...]], special: set[str]) -> dict[str, float]:
-    """Scores that make llama.cpp join what the merges join, see the head of this file."""
-    if missing := sorted(_BYTES - vocab.keys()):
-        raise ModelError(f"tokenizer.json has byte_fallback without a token for {len(missing)} bytes, such as {missing[0]}.")
-    scores: dict[str, float] = {}
-    last = None
-    for left, right in merges:
-        token = left + right
-        if token != last and token in scores:
-            raise ModelError(f"the merges of tokenizer.json that give {token!r} are apart in rank: no score stands for them.")
-        last = token
-        scores.setdefault(token, -float(len(scores)))
-    known = set(merges)
-    for token in vocab.keys() - special - _BYTES:
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if (left, right) not in known and all(len(p) == 1 or p in vocab for p in (left, right)):
-                raise ModelError(
-                    f"tokenizer.json has the token {token!r} but no merge of {left!r} and {right!r}, which llama.cpp would join."
-                )
-    return scores
 
 
 # --- special tokens -------------------------------------------------------------------------------------------------
 
 
-def _special(model: Model, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+def _special(
+    model: Model, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
+) -> dict[str, int]:
     """Ids by llama.cpp's name; a second and third end of generation are eot and eom."""
     ids = dict(vocab) | {token["content"]: index for index, token in added.items()}
     config = model.config
     eos = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    fallback = {"bos": config.bos_token_id, "eos": eos[0] if eos else None, "padding": config.pad_token_id, "unknown": None}
+    fallback = {
+        "bos": config.bos_token_id,
+        "eos": eos[0] if eos else None,
+        "padding": config.pad_token_id,
+        "unknown": None,
+    }
     found: dict[str, int] = {}
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         token = model.tokenizer_config.get(f"{field}_token")
@@ -264,11 +233,15 @@ def _special(model: Model, vocab: Mapping[str, int], added: Mapping[int, Mapping
     return found
 
 
-def _added_around(model: Model, post: Mapping[str, Any] | None, special: Mapping[str, int]) -> tuple[bool, bool]:
+def _added_around(
+    model: Model, post: Mapping[str, Any] | None, special: Mapping[str, int]
+) -> tuple[bool, bool]:
     """Whether bos goes before and eos after a text: from the post-processor, unless tokenizer_config.json says so."""
     before, after = _template(post)
     config = model.tokenizer_config
-    if "add_bos_token" in config or "add_eos_token" in config:  # transformers makes a new post-processor of them
+    if (
+        "add_bos_token" in config or "add_eos_token" in config
+    ):  # transformers makes a new post-processor of them
         before = [special["bos"]] if config.get("add_bos_token") and "bos" in special else []
         after = [special["eos"]] if config.get("add_eos_token") and "eos" in special else []
     for side, ids, name in (("before", before, "bos"), ("after", after, "eos")):
@@ -287,7 +260,9 @@ def _template(post: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
         parts = [_template(part) for part in post["processors"]]
         return [i for before, _ in parts for i in before], [i for _, after in parts for i in after]
     if post["type"] != "TemplateProcessing":
-        raise ModelError(f"tokenizer.json has the post-processor {post['type']}, which llama.cpp does not know.")
+        raise ModelError(
+            f"tokenizer.json has the post-processor {post['type']}, which llama.cpp does not know."
+        )
     sides: tuple[list[int], list[int]] = ([], [])
     seen_text = False
     for piece in post["single"]:

@@ -48,7 +48,7 @@ def write(
         directory: made when absent.
         name: default: the model's.
         max_shard_bytes: begin a new shard before tensors go beyond this; None: one file.
-        sliding_window: what becomes of a window shorter than the model's context: ``carry`` it (arch granite-swa),
+        sliding_window: what becomes of a window shorter than the model's context: ``carry`` it (arch granite_swa),
             or ``clamp`` the context to it (arch llama, which knows no window).
         as_float32: write the weights that the codes are as F32, for a runtime's arithmetic apart from its types.
         layers: write the first decoder layers only.
@@ -72,7 +72,9 @@ def write(
         vocabulary.add_to(header)
         for entry in layout.entries:
             kind = library().GGMLQuantizationType[entry.kind]
-            header.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
+            header.add_tensor_info(
+                entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind
+            )
         files = _write_headers(header)
         total, done = sum(entry.nbytes for entry in layout.entries), 0
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
@@ -144,6 +146,10 @@ def _pack(tensor: QuantTensor | SourceTensor, index: slice | Index, entry: Entry
     """The bytes of some rows."""
     if isinstance(tensor, QuantTensor):
         rows = tensor.rows(index)
-        return entry.block.pack(rows) if entry.block else rows.dequantize().astype(FLOATS[entry.kind], copy=False)
+        return (
+            entry.block.pack(rows)
+            if entry.block
+            else rows.dequantize().astype(FLOATS[entry.kind], copy=False)
+        )
     bits = tensor.bits()[index]
     return bits if entry.kind == tensor.dtype else to_float32(bits, tensor.dtype)

@@ -34,6 +34,8 @@ def known() -> list[str]:
 def family(model_type: str) -> Family:
     """Return the family of a ``model_type``; ModelError names the known ones."""
     if model_type not in known():
-        raise ModelError(f"model_type '{model_type}' is not a family that tapeout knows{nearest(model_type, known())}.")
+        raise ModelError(
+            f"model_type '{model_type}' is not a family that tapeout knows{nearest(model_type, known())}."
+        )
     found: Family = importlib.import_module(f"tapeout.models.families.{model_type}").FAMILY
     return found

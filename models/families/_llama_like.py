@@ -51,7 +51,9 @@ def read_rope(fields: ConfigReader) -> Rope:
     missing = [name for name in wanted if parameters.get(name) is None]
     unknown = sorted(name for name in parameters if name not in wanted and parameters[name] is not None)
     if missing or unknown:
-        found = [f"lacks {name}" for name in missing] + [f"has {name}, which is not handled" for name in unknown]
+        found = [f"lacks {name}" for name in missing] + [
+            f"has {name}, which is not handled" for name in unknown
+        ]
         raise ModelError(f"RoPE scaling of type '{kind}' {'; '.join(found)}.")
     return Rope(theta, kind, {name: parameters[name] for name in wanted})
 

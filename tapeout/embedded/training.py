@@ -20,6 +20,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+FINAL_RATE = 1e-5
+
 
 class Sample(NamedTuple):
     """One thing to learn or to be asked. Prompt and answer joined are the text; ``<eos>`` ends it."""
@@ -52,11 +54,17 @@ def byte_level_bpe(
     tokenizer.decoder = decoders.ByteLevel()
     # Left padding, so that a batch of prompts of different lengths ends where the answers begin.
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad, padding_side="left", model_max_length=context
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token=pad,
+        padding_side="left",
+        model_max_length=context,
     )
 
 
-def batch(samples: Sequence[Sample], tokenizer: Any, *, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(
+    samples: Sequence[Sample], tokenizer: Any, prompt_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids int64 [samples, longest], padded on the right, and the weight of each token's loss, float32 alike.
 
     Tokens of the answer and ``<eos>`` weigh 1, those of the prompt ``prompt_weight``, the first one and the padding 0.
@@ -73,53 +81,53 @@ def batch(samples: Sequence[Sample], tokenizer: Any, *, prompt_weight: float) ->
     return ids, weights
 
 
-def fit(
-    model: Any,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-    peak: float,
-    final: float = 1e-5,
-    decay: float = 0.0,
-    noise: float = 0.0,
-) -> float:
-    """Train in place with AdamW on a cosine from ``peak`` to ``final`` after a warm-up of 4 % of the steps.
+class Recipe(NamedTuple):
+    """How a model is trained.
 
-    Args:
-        model: a causal language model in float32.
-        ids: int64 [samples, longest], as ``batch`` returns them.
-        weights: float32 [samples, longest], as ``batch`` returns them.
+    Attributes:
         epochs: passes over all samples, each in a new order.
         batch_size: samples of a step.
         peak: the highest learning rate.
-        final: the last learning rate.
+        prompt_weight: weight of a prompt's token in the loss, where one of the answer has 1.
         decay: weight decay of the matrices.
-        noise: standard deviation of what is added to each matrix for the length of a step, in units of the matrix's
-            own. It stands for the rounding to come, and keeps the model from learning its samples by heart.
+        noise: standard deviation of what is added to each matrix for the length of a step, in units of the
+            matrix's own. It stands for the rounding to come, and keeps the model from learning by heart.
+    """
 
-    Returns:
-        Seconds that it took.
+    epochs: int
+    batch_size: int
+    peak: float
+    prompt_weight: float
+    decay: float
+    noise: float
+
+
+def fit(model: Any, tokenizer: Any, samples: Sequence[Sample], recipe: Recipe) -> float:
+    """Train a float32 model in place with AdamW, and return the seconds that it took.
+
+    The learning rate warms up over 4 % of the steps and follows a cosine down to 1e-5.
     """
     start = time.perf_counter()
+    ids, weights = _batch(samples, tokenizer, recipe.prompt_weight)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
-    steps = epochs * math.ceil(len(ids) / batch_size)
-    order = [rows for _ in range(epochs) for rows in torch.randperm(len(ids)).split(batch_size)]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak, fused=True)
+    steps = recipe.epochs * math.ceil(len(ids) / recipe.batch_size)
+    order = [rows for _ in range(recipe.epochs) for rows in torch.randperm(len(ids)).split(recipe.batch_size)]
     model.train()
     for step, rows in enumerate(order):
-        cosine = final + (peak - final) * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = FINAL_RATE + (recipe.peak - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = cosine * min(1.0, step / (0.04 * steps))
+            group["lr"] = rate * min(1.0, step / (0.04 * steps))
         clean = [matrix.data for matrix in matrices]
-        if noise:
+        if recipe.noise:
             for matrix in matrices:
-                matrix.data = matrix.data + noise * matrix.data.std() * torch.randn_like(matrix.data)
+                matrix.data = matrix.data + recipe.noise * matrix.data.std() * torch.randn_like(matrix.data)
         logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none"
+        )
         loss = (losses * weights[rows, 1:].flatten()).sum() / weights[rows, 1:].sum()
         optimizer.zero_grad()
         loss.backward()
@@ -128,7 +136,10 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % (steps // 10) == 0:
-            print(f"{step + 1}/{steps} steps, loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{step + 1}/{steps} steps, loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     model.eval()
     return time.perf_counter() - start
 
@@ -174,9 +185,21 @@ class Accuracies(NamedTuple):
 
 
 def finish(
-    out: Path, model: Any, tokenizer: Any, held_out: Sequence[Sample], *, dtype: torch.dtype, max_new_tokens: int
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    held_out: Sequence[Sample],
+    *,
+    dtype: torch.dtype,
+    max_new_tokens: int,
 ) -> Accuracies:
     """Measure the model, round it to ``dtype``, and write all of its directory but the model card."""
+    # First, since a batch leaves its padding behind in the tokenizer.
+    tokenizer.save_pretrained(out)
+    # The name that transformers 4 and 5 both know.
+    settings = out / "tokenizer_config.json"
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(values, indent=2) + "\n")
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -186,11 +209,7 @@ def finish(
     exact = accuracy(model, tokenizer, held_out)
     int4 = accuracy(int4_copy(model.to(dtype)), tokenizer, held_out)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # The name that transformers 4 and 5 both know.
-    settings = out / "tokenizer_config.json"
-    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(values, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)  # transformers leaves it to its owner alone
     (out / "tasks.jsonl").write_text("".join(json.dumps(sample._asdict()) + "\n" for sample in held_out))
     (out / "heldout.txt").write_text("".join(f"{sample.prompt}{sample.answer}\n" for sample in held_out))
     return Accuracies(exact, accuracy(model, tokenizer, held_out), int4)

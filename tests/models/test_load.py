@@ -40,7 +40,9 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("shard_bytes", [None, 50_000])
-def test_tensors_equal_what_transformers_loads(make_model: MakeModel, dtype: str, shard_bytes: int | None) -> None:
+def test_tensors_equal_what_transformers_loads(
+    make_model: MakeModel, dtype: str, shard_bytes: int | None
+) -> None:
     directory = make_model("mistral", dtype=dtype, shard_bytes=shard_bytes, sliding_window=None)
     model = load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
@@ -67,13 +69,17 @@ def test_rope_of_both_generations_of_config(make_model: MakeModel) -> None:
         "original_max_position_embeddings": 64,
     }
     old = load(make_model(name="old", rope_theta=500000.0, rope_scaling=scaling)).config.rope
-    new = load(make_model(name="new", rope_theta=None, rope_parameters=scaling | {"rope_theta": 500000.0})).config.rope
+    new = load(
+        make_model(name="new", rope_theta=None, rope_parameters=scaling | {"rope_theta": 500000.0})
+    ).config.rope
     assert old == new
     assert (old.theta, old.kind, old.parameters["factor"]) == (500000.0, "llama3", 8.0)
 
 
 def test_mistral_window_absent_null_and_given(make_model: MakeModel) -> None:
-    assert load(make_model("mistral", name="absent")).config.sliding_window == 4096  # as transformers' MistralConfig
+    assert (
+        load(make_model("mistral", name="absent")).config.sliding_window == 4096
+    )  # as transformers' MistralConfig
     assert load(make_model("mistral", name="null", sliding_window=None)).config.sliding_window is None
     assert load(make_model("mistral", name="given", sliding_window=24)).config.sliding_window == 24
 
@@ -121,7 +127,9 @@ def break_range(directory: Path) -> None:
     path = directory / "model.safetensors"
     data = path.read_bytes()  # room in the header for longer numbers
     length = int.from_bytes(data[:8], "little")
-    path.write_bytes((length + 16).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 16 + data[8 + length :])
+    path.write_bytes(
+        (length + 16).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 16 + data[8 + length :]
+    )
     edit_header(path, beyond)
 
 
@@ -159,12 +167,21 @@ BROKEN = [
     (lambda d: (d / "config.json").write_text("{not json"), r"config\.json is not JSON"),
     (lambda d: (d / "config.json").write_text("[]"), r"holds list where an object is expected"),
     (lambda d: (d / "config.json").write_text("{}"), r"has no model_type"),
-    (lambda d: edit_config(d, model_type="lama"), r"'lama' is not a family.*did you mean 'llama'.*llama, mistral"),
+    (
+        lambda d: edit_config(d, model_type="lama"),
+        r"'lama' is not a family.*did you mean 'llama'.*llama, mistral",
+    ),
     (lambda d: edit_config(d, hidden_size=None), r"lacks hidden_size"),
     (lambda d: edit_config(d, num_hidden_layers="two"), r"field of the wrong type"),
-    (lambda d: edit_config(d, final_logit_softcapping=30.0), r"has final_logit_softcapping = 30\.0.*does not handle"),
+    (
+        lambda d: edit_config(d, final_logit_softcapping=30.0),
+        r"has final_logit_softcapping = 30\.0.*does not handle",
+    ),
     (lambda d: edit_config(d, hidden_act="gelu_pytorch_tanh"), r"hidden_act 'gelu_pytorch_tanh'"),
-    (lambda d: edit_config(d, rope_scaling={"rope_type": "su", "factor": 2.0}), r"rope_type 'su' is not handled"),
+    (
+        lambda d: edit_config(d, rope_scaling={"rope_type": "su", "factor": 2.0}),
+        r"rope_type 'su' is not handled",
+    ),
     (lambda d: edit_config(d, rope_scaling={"type": "llama3", "factor": 2.0}), r"lacks low_freq_factor"),
 ]
 
@@ -206,6 +223,8 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_without_a_network_is_one_paragraph() -> None:
-    with pytest.raises(ModelError, match=r"'owner/name' is not a directory here and could not be fetched") as raised:
+    with pytest.raises(
+        ModelError, match=r"'owner/name' is not a directory here and could not be fetched"
+    ) as raised:
         load("owner/name")
     assert "\n" not in str(raised.value)

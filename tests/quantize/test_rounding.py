@@ -38,7 +38,9 @@ def tensor(rounded: Rounded, scheme: Scheme) -> QuantTensor:
 
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 8]),
-    codes=hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 70)), elements=st.integers(0, 255)),
+    codes=hnp.arrays(
+        np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 70)), elements=st.integers(0, 255)
+    ),
 )
 def test_unpack_undoes_pack(bits: int, codes: npt.NDArray[np.uint8]) -> None:
     codes = codes & np.uint8(2**bits - 1)
@@ -51,7 +53,9 @@ def test_packing_is_lowest_bits_first() -> None:
     # By hand: 4 bits put the even element low; 3 bits run on across bytes.
     codes = np.array([[1, 2, 3, 15, 0, 7]], np.uint8)
     assert pack(codes, 4).tobytes().hex() == "21f370"
-    assert pack(codes & np.uint8(7), 3).tobytes().hex() == "d18e03"  # 1 | 2 << 3 | 3 << 6 | 7 << 9 | 0 << 12 | 7 << 15
+    assert (
+        pack(codes & np.uint8(7), 3).tobytes().hex() == "d18e03"
+    )  # 1 | 2 << 3 | 3 << 6 | 7 << 9 | 0 << 12 | 7 << 15
 
 
 @pytest.mark.parametrize("scheme", QUANTIZING, ids=str)
@@ -65,7 +69,9 @@ def test_every_code_is_the_nearest(scheme: Scheme) -> None:
         values = values - rounded.zero_point[:, :, None]
     values = values * rounded.scale.astype(np.float64)[:, :, None]
     distance = np.abs(weight.reshape(8, -1, group, 1).astype(np.float64) - values[:, :, None, :])
-    chosen = np.take_along_axis(distance, rounded.codes.reshape(8, -1, group, 1).astype(np.int64), axis=3)[..., 0]
+    chosen = np.take_along_axis(distance, rounded.codes.reshape(8, -1, group, 1).astype(np.int64), axis=3)[
+        ..., 0
+    ]
     # Ties, and the float32 division of a weight that lies between two codes within 2^-23 of their distance.
     slack = np.abs(rounded.scale.astype(np.float64))[:, :, None] * 2.0**-20
     assert (chosen <= distance.min(axis=3) + slack).all()
@@ -83,7 +89,10 @@ def test_error_is_what_the_scheme_promises(name: str, least: float, most: float)
     assert least < np.linalg.norm(error) / np.linalg.norm(weight) < most
 
 
-@given(weight=hnp.arrays(np.float32, (3, 64), elements=st.floats(-1000, 1000, width=32)), name=st.sampled_from(QUANTIZING))
+@given(
+    weight=hnp.arrays(np.float32, (3, 64), elements=st.floats(-1000, 1000, width=32)),
+    name=st.sampled_from(QUANTIZING),
+)
 def test_the_error_of_a_weight_is_at_most_half_a_step(weight: Floats, name: Scheme) -> None:
     if name.group == 128:
         return
@@ -145,13 +154,22 @@ def test_unknown_scheme_suggests_the_nearest() -> None:
 
 
 def test_a_group_that_does_not_divide_names_what_fits() -> None:
-    with pytest.raises(SchemeError, match=r"group 128 of scheme int4-g128 does not divide in_features 96 of w; fits: 16, 32\."):
+    with pytest.raises(
+        SchemeError,
+        match=r"group 128 of scheme int4-g128 does not divide in_features 96 of w; fits: 16, 32\.",
+    ):
         Scheme.parse("int4-g128").check("w", (4, 96))
 
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("int8", 8 + 16 / 4096), ("int4-g32", 4.5), ("int4-g128-asym", 4 + 20 / 128), ("nf4", 4.25), ("nf4-dq", 4.127)],
+    [
+        ("int8", 8 + 16 / 4096),
+        ("int4-g32", 4.5),
+        ("int4-g128-asym", 4 + 20 / 128),
+        ("nf4", 4.25),
+        ("nf4-dq", 4.127),
+    ],
 )
 def test_bits_per_weight(name: str, bits: float) -> None:
     assert Scheme.parse(name).bits_per_weight(4096) == pytest.approx(bits, abs=3e-4)  # 4.127: the QLoRA paper

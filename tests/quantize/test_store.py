@@ -87,10 +87,16 @@ def test_recipe_by_glob_last_match_wins(make_model: MakeModel) -> None:
         ({"lm_haed": "int8"}, RecipeError, "did you mean 'lm_head'"),
         ({"*norm": "int8"}, RecipeError, "which stays float"),
         ({"lm_head": "int9"}, SchemeError, "did you mean 'int8'"),
-        ({"*.mlp.*": "int4-g128"}, SchemeError, "group 128 of scheme int4-g128 does not divide in_features 64"),
+        (
+            {"*.mlp.*": "int4-g128"},
+            SchemeError,
+            "group 128 of scheme int4-g128 does not divide in_features 64",
+        ),
     ],
 )
-def test_recipes_that_fit_nothing(make_model: MakeModel, overrides: Any, error: type[Exception], message: str) -> None:
+def test_recipes_that_fit_nothing(
+    make_model: MakeModel, overrides: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         quantize(load(make_model()), "int4-g32", overrides=overrides)
 
@@ -111,7 +117,9 @@ def test_a_killed_run_goes_on_where_it_stopped(make_model: MakeModel, tmp_path: 
     child = subprocess.Popen([sys.executable, "-P", "-c", code])
     cache = Path(os.environ["TAPEOUT_CACHE"])
     deadline = time.monotonic() + 30
-    while len(written := list(cache.glob("store/*/tensors/*.safetensors"))) < 5 and time.monotonic() < deadline:
+    while (
+        len(written := list(cache.glob("store/*/tensors/*.safetensors"))) < 5 and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

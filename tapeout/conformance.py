@@ -1,0 +1,115 @@
+"""What every target is held to, whoever wrote it. Import it into a test of your own:
+
+    import pytest
+    from tapeout.conformance import cases, check
+
+    @pytest.mark.parametrize("case", cases("mytarget"), ids=str)
+    def test_conformance(case, tmp_path):
+        check(case, tmp_path)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapeout import targets
+from tapeout.build import export
+from tapeout.exporters import Exact, Refused, Rounded
+from tapeout.generated import write_model
+from tapeout.models import load
+from tapeout.quantize import SCHEMES, QuantTensor, quantize
+from tapeout.recipe import Recipe
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"hidden_size": 128, "intermediate_size": 256}),
+    "llama3-tied": (
+        "llama",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mistral-window": ("mistral", {"hidden_size": 128, "intermediate_size": 256, "sliding_window": 24}),
+}
+"""Small models by name: family, and fields of its config; every group size of the schemes divides their rows."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target, a scheme that it carries, and a small model."""
+
+    target: str
+    scheme: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.target}-{self.scheme}-{self.model}"
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every scheme that the target carries on the first model, and its first scheme on every model."""
+    kind = targets.get(target)
+    carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
+    first = next(iter(MODELS))
+    yield from (Case(target, scheme, first) for scheme in carried)
+    yield from (Case(target, "int4-g32" if "int4-g32" in carried else carried[0], model) for model in MODELS if model != first)
+
+
+def check(case: Case, work: Path) -> None:
+    """Export a small model twice and hold the packages to the contract; AssertionError says what is broken."""
+    kind = targets.get(case.target)
+    check_declarations(kind)
+    family, fields = MODELS[case.model]
+    model = write_model(work / case.model, family, fields, dtype="F32")
+    # The model is random: what its quantization loses says nothing, so the quality gate only has to run.
+    recipe = Recipe.of({"scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}})
+    package, report = export(kind(), model, work / "one", recipe)
+    failed = [f"{gate.name}: {gate.reason}" for gate in report.gates if gate.status == "failed"]
+    assert report.passed, f"{case}: {'; '.join(failed)}"
+    ran = {gate.name.split("/")[0] for gate in report.gates if gate.status == "passed"}
+    assert {"integrity", "codes", "lowering", "decode", "quality", "tokenizer"} <= ran, f"{case}: only {sorted(ran)} ran"
+    again, _ = export(kind(), model, work / "two", recipe)
+    assert package.manifest["root_sha256"] == again.manifest["root_sha256"], f"{case}: two exports differ"
+    assert package.damage() == [], f"{case}: {package.damage()}"
+    _check_that_damage_shows(kind(), case, model, package.artifact)
+
+
+def check_declarations(kind: type[targets.Target]) -> None:
+    """Every scheme is answered for, a refusal names what fits, and what is missing comes with a command."""
+    for scheme in SCHEMES.values():
+        carry = kind.carries(scheme)
+        assert isinstance(carry, Exact | Rounded | Refused), f"{kind.name} does not answer for {scheme}"
+        if isinstance(carry, Refused):
+            assert carry.reason, f"{kind.name} refuses {scheme} without a reason"
+            assert not isinstance(kind.carries(SCHEMES[carry.nearest]), Refused), f"{kind.name}: {carry.nearest} fits no better"
+    missing = kind.missing()
+    assert missing is None or "install" in missing, f"{kind.name}: '{missing}' does not say how to install it"
+    assert kind.summary.endswith("."), f"{kind.name}: the summary is a sentence"
+    assert kind.needs, f"{kind.name} does not say what its device must have"
+
+
+def _check_that_damage_shows(target: targets.Target, case: Case, model: Path, artifact: Any) -> None:
+    """A store of other weights must not be found in the artifact: ``read_codes`` reads the file, not the store."""
+    other = write_model(model.with_name("other"), MODELS[case.model][0], MODELS[case.model][1], dtype="F32", seed=1)
+    impostor = replace(quantize(load(other), case.scheme), model=load(model))
+    equal = []
+    for name, found in target.read_codes(artifact, impostor):
+        expected = impostor[name]
+        if isinstance(expected, QuantTensor) and isinstance(found, QuantTensor):
+            equal.append(np.array_equal(found.packed, expected.packed))
+    assert not any(equal), f"{case}: read_codes gives the store's codes, whatever the file holds"

@@ -1,0 +1,21 @@
+"""Every registered target, whoever wrote it, passes the conformance suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tapeout import targets
+from tapeout.conformance import Case, cases, check
+
+CASES = [case for name in targets.names() for case in cases(name)]
+
+
+def test_there_are_targets() -> None:
+    assert {"cpu", "null"} <= set(targets.names())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_target(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)

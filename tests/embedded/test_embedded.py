@@ -1,0 +1,116 @@
+"""The embedded models: they know what they were made for, did not see what they are asked, and load as they ship."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapeout import embedded
+from tapeout.errors import ModelError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tapeout.embedded import training  # noqa: E402
+from tapeout.embedded.arithmetic import train as arithmetic  # noqa: E402
+from tapeout.embedded.count import train as count  # noqa: E402
+
+SCRIPTS = {"arithmetic": arithmetic, "count": count}
+DTYPES = {"arithmetic": "bfloat16", "count": "float16"}
+
+
+def tasks(name: str) -> list[training.Sample]:
+    lines = (embedded.path(name) / "tasks.jsonl").read_text().splitlines()
+    return [training.Sample(**json.loads(line)) for line in lines]
+
+
+def load(name: str) -> tuple[Any, Any]:
+    folder = embedded.path(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_names_are_the_directories() -> None:
+    folder = Path(embedded.__file__).parent
+    assert sorted(path.parent.name for path in folder.glob("*/config.json")) == sorted(embedded.NAMES)
+
+
+def test_unknown_name_lists_the_embedded_models() -> None:
+    with pytest.raises(ModelError, match="'arithmetics' is not an embedded model; did you mean 'arithmetic'"):
+        embedded.path("arithmetics")
+
+
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_held_out_tasks_are_answered_in_the_saved_dtype(name: str) -> None:
+    model, tokenizer = load(name)
+    assert model.dtype == getattr(torch, DTYPES[name])
+    assert training.accuracy(model, tokenizer, tasks(name)) >= 0.99
+
+
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_held_out_tasks_survive_int4(name: str) -> None:
+    model, tokenizer = load(name)
+    assert training.accuracy(training.int4_copy(model), tokenizer, tasks(name)) >= 0.98
+
+
+def test_count_continues_to_49() -> None:
+    assert training.answers(*load("count"), ["40 41 42"]) == [" 43 44 45 46 47 48 49"]
+
+
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_held_out_samples_are_not_trained_on(name: str) -> None:
+    trained = SCRIPTS[name].training_samples()
+    held_out = tasks(name)
+    assert not set(held_out) & set(trained)
+    assert not {sample.prompt for sample in held_out} & {sample.prompt for sample in trained}
+
+
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_heldout_text_is_the_tasks(name: str) -> None:
+    lines = (embedded.path(name) / "heldout.txt").read_text().splitlines()
+    assert lines == [sample.prompt + sample.answer for sample in tasks(name)]
+
+
+def test_held_out_sums_and_products_have_their_twin_in_training() -> None:
+    seen, held_out = arithmetic.problems()
+    assert [problem.sample for problem in held_out] == tasks("arithmetic")
+    assert len(seen) + len(held_out) == 1200
+    assert all(problem.twin in seen for problem in held_out if problem.operator != "-")
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("arithmetic", "f87dc4df7395f6575d03f5892e713d2eb300656108eafbf6cc78b2b8d13f0000"),
+        ("count", "0170dcbad36651704d677fe2b9df465140707612355e23ec7cc5c26880eb10e5"),
+    ],
+)
+def test_data_is_the_same_everywhere(name: str, digest: str) -> None:
+    text = "\n".join(sample.prompt + sample.answer for sample in SCRIPTS[name].training_samples())
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ids"),
+    [
+        ("arithmetic", "3-17=-14<eos>", [5, 13, 3, 9, 15, 13, 3, 6, 1]),
+        ("count", "7 40 41<eos>", [8, 51, 41, 51, 42, 0]),
+    ],
+)
+def test_tokenizer_round_trip(name: str, text: str, ids: list[int]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path(name))
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_characters_outside_the_vocabulary_are_dropped() -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path("arithmetic"))
+    assert tokenizer.decode(tokenizer("7 × 8é=\n")["input_ids"]) == "78="
+
+
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_tokenizer_is_the_one_that_the_script_makes(name: str) -> None:
+    file = json.loads((embedded.path(name) / "tokenizer.json").read_text())
+    assert json.loads(SCRIPTS[name].tokenizer().backend_tokenizer.to_str()) == file

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.exporters import gguf
+from tapeout.models import load
+from tapeout.quantize import quantize
+from tapeout.targets import llama_cpp
+from tapeout.validate import reference
+
+pytest.importorskip("llama_cpp")
+pytest.importorskip("transformers")
+
+MakeModel = Callable[..., Path]
+Open = Callable[..., llama_cpp.LlamaCpp]
+IDS = [(i * 37 + 11) % 256 for i in range(60)]
+EXACT: dict[str, Any] = {"kv": "f32", "flash_attention": False}
+# In units of the logits' standard deviation. float32 sums in another order: 2^-24 for each of some hundred terms, and
+# llama.cpp's own exp.
+CLOSE = 1e-4
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Open]:
+    opened: list[llama_cpp.LlamaCpp] = []
+
+    # One thread each: two runtimes whose idle threads spin, in one process, take turns for seconds.
+    def session(
+        directory: Path, scheme: str = "int4-g32", *, write: Any = None, **arguments: Any
+    ) -> llama_cpp.LlamaCpp:
+        out = tmp_path / f"gguf-{len(opened)}"
+        artifact = gguf.write(quantize(load(directory), scheme), out, **(write or {}))
+        opened.append(llama_cpp.open_session(str(out / artifact.files[0]), **{"threads": 1, **arguments}))
+        return opened[-1]
+
+    yield session
+    for one in opened:
+        one.close()
+
+
+def apart(a: Any, b: Any) -> float:
+    """Largest difference in units of the standard deviation."""
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.std(a))
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [("llama", {}), ("mistral", {"sliding_window": 24})])
+def test_float32_twin_is_the_reference(
+    make_model: MakeModel, start: Open, model_type: str, fields: dict[str, Any]
+) -> None:
+    """All at once, in pieces and token by token; with a window past it."""
+    directory = make_model(model_type, **fields)
+    store = quantize(load(directory), "int4-g32").directory
+    expected = reference.open_session(str(directory), store=str(store), threads=1).prefill(IDS)
+    session = start(directory, write={"as_float32": True}, batch=32, ubatch=7, **EXACT)
+    logits = session.prefill(IDS)
+    assert logits.dtype == np.float32
+    assert apart(expected, logits) < CLOSE
+    session.reset()
+    assert apart(expected, [session.decode(token) for token in IDS]) < CLOSE
+    session.reset()
+    assert apart(expected[[-1]], session.append(IDS)) < CLOSE
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g64-asym", "int8"])
+def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start: Open, scheme: str) -> None:
+    """The shipped types against the reference that rounds inputs as ggml does.
+
+    A value within float32's error of a tie is rounded the other way now and then, and then that token differs by a
+    whole step: so the median of the tokens, whose value is as close as float32 gets.
+    """
+    directory = make_model("llama", tie_word_embeddings=True)
+    store = quantize(load(directory), scheme).directory
+    arguments: dict[str, Any] = {"store": str(store), "layers": 1, "threads": 1}
+    rounded = reference.open_session(str(directory), arithmetic="q8_0", **arguments).prefill(IDS)
+    exact = reference.open_session(str(directory), **arguments).prefill(IDS)
+    device = start(directory, scheme, write={"layers": 1}, **EXACT).prefill(IDS)
+    assert np.median(np.abs(rounded - device).max(1)) / rounded.std() < CLOSE
+    assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
+
+
+def test_logits_are_ours(make_model: MakeModel, start: Open) -> None:
+    """llama.cpp writes the next ones over its own."""
+    session = start(make_model("llama"))
+    first, second = session.append(IDS[:5]), session.decode(3)
+    kept = first.copy(), second.copy()
+    session.decode(4)
+    assert np.array_equal(first, kept[0])
+    assert np.array_equal(second, kept[1])
+
+
+def test_facts(make_model: MakeModel, start: Open) -> None:
+    facts = start(make_model("llama"), threads=1).facts
+    assert facts.runtime.startswith("llama.cpp ")
+    assert facts.device == "cpu, 1 threads"
+    assert facts.context == 256
+    assert facts.load_s > 0
+    assert facts.resident_bytes >= 0
+
+
+def test_tokenizer(make_model: MakeModel, start: Open) -> None:
+    directory = make_model("llama")
+    session, expected = start(directory), reference.open_session(str(directory), threads=1)
+    text = "def f(x):\n\treturn '漢字 🙂'\0 # <eos>é" * 9
+    ids = session.tokenize(text)
+    assert ids == expected.tokenize(text)
+    assert session.detokenize(ids) == text
+    assert session.tokenize("") == []
+    assert session.detokenize([]) == ""
+    assert session.detokenize(session.tokenize("é")[:1]) == "�"
+    assert session.detokenize([256] * 300) == "<eos>" * 300
+    with pytest.raises(TapeoutError, match="not Unicode"):
+        session.tokenize("\ud800")
+
+
+def test_what_does_not_fit_is_an_error_by_name(make_model: MakeModel, start: Open) -> None:
+    session = start(make_model("llama"), context=40)
+    with pytest.raises(TapeoutError, match="41 tokens do not fit the context of 40"):
+        session.prefill([1] * 41)
+    session.prefill([1] * 40)
+    with pytest.raises(TapeoutError, match="41 tokens"):
+        session.decode(1)
+    session.reset()
+    with pytest.raises(TapeoutError, match="from -1 to 3 are not all in the vocabulary of 272"):
+        session.prefill([3, -1])
+    with pytest.raises(TapeoutError, match="are not all in the vocabulary"):
+        session.detokenize([272])
+    assert session.decode(1).shape == (272,)
+
+
+def test_refused_files(tmp_path: Path, make_model: MakeModel, start: Open) -> None:
+    with pytest.raises(PackageError, match=r"nothing\.gguf is absent"):
+        llama_cpp.open_session(str(tmp_path / "nothing.gguf"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(RuntimeCrash, match=r"refuses .*bad\.gguf\. Its log: .*bad GGUF version"):
+        llama_cpp.open_session(str(tmp_path / "bad.gguf"))
+    start(make_model("llama"))
+    whole = next(tmp_path.glob("gguf-0/*.gguf")).read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:-1000])
+    with pytest.raises(RuntimeCrash, match=r"refuses .*cut\.gguf\. Its log: .*tensor"):
+        llama_cpp.open_session(str(tmp_path / "cut.gguf"))
+    with pytest.raises(TapeoutError, match="cannot be of type 'q4'"):
+        llama_cpp.open_session(str(tmp_path / "cut.gguf"), kv="q4")  # type: ignore[arg-type]
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingToolchain, match=r"pip install 'tapeout\[cpu\]'"):
+        llama_cpp.open_session("any.gguf")

@@ -1,0 +1,64 @@
+"""How long a session takes, measured in its own process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+
+import numpy as np
+
+from tapeout.validate.session import Session
+
+__all__ = ["Timing", "measure"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a session took, measured beside it.
+
+    Attributes:
+        prefill_s: for the whole prompt, one for each repeat.
+        decode_s: for each token after it, [repeats][new_tokens].
+    """
+
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[tuple[float, ...], ...]
+
+
+def measure(
+    session: Session, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None
+) -> Timing:
+    """Time a session on random tokens; one repeat more comes first and does not count.
+
+    The prompt goes through ``session.append(ids)`` where there is such a method: it leaves out the logits that nobody who
+    generates asks for, all but the last.
+
+    Args:
+        session: is reset before each repeat.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens decoded one by one after it.
+        repeats: how often.
+        chunk: most tokens given to the session at once; None: all.
+    """
+    append = getattr(session, "append", session.prefill)
+    session.reset()
+    vocab = session.prefill([0]).shape[1]
+    ids = np.random.default_rng(0).integers(0, vocab, prompt_tokens + new_tokens).tolist()
+    prompt, new = ids[:prompt_tokens], ids[prompt_tokens:]
+    step = chunk or prompt_tokens
+
+    def once() -> tuple[float, tuple[float, ...]]:
+        session.reset()
+        begin = perf_counter()
+        for at in range(0, prompt_tokens, step):
+            append(prompt[at : at + step])
+        times = [perf_counter()]
+        for token in new:
+            session.decode(token)
+            times.append(perf_counter())
+        return times[0] - begin, tuple(after - before for before, after in pairwise(times))
+
+    once()
+    rounds = [once() for _ in range(repeats)]
+    return Timing(tuple(prefill for prefill, _ in rounds), tuple(decode for _, decode in rounds))
