@@ -45,6 +45,7 @@ class Artifact:
         format: the exporter's name (``gguf``).
         directory: where they stand.
         files: their names in ``directory``, the one that is opened first.
+        bytes_per_token: bytes of weights that decoding one token reads (of the embedding table one row).
         context: longest context that the artifact may be run with, in tokens.
         containers: which type of the format holds each tensor, by the tensor's Hugging Face name.
         notes: what a user has to know: a fallback, a clamp, an error added. Shown in the report.
@@ -54,5 +55,6 @@ class Artifact:
     directory: Path
     files: tuple[str, ...]
     context: int
+    bytes_per_token: int
     containers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

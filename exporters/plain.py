@@ -26,11 +26,11 @@ def carries(scheme: Scheme) -> Carry:
 
 
 def write(quant: Quantized, directory: Path) -> Artifact:
-    """Write one ``NAME.safetensors`` a tensor: ``codes``, ``scale`` and ``zero_point``, or ``weight`` (float32)."""
+    """Write one ``NAME.safetensors`` a tensor: ``codes``, ``scale``, ``codebook`` and ``zero_point``, or ``weight`` (float32)."""
     for name in quant:
         tensor = quant[name]
         if isinstance(tensor, QuantTensor):
-            parts = {"codes": tensor.packed, "scale": tensor.scale}
+            parts = {"codes": tensor.packed, "scale": tensor.scale, "codebook": tensor.codebook}
             if tensor.zero_point is not None:
                 parts["zero_point"] = tensor.zero_point
         else:
@@ -45,6 +45,7 @@ def write(quant: Quantized, directory: Path) -> Artifact:
         format="plain",
         directory=directory,
         files=tuple(sorted(path.name for path in directory.iterdir())),
+        bytes_per_token=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
         context=quant.model.config.max_position_embeddings,
         containers={name: carries(scheme).container for name, scheme in quant.schemes.items()},
     )
@@ -53,29 +54,37 @@ def write(quant: Quantized, directory: Path) -> Artifact:
 def read_codes(
     artifact: Artifact, quant: Quantized
 ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
-    """Read every tensor back with the safetensors library; PackageError names a file that is not whole."""
+    """Read every tensor of ``quant`` back; PackageError names a file that is not whole."""
     for name in quant:
-        path = artifact.directory / _file(name)
-        try:
-            parts = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise PackageError(f"{path} cannot be read: {error}.") from error
-        expected = quant[name]
-        if isinstance(expected, QuantTensor):
-            yield (
-                name,
-                QuantTensor(
-                    packed=parts["codes"],
-                    bits=expected.bits,
-                    in_features=expected.in_features,
-                    scale=parts["scale"],
-                    group=expected.group,
-                    codebook=expected.codebook,
-                    zero_point=parts.get("zero_point"),
-                ),
-            )
-        else:
-            yield name, parts["weight"]
+        yield name, _read(artifact.directory / _file(name))
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """The weights that the files hold, float32, by name; PackageError names a file that is not whole."""
+    for path in sorted(directory.glob("*.safetensors")):
+        tensor = _read(path)
+        yield path.stem, tensor.dequantize() if isinstance(tensor, QuantTensor) else tensor
+
+
+def _read(path: Path) -> QuantTensor | npt.NDArray[np.float32]:
+    try:
+        parts = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PackageError(f"{path} cannot be read: {error}.") from error
+    if "weight" in parts:
+        weight: npt.NDArray[np.float32] = parts["weight"]
+        return weight
+    bits = (len(parts["codebook"]) - 1).bit_length()
+    in_features = parts["codes"].shape[1] * 8 // bits
+    return QuantTensor(
+        packed=parts["codes"],
+        bits=bits,
+        in_features=in_features,
+        scale=parts["scale"],
+        group=in_features // parts["scale"].shape[1],
+        codebook=parts["codebook"],
+        zero_point=parts.get("zero_point"),
+    )
 
 
 def _file(name: str) -> str:

@@ -178,7 +178,7 @@ def validate(
             package,
             model,
             Recipe.read(recipe) if recipe else None,
-            require=frozenset(require or ()),
+            required=frozenset(require or ()),
             progress=progress,
         )
     if report:

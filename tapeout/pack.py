@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +73,7 @@ class Package:
             self.directory / "artifact",
             tuple(raw["files"]),
             raw["context"],
+            raw["bytes_per_token"],
             raw["containers"],
             tuple(raw["notes"]),
         )
@@ -89,6 +89,13 @@ class Package:
         """The Jinja source of its chat template."""
         path = self.directory / "tokenizer" / "chat_template.jinja"
         return path.read_text(encoding="utf-8") if path.exists() else None
+
+    @property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        """The package's ``tokenizer_config.json``, or nothing."""
+        path = self.directory / "tokenizer" / "tokenizer_config.json"
+        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return config
 
     def target(self) -> Target:
         """The target that it was made for, with the options that it was made with."""
@@ -155,13 +162,18 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
         },
         "scheme": quant.scheme.name,
         "rounding": quant.rounding,
-        "tensors": dict(Counter(scheme.name for scheme in quant.schemes.values())),
+        "schemes": {
+            name.removesuffix(".weight"): scheme.name
+            for name, scheme in quant.schemes.items()
+            if quant.model.specs[name].role.is_matrix and name not in quant.fallbacks
+        },
         "codes_sha256": quant.digest,
         "target": {"name": target.name, "options": targets.options(target)},
         "artifact": {
             "format": artifact.format,
             "files": artifact.files,
             "context": artifact.context,
+            "bytes_per_token": artifact.bytes_per_token,
             "containers": artifact.containers,
             "notes": artifact.notes,
         },

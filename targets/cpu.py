@@ -20,16 +20,14 @@ from tapeout.validate.session import Lowering, SessionSpec
 
 _FACTORY = "tapeout.targets.llama_cpp:open_session"
 
-# Bounds of the lowering gate, each with where it comes from.
-WEIGHTS = (
-    1e-4,
-    "float32 on both sides: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their size, which is "
-    "below 1e-5 for K = 16384; ten times that for the layers it passes through.",
+_WEIGHTS_LIMIT = 1e-4
+_WEIGHTS_DERIVATION = (
+    "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
+    "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
-RUNTIME = (
-    2e-3,
-    "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32: 0.5 % a matmul, 2.2 to 2.5 % of the logits' "
-    "spread over a model, and half its square in nats: about 3e-4; the bound leaves a factor of six.",
+_RUNTIME_DERIVATION = (
+    "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32. The reference with that same rounding predicts what "
+    "it costs; the device may lose twice that, and 5e-5 nats for its float types."
 )
 
 
@@ -53,6 +51,7 @@ class Cpu:
     max_shard_size: str | None = None
 
     name: ClassVar[str] = "cpu"
+    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "q8_0"
     summary: ClassVar[str] = "Intel, AMD and Arm CPUs, through GGUF on llama.cpp."
     needs: ClassVar[str] = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
 
@@ -88,8 +87,8 @@ class Cpu:
         """The same codes as a float32 twin, and the shipped file with the runtime's int8 activations explained."""
         twin = gguf.write(quant, scratch / "twin", sliding_window=self.sliding_window, as_float32=True)
         return [
-            Lowering("weights", self._exact(twin), "float32", "max", *WEIGHTS),
-            Lowering("runtime", self._open(artifact), "float32", "kl", *RUNTIME),
+            Lowering("weights", self._exact(twin), "max", _WEIGHTS_DERIVATION, _WEIGHTS_LIMIT),
+            Lowering("runtime", self._open(artifact), "kl", _RUNTIME_DERIVATION),
         ]
 
     def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:

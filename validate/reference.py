@@ -7,12 +7,13 @@ they have no room for them (soft caps), and sum in an order that depends on the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError
@@ -23,7 +24,7 @@ from tapeout.validate.session import Facts, Logits
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reference", "open_session", "round_q8_0"]
+__all__ = ["Reference", "open_session", "open_weights", "round_q8_0"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -34,23 +35,24 @@ class Reference:
 
     facts: Facts
 
-    def __init__(self, model: Model, network: Any, facts: Facts) -> None:
+    def __init__(self, directory: Path, network: Any, facts: Facts) -> None:
         self.facts = facts
-        self._model = model
+        self._directory = directory
         self._network = network
+        self._vocab_size = int(network.config.vocab_size)
         self._tokenizer: Any = None
         self.reset()
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
-        logits = np.empty((len(ids), self._model.config.vocab_size), np.float32)
+        logits = np.empty((len(ids), self._vocab_size), np.float32)
         for at, chunk in self._chunks(ids):
             logits[at : at + len(chunk)] = self._forward(chunk)
         return logits
 
     def append(self, ids: Sequence[int]) -> Logits:
         """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
-        last = np.empty((0, self._model.config.vocab_size), np.float32)
+        last = np.empty((0, self._vocab_size), np.float32)
         for _, chunk in self._chunks(ids):
             last = self._forward(chunk, keep=1)
         return last
@@ -83,7 +85,7 @@ class Reference:
         length = self._cache.get_seq_length() + len(ids)
         if length > self.facts.context:
             raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
-        vocab = self._model.config.vocab_size
+        vocab = self._vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocab:
             raise TapeoutError(
                 f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {vocab}."
@@ -108,10 +110,10 @@ class Reference:
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._model.directory, local_files_only=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
             except Exception as error:  # what it raises depends on which of its files is missing
                 raise ModelError(
-                    f"transformers finds no tokenizer in {self._model.directory}: {error}"
+                    f"transformers finds no tokenizer in {self._directory}: {error}"
                 ) from error
         return self._tokenizer
 
@@ -137,14 +139,7 @@ def open_session(
         MissingToolchain: torch or transformers is not installed.
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingToolchain(
-            f"the reference needs torch and transformers ({error}): pip install 'tapeout[reference]'"
-        ) from error
+    _prepare(threads)
     if arithmetic not in ("float32", "q8_0"):
         raise TapeoutError(f"the reference has no arithmetic '{arithmetic}'; it has float32 and q8_0.")
     source = load(model)
@@ -154,24 +149,82 @@ def open_session(
     quant = open_store(Path(store), source) if store is not None else None
     if arithmetic == "q8_0" and quant is None:
         raise TapeoutError("arithmetic q8_0 is that of quantized weights: it needs a store.")
-    if threads:
-        torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     network = _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if quant is not None and arithmetic == "q8_0":
         _round_inputs(network, quant)
-    facts = Facts(
+    facts = _facts(before, begin, source.config.max_position_embeddings)
+    return Reference(source.directory, network, facts)
+
+
+def open_weights(
+    directory: Path,
+    weights: Iterable[tuple[str, npt.NDArray[np.float32]]],
+    *,
+    threads: int | None = None,
+    layers: int | None = None,
+) -> Reference:
+    """Load the architecture that ``directory/config.json`` names with weights by their Hugging Face names.
+
+    Raises:
+        MissingToolchain: torch or transformers is not installed. ModelError: a weight is missing.
+    """
+    _prepare(threads)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    before, begin = psutil.Process().memory_info().rss, perf_counter()
+    config = _cut(AutoConfig.from_pretrained(directory, local_files_only=True), layers)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    parameters = dict(network.named_parameters())
+    missing = set(parameters)
+    for name, weight in weights:
+        if name in parameters:
+            parameters[name].data = torch.from_numpy(weight)
+            missing.discard(name)
+    if missing:
+        raise ModelError(f"{directory} holds no {', '.join(sorted(missing)[:3])}.")
+    return Reference(directory, network, _facts(before, begin, int(config.max_position_embeddings)))
+
+
+def _prepare(threads: int | None) -> None:
+    """Import the libraries, silent and offline; MissingToolchain names the extra that brings them."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingToolchain(
+            f"the reference needs torch and transformers ({error}): pip install 'tapeout[reference]'"
+        ) from error
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _facts(before: int, begin: float, context: int) -> Facts:
+    import torch
+    import transformers
+
+    return Facts(
         runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
         device=f"cpu, {torch.get_num_threads()} threads",
         load_s=perf_counter() - begin,
         resident_bytes=max(0, psutil.Process().memory_info().rss - before),
-        context=source.config.max_position_embeddings,
+        context=context,
     )
-    return Reference(source, network, facts)
+
+
+def _cut(config: Any, layers: int | None) -> Any:
+    """A configuration cut to its first layers."""
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
 
 
 def _network(source: Model, layers: int | None) -> Any:
@@ -179,11 +232,7 @@ def _network(source: Model, layers: int | None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    config = _cut(AutoConfig.from_pretrained(source.directory, local_files_only=True), layers)
     network, found = AutoModelForCausalLM.from_pretrained(
         source.directory,
         config=config,

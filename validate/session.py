@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -87,24 +87,28 @@ class Lowering:
     Attributes:
         check: what it isolates: ``weights`` (nothing but the lowered numbers) or ``runtime`` (the shipped file as deployed).
         session: the artifact, or a twin of it, opened so that only this is tested.
-        arithmetic: the reference's: ``float32``, or ``q8_0`` (inputs of quantized matmuls rounded to int8 in blocks of 32).
         metric: ``max`` (largest absolute difference of logits in units of their standard deviation) or ``kl`` (mean, nats).
-        limit: the bound.
+        limit: the bound of ``weights``; that of ``runtime`` follows from the device's ``arithmetic``.
         derivation: where the bound comes from, in one or two sentences.
     """
 
     check: Literal["weights", "runtime"]
     session: SessionSpec
-    arithmetic: Literal["float32", "q8_0"]
     metric: Literal["max", "kl"]
-    limit: float
     derivation: str
+    limit: float = 0.0
 
 
 class Device(Protocol):
-    """The part of a target that validation uses."""
+    """The part of a target that validation uses.
 
-    name: str
+    Attributes:
+        arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``q8_0`` rounds them to
+            int8 in blocks of 32.
+    """
+
+    name: ClassVar[str]
+    arithmetic: ClassVar[Literal["float32", "q8_0"]]
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""

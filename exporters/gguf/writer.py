@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.gguf import metadata, tokenizer
-from tapeout.exporters.gguf.layout import FLOATS, Entry, Index, lay_out, library
+from tapeout.exporters.gguf.layout import FLOATS, Entry, Index, Layout, lay_out, library
 from tapeout.files import writing
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import to_float32
@@ -91,8 +91,18 @@ def write(
         directory=directory,
         files=tuple(file.path.name for file in files),
         context=layout.context,
+        bytes_per_token=_bytes_per_token(quant, layout),
         containers={entry.source: entry.kind for entry in layout.entries if entry.source},
         notes=(*layout.notes, *vocabulary.notes),
+    )
+
+
+def _bytes_per_token(quant: Quantized, layout: Layout) -> int:
+    """Bytes that a token reads: every tensor whole, but one row of an embedding table that is not the head as well."""
+    tied = quant.model.config.tie_word_embeddings
+    return sum(
+        entry.nbytes // entry.shape[0] if entry.name == "token_embd.weight" and not tied else entry.nbytes
+        for entry in layout.entries
     )
 
 

@@ -271,7 +271,6 @@ WORDPIECE = {
         ("RobertaProcessing", lambda raw: raw.update(post_processor=ROBERTA)),
         ("before a text", lambda raw: raw.update(post_processor=EOS_FIRST)),
         ("lstrip", lambda raw: raw["added_tokens"][0].update(lstrip=True)),
-        ("byte symbols", lambda raw: raw["model"].update(merges=[], vocab={"<s>": 0, "</s>": 1, "a": 2})),
         ("vocab_size", lambda raw: raw["model"]["vocab"].update(x9=9999)),
         ("gives the id", lambda raw: raw["model"]["vocab"].update(x9=501)),
         ("can read", lambda raw: raw.pop("model")),

@@ -1,0 +1,175 @@
+"""What can be done with a package: run its gates again, measure it, generate with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tapeout.errors import MissingToolchain, ModelError, TapeoutError
+from tapeout.models import load
+from tapeout.models.chat import render, special_tokens
+from tapeout.pack import Package
+from tapeout.quantize import quantize
+from tapeout.recipe import Recipe
+from tapeout.validate import GateResult, Options, Report, check_names, gates, require, validate
+from tapeout.validate.generate import generate as sample
+from tapeout.validate.metrics import Distance
+from tapeout.validate.throughput import machine, measure_throughput
+from tapeout.validate.worker import open_session
+
+Progress = Callable[[str, int, int], None]
+
+# The golden check has no reference to predict with. Q4_0 on llama.cpp costs about 3e-4 nats; a wrong layer costs whole nats.
+_GOLDEN_KL = 2e-3
+
+
+def revalidate(
+    directory: Path,
+    source: str | None = None,
+    recipe: Recipe | None = None,
+    *,
+    required: frozenset[str] = frozenset(),
+    progress: Progress | None = None,
+) -> Report:
+    """Run a package's gates on this machine; without its model, those that need none.
+
+    Args:
+        directory: the package.
+        source: the model that it was made from.
+        recipe: limits and text; its scheme is the package's own.
+        required: gates that must not be skipped.
+
+    Raises:
+        ModelError: ``source`` is not the model that the package was made from. TapeoutError: one of its kinds.
+    """
+    package = Package.open(directory)
+    if source is None:
+        return _without_model(package, required)
+    model, recipe = load(source), recipe or Recipe()
+    manifest = package.manifest
+    quant = quantize(
+        model,
+        manifest["scheme"],
+        rounding=manifest["rounding"],
+        overrides=manifest["schemes"],
+        progress=progress,
+    )
+    if quant.source_sha256 != manifest["model"]["source_sha256"]:
+        raise ModelError(
+            f"{source} is not the model that {directory} was made from: its tensors have the digest "
+            f"{quant.source_sha256[:16]}…, the package's had {manifest['model']['source_sha256'][:16]}…."
+        )
+    options = Options(
+        recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
+    )
+    return validate(package.artifact, model, quant, package.target(), options)
+
+
+def _without_model(package: Package, required: frozenset[str]) -> Report:
+    """Integrity, the golden logits, and throughput; the rest is skipped by name."""
+    check_names(required)
+    found = gates.integrity(package.directory, package.files())
+    throughput: dict[str, Any] = {}
+    try:
+        with open_session(package.target().session(package.artifact)) as session:
+            found.append(_golden(package, session))
+            throughput = measure_throughput(session, package.artifact)
+    except MissingToolchain as error:
+        found.append(GateResult("golden", "skipped", reason=str(error)))
+    except TapeoutError as error:
+        found.append(GateResult("golden", "failed", reason=str(error)))
+    needing = ("codes", "lowering", "decode", "quality", "tokenizer", "task")
+    found += [GateResult(name, "skipped", reason="needs the model: give --model.") for name in needing]
+    manifest = package.manifest
+    return Report(
+        model=manifest["model"]["name"],
+        target=manifest["target"]["name"],
+        scheme=manifest["scheme"],
+        gates=tuple(require(found, required)),
+        throughput=throughput,
+        machine=machine(),
+        notes=package.artifact.notes,
+    )
+
+
+def _golden(package: Package, session: Any) -> GateResult:
+    path = package.directory / "golden.safetensors"
+    if not path.exists():
+        return GateResult("golden", "skipped", reason=f"the package has no {path.name}.")
+    arrays = load_file(path)
+    distance = Distance()
+    for index in range(len(arrays) // 2):
+        session.reset()
+        logits = session.prefill(arrays[f"tokens.{index}"].tolist())[-1:]
+        distance.add(arrays[f"logits.{index}"][None], logits)
+    good = distance.kl <= _GOLDEN_KL
+    reason = f"{distance.tokens} prompts of {path.name}: the logits that this package must give."
+    return GateResult("golden", "passed" if good else "failed", "mean KL, nats", distance.kl, _GOLDEN_KL, reason)
+
+
+def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:
+    """Measure a package's throughput; see ``throughput.measure_throughput``."""
+    package = Package.open(directory)
+    with open_session(package.target().session(package.artifact)) as session:
+        most = session.facts.context - 1
+        if wrong := [context for context in contexts if not 1 <= context <= most]:
+            raise TapeoutError(f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}.")
+        if progress:
+            progress("bench", 0, 1)
+        return measure_throughput(session, package.artifact, contexts)
+
+
+def generate(
+    package: Package, prompt: str, *, chat: bool = False, seed: int = 0, **settings: Any
+) -> Iterator[tuple[int, str]]:
+    """Generate on the target's runtime; yields each token's id and the text that it adds.
+
+    Args:
+        package: an open one.
+        prompt: the text to go on from; with ``chat`` the user's turn in the package's chat template.
+        seed: of the sampling.
+        settings: fields of ``models.Generation`` over the package's own.
+
+    Raises:
+        ModelError: ``chat`` and no chat template. TapeoutError: one of its kinds.
+    """
+    if chat:
+        if package.chat_template is None:
+            raise ModelError(f"{package.directory} has no chat template; leave out --chat.")
+        tokens = special_tokens(package.tokenizer_config)
+        prompt = render(package.chat_template, [{"role": "user", "content": prompt}], tokens)
+    generation = replace(package.generation, **settings)
+    _check(generation)
+    with open_session(package.target().session(package.artifact)) as session:
+        ids = session.tokenize(prompt)
+        new: list[int] = []
+        said = ""
+        for token in sample(session, ids, generation, np.random.default_rng(seed)):
+            if token in generation.stop_token_ids:
+                return
+            new.append(token)
+            text = session.detokenize(new)
+            if text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+                yield token, ""
+                continue
+            yield token, text[len(said) :]
+            said = text
+
+
+def _check(generation: Any) -> None:
+    """TapeoutError for a setting that has no meaning."""
+    ranges = {
+        "temperature": generation.temperature >= 0,
+        "top_p": 0 < generation.top_p <= 1,
+        "top_k": generation.top_k >= 0,
+        "repetition_penalty": generation.repetition_penalty > 0,
+        "max_new_tokens": generation.max_new_tokens > 0,
+    }
+    for name, good in ranges.items():
+        if not good:
+            raise TapeoutError(f"{name} cannot be {getattr(generation, name)}.")

@@ -1,0 +1,86 @@
+"""A target with no device: for tests, and as the worked example of ``docs/add-a-target.md``.
+
+Its artifact is ``exporters/plain.py``'s; its runtime puts what the files hold into transformers and runs that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.exporters import Artifact, Carry, plain
+from tapeout.quantize import Quantized, QuantTensor, Scheme
+from tapeout.targets import Progress
+from tapeout.validate.reference import Reference, open_weights
+from tapeout.validate.session import Lowering, SessionSpec
+
+_FACTORY = "tapeout.targets.null:open_session"
+
+
+@dataclass(frozen=True)
+class Null:
+    """No device at all.
+
+    Attributes:
+        threads: Threads of the runtime. Default: torch's own choice.
+    """
+
+    threads: int | None = None
+
+    name: ClassVar[str] = "null"
+    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "float32"
+    summary: ClassVar[str] = "No device: canonical codes in safetensors, run by transformers."
+    needs: ClassVar[str] = "transformers and torch"
+
+    @classmethod
+    def carries(cls, scheme: Scheme) -> Carry:
+        """Everything that has canonical codes."""
+        return plain.carries(scheme)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Whether torch and transformers are here."""
+        absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} is not installed: pip install 'tapeout[reference]'." if absent else None
+
+    def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
+        """Write one file a tensor."""
+        artifact = plain.write(quant, out)
+        if progress:
+            progress("export", 1, 1)
+        return artifact
+
+    def session(self, artifact: Artifact) -> SessionSpec:
+        """What the files hold, in float32."""
+        return SessionSpec(_FACTORY, {"directory": str(artifact.directory), "threads": self.threads})
+
+    def read_codes(
+        self, artifact: Artifact, quant: Quantized
+    ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+        """Through the safetensors library."""
+        return plain.read_codes(artifact, quant)
+
+    def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
+        """Float32 on both sides, by the same library: nothing but the weights can differ."""
+        why = "The same operations in float32 on the same machine: rounding of sums alone, far below 1e-4 of the logits' spread."
+        return [Lowering("weights", self.session(artifact), "max", why, 1e-4), Lowering("runtime", self.session(artifact), "kl", why)]
+
+    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
+        """The first layers of what the files hold."""
+        spec = self.session(artifact)
+        return SessionSpec(spec.factory, {**spec.arguments, "layers": layers})
+
+    def card(self, artifact: Artifact) -> str:
+        """The one command that runs it."""
+        return "```\ntapeout run . --prompt TEXT\n```"
+
+
+def open_session(directory: str, threads: int | None = None, layers: int | None = None) -> Reference:
+    """Run what the files of ``directory`` hold on transformers; called in a worker process."""
+    return open_weights(Path(directory), plain.read_weights(Path(directory)), threads=threads, layers=layers)

@@ -1,0 +1,138 @@
+"""Files and a running session in, verdict out. Knows no device."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tapeout.errors import TapeoutError, nearest
+from tapeout.exporters import Artifact
+from tapeout.models import Model
+from tapeout.quantize import Quantized
+from tapeout.validate import gates
+from tapeout.validate.evidence import Evidence
+from tapeout.validate.gates import Limits
+from tapeout.validate.report import GateResult, Report
+from tapeout.validate.session import Device
+from tapeout.validate.throughput import machine, measure_throughput
+
+__all__ = ["GATES", "GateResult", "Limits", "Options", "Report", "validate"]
+
+GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
+_GOLDEN_PROMPTS, _GOLDEN_TOKENS = 3, 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to validate.
+
+    Attributes:
+        limits: of the quality and task gates.
+        text: evaluation text, UTF-8; None: the model's tasks, its ``heldout.txt``, or the text that ships with tapeout.
+        tokens: most tokens that are evaluated.
+        require: gates that count as failed when they are skipped.
+        progress: called with (stage, done, total).
+        files: digests that a package's manifest promises, by path below ``root``; None: the artifact's files must stay as they
+            are while the gates run.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    text: Path | None = None
+    tokens: int = 4096
+    require: frozenset[str] = frozenset()
+    progress: Callable[[str, int, int], None] | None = None
+    files: Mapping[str, str] | None = None
+    root: Path | None = None
+
+
+def validate(
+    artifact: Artifact, model: Model, quant: Quantized, device: Device, options: Options | None = None
+) -> Report:
+    """Run every gate on an artifact, and measure its throughput.
+
+    Args:
+        artifact: what the target's ``export`` gave.
+        model: the original. quant: its canonical codes. device: the target.
+
+    Raises:
+        TapeoutError: ``options.require`` names no gate.
+    """
+    options = options or Options()
+    check_names(options.require)
+    root, files = options.root or artifact.directory, options.files
+    if files is None:
+        files = gates.digests(artifact)
+    with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
+        evidence = Evidence(artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress)
+        try:
+            found = [
+                *gates.guarded("codes", gates.codes, evidence),
+                *gates.guarded("lowering", gates.lowering, evidence),
+                *gates.guarded("decode", gates.decode, evidence),
+                *gates.guarded("quality", lambda e: gates.quality(e, options.limits), evidence),
+                *gates.guarded("tokenizer", gates.tokenizer, evidence),
+                *gates.guarded("task", lambda e: gates.task(e, options.limits), evidence),
+            ]
+            throughput, golden = _throughput(evidence), _golden(evidence)
+        finally:
+            evidence.close()
+    results = require([*gates.integrity(root, files), *found], options.require)
+    return Report(
+        model=model.name,
+        target=device.name,
+        scheme=quant.scheme.name,
+        gates=tuple(results),
+        throughput=throughput,
+        machine=machine(),
+        notes=(*artifact.notes, *_notes(quant)),
+        golden=golden,
+    )
+
+
+def check_names(required: frozenset[str]) -> None:
+    """TapeoutError for a required gate that does not exist."""
+    for name in required:
+        if name not in GATES:
+            raise TapeoutError(f"'{name}' is not a gate{nearest(name, GATES)}.")
+
+
+def require(results: list[GateResult], required: frozenset[str]) -> list[GateResult]:
+    """Turn the skips of required gates into failures."""
+    return [
+        replace(gate, status="failed", reason=f"required, but skipped: {gate.reason}")
+        if gate.status == "skipped" and gate.name.split("/")[0] in required
+        else gate
+        for gate in results
+    ]
+
+
+def _throughput(evidence: Evidence) -> Mapping[str, object]:
+    try:
+        return measure_throughput(evidence.deployed, evidence.artifact)
+    except TapeoutError:  # a gate has said why
+        return {}
+
+
+def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], gates.Logits], ...]:
+    """Prompts, and the logits of the reference with the dequantized weights after each."""
+    try:
+        pairs = list(zip(evidence.sequences, evidence.dequantized, strict=True))[:_GOLDEN_PROMPTS]
+    except TapeoutError:
+        return ()
+    found = []
+    for ids, logits in pairs:
+        length = min(_GOLDEN_TOKENS, len(ids))
+        found.append((tuple(ids[:length]), logits[length - 1].copy()))
+    return tuple(found)
+
+
+def _notes(quant: Quantized) -> list[str]:
+    notes = [f"{name}: {reason}" for name, reason in quant.fallbacks.items()]
+    if raised := sum(quant.clamped.values()):
+        notes.append(
+            f"{raised} groups of {len(quant.clamped)} tensors have weights too small for a float16 scale; theirs was raised to "
+            "the smallest normal one (an error of at most 3e-5 a weight)"
+        )
+    return notes

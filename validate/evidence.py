@@ -1,0 +1,210 @@
+"""What the gates look at: each model is opened once, says all that is asked of it, and is closed again.
+
+Logits go to mapped files, so that no two models and no text's logits need be in memory together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from tapeout.exporters import Artifact
+from tapeout.models import Generation, Model
+from tapeout.quantize import Quantized
+from tapeout.validate import corpus
+from tapeout.validate.generate import generate
+from tapeout.validate.metrics import Distance
+from tapeout.validate.session import Device, Logits, Session, SessionSpec
+from tapeout.validate.worker import WorkerSession, open_session
+
+_REFERENCE = "tapeout.validate.reference:open_session"
+_WINDOW = 512  # tokens of a sequence of text
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a tokenizer and a model say of the corpus and of the tasks.
+
+    Attributes:
+        ids: of each hostile string.
+        texts: what those ids are as text.
+        answers: generated for each task.
+    """
+
+    ids: list[list[int]]
+    texts: list[str]
+    answers: list[str]
+
+
+@dataclass
+class Evidence:
+    """Everything that a validation gathers, each piece when a gate first asks for it."""
+
+    artifact: Artifact
+    model: Model
+    quant: Quantized
+    device: Device
+    scratch: Path
+    text: Path | None = None
+    tokens: int = 4096
+    progress: Progress | None = None
+    _open: list[WorkerSession] = field(default_factory=list)
+
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        """Token sequences that quality and lowering are measured on: the tasks with their answers, or windows of a text."""
+        return self._original[0]
+
+    @property
+    def original(self) -> list[Logits]:
+        """The reference's logits with the model's own weights, one [tokens, vocab] a sequence."""
+        return self._original[1]
+
+    @property
+    def expected(self) -> Said:
+        """What the reference's tokenizer and the original weights say."""
+        return self._original[2]
+
+    @cached_property
+    def dequantized(self) -> list[Logits]:
+        """The reference's logits with the weights that the codes are."""
+        return self.record("dequantized", self.reference(), self.sequences)
+
+    @cached_property
+    def predicted_kl(self) -> float:
+        """What the runtime's rounding of matmul inputs costs the reference when it does the same, mean KL in nats."""
+        return self.predict("rounded", self.dequantized, self.sequences)
+
+    def predict(self, name: str, exact: list[Logits], sequences: list[list[int]]) -> float:
+        """The same for any sequences, given the reference's exact logits of them."""
+        if self.device.arithmetic == "float32":
+            return 0.0
+        spec = self.reference(arithmetic=self.device.arithmetic)
+        distance = Distance()
+        for mine, rounded in zip(exact, self.record(name, spec, sequences), strict=True):
+            distance.add(mine, rounded)
+        return distance.kl
+
+    @cached_property
+    def said(self) -> Said:
+        """What the artifact says of the corpus and the tasks, as it is deployed."""
+        return self.say(self.deployed, "answers")
+
+    @cached_property
+    def deployed(self) -> WorkerSession:
+        """The artifact as it is deployed; stays open until ``close``."""
+        session = open_session(self.device.session(self.artifact))
+        self._open.append(session)
+        return session
+
+    @cached_property
+    def tasks(self) -> list[tuple[str, str]]:
+        """The model's own (prompt, answer) pairs, if it has a ``tasks.jsonl``."""
+        path = self.model.directory / "tasks.jsonl"
+        if not path.exists():
+            return []
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [(row["prompt"], row["answer"]) for row in rows]
+
+    @cached_property
+    def strings(self) -> list[str]:
+        """The hostile corpus, with the model's own special tokens among it."""
+        path = self.model.directory / "tokenizer.json"
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path.exists() else []
+        return corpus.hostile([token["content"] for token in added][:32])
+
+    def close(self) -> None:
+        """End what is still open."""
+        while self._open:
+            self._open.pop().close()
+
+    def reference(
+        self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
+    ) -> SessionSpec:
+        """The reference with the weights that the codes are, or with the original ones."""
+        arguments = {
+            "model": str(self.model.directory),
+            "store": str(self.quant.directory) if quantized else None,
+            "layers": layers,
+            "arithmetic": arithmetic,
+        }
+        return SessionSpec(_REFERENCE, arguments)
+
+    def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
+        """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
+        with open_session(spec) as session:
+            return self.run(name, session, sequences)
+
+    def run(self, name: str, session: Session, sequences: Iterable[Sequence[int]]) -> list[Logits]:
+        """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
+        path = self.scratch / f"{name}.f32"
+        wanted = list(sequences)
+        shapes: list[tuple[int, int]] = []
+        with path.open("wb") as file:
+            for done, ids in enumerate(wanted):
+                session.reset()
+                logits = session.prefill(ids)
+                shapes.append((len(ids), logits.shape[1]))
+                logits.tofile(file)
+                self._tell(name, done + 1, len(wanted))
+        at, found = 0, []
+        for shape in shapes:
+            found.append(np.memmap(path, np.float32, "r", at, shape))
+            at += shape[0] * shape[1] * 4
+        return found
+
+    def say(self, session: Session, tasks: str) -> Said:
+        """Ask a session for its tokens of the corpus, their text, and its answers to the tasks."""
+        ids = [session.tokenize(text) for text in self.strings]
+        answers = []
+        generation = replace(self.model.generation, temperature=0.0, repetition_penalty=1.0)
+        for done, (prompt, _) in enumerate(self.tasks):
+            answers.append(answer(session, prompt, generation))
+            self._tell(tasks, done + 1, len(self.tasks))
+        return Said(ids, [session.detokenize(each) for each in ids], answers)
+
+    @cached_property
+    def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
+        with open_session(self.reference(quantized=False)) as session:
+            sequences = self._sequences(session)
+            return sequences, self.run("original", session, sequences), self.say(session, "tasks")
+
+    def _sequences(self, session: Session) -> list[list[int]]:
+        most = min(_WINDOW, self.artifact.context, session.facts.context)
+        if self.tasks and self.text is None:
+            found = [session.tokenize(prompt + said)[:most] for prompt, said in self.tasks]
+        else:
+            ids = session.tokenize(self._text())
+            found = [ids[at : at + most] for at in range(0, min(len(ids), self.tokens), most)]
+        kept: list[list[int]] = []
+        for ids in found:
+            ids = ids[: self.tokens - sum(map(len, kept))]
+            if len(ids) > 1:
+                kept.append(ids)
+        return kept
+
+    def _text(self) -> str:
+        own = self.model.directory / "heldout.txt"
+        if self.text or own.exists():
+            return (self.text or own).read_text(encoding="utf-8")
+        return (files("tapeout.validate") / "data" / "evaluation.txt").read_text(encoding="utf-8")
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(stage, done, total)
+
+
+def answer(session: Session, prompt: str, generation: Generation) -> str:
+    """What a session generates after a prompt, without the stop token and outer spaces."""
+    ids = list(generate(session, session.tokenize(prompt), generation))
+    if ids and ids[-1] in generation.stop_token_ids:
+        ids.pop()
+    return session.detokenize(ids).strip()

@@ -1,0 +1,318 @@
+"""The gates: each looks at the evidence and returns one or more verdicts. None of them knows a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
+from tapeout.exporters import Artifact
+from tapeout.files import file_sha256
+from tapeout.quantize import QuantTensor, Scheme
+from tapeout.validate.evidence import Evidence
+from tapeout.validate.metrics import Distance, negative_log_likelihood
+from tapeout.validate.report import GateResult
+from tapeout.validate.session import Logits, Lowering
+
+Gate = Callable[[Evidence], list[GateResult]]
+
+# Rounding to the wider types that a runtime may use for what is not quantized: bfloat16 inputs are off by 2^-9 / sqrt(3) =
+# 0.11 % a matmul, a twentieth of the variance of int8 inputs (0.5 %), which cost about 3e-4 nats; and three times that.
+_FLOAT_FLOOR = 5e-5
+# A device's rounding errors are another draw of the same distribution as the emulated ones, and their cost is averaged over
+# all tokens: it is near the predicted one, and never twice as large.
+_TWICE = 2.0
+_DECODED = 64  # tokens that the decode gate takes one by one
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the quality and task gates demand; None: by the width of the scheme's codes, see ``for_scheme``.
+
+    Attributes:
+        kl: mean KL of the dequantized to the original model, in nats a token, at most.
+        top1: share of tokens with the same likeliest next token, at least.
+        perplexity: perplexity over the original's, at most.
+        task: share of tasks that may be lost.
+    """
+
+    kl: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    task: float = 0.02
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, no field
+
+    def for_scheme(self, scheme: Scheme) -> Limits:
+        """Fill in what is None.
+
+        Anchors: llama.cpp publishes mean KL of 0.0014 for q8_0 and 0.072 for q4_0 of Llama 3 8B, the AWQ paper a perplexity of
+        5.73 over 5.47 for round-to-nearest int4-g128; each limit is about one and a half times its anchor. The share of
+        changed likeliest tokens is near sqrt(KL / 2), Pinsker's bound on the distance of the distributions.
+        """
+        kl, perplexity = {0: (1e-9, 1.0001), 8: (2e-3, 1.01)}.get(scheme.bits, (0.1, 1.08))
+        kl = self.kl if self.kl is not None else kl
+        top1 = self.top1 if self.top1 is not None else 1 - (kl / 2) ** 0.5
+        return Limits(kl, top1, self.perplexity if self.perplexity is not None else perplexity, self.task)
+
+
+def guarded(name: str, gate: Gate, evidence: Evidence) -> list[GateResult]:
+    """Run a gate: what a missing toolchain keeps from running is skipped, what crashes has failed."""
+    try:
+        return gate(evidence)
+    except MissingToolchain as error:
+        return [GateResult(name, "skipped", reason=str(error))]
+    except TapeoutError as error:
+        return [GateResult(name, "failed", reason=str(error))]
+
+
+def digests(artifact: Artifact) -> dict[str, str]:
+    """SHA-256 of each of the artifact's files, by name."""
+    return {name: file_sha256(artifact.directory / name) for name in artifact.files}
+
+
+def integrity(root: Path, expected: Mapping[str, str]) -> list[GateResult]:
+    """Compare files below ``root`` with their digests."""
+    wrong = []
+    for name, digest in expected.items():
+        if not (root / name).exists():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(root / name) != digest:
+            wrong.append(f"{name} differs from its digest")
+    reason = "; ".join(wrong) or f"{len(expected)} files are what their digests say, after everything else has run."
+    return [_verdict("integrity", "files that differ", len(wrong), 0, reason)]
+
+
+def codes(evidence: Evidence) -> list[GateResult]:
+    """Read every tensor back from the artifact and compare it with the store, bit for bit."""
+    quant, wrong, seen, added = evidence.quant, [], set(), 0.0
+    for name, found in evidence.device.read_codes(evidence.artifact, quant):
+        seen.add(name)
+        expected = quant[name]
+        if isinstance(found, QuantTensor) and isinstance(expected, QuantTensor):
+            if difference := _difference(found, expected):
+                wrong.append(f"{name}: {difference}")
+        else:
+            # A float: exactly the checkpoint's, or the codes' value in a narrower float type, which the artifact's notes tell.
+            values = found.dequantize() if isinstance(found, QuantTensor) else found
+            wanted = quant.float32(name)
+            if isinstance(expected, QuantTensor) and evidence.artifact.containers.get(name) == "F16":
+                wanted = wanted.astype(np.float16).astype(np.float32)
+            if values.shape != wanted.shape or not np.array_equal(values, wanted):
+                wrong.append(f"{name}: float values differ")
+    wrong += [f"{name} is not in the artifact" for name in quant if name not in seen]
+    more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    reason = "; ".join(wrong[:3]) + more or f"{len(seen)} tensors read back with the format owner's library."
+    return [_verdict("codes", "tensors that differ from the store", len(wrong), 0, reason)]
+
+
+def _difference(found: QuantTensor, expected: QuantTensor) -> str:
+    """What differs between two tensors of codes, or nothing."""
+    if found.shape != expected.shape or found.bits != expected.bits or found.group != expected.group:
+        return f"{found.shape} codes of {found.bits} bits in groups of {found.group}"
+    for part in ("packed", "scale", "zero_point"):
+        mine, theirs = getattr(found, part), getattr(expected, part)
+        if (mine is None) != (theirs is None):
+            return f"{part} is {'absent' if mine is None else 'unexpected'}"
+        if mine is not None and not np.array_equal(_bits(mine), _bits(theirs)):
+            changed = np.argwhere(_bits(mine) != _bits(theirs))
+            return f"{len(changed)} of {part} differ, the first at {changed[0].tolist()}"
+    return ""
+
+
+def _bits(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Floats as their bits, so that NaN and the sign of zero count."""
+    array = np.asarray(array)
+    return array.view(f"u{array.itemsize}") if array.dtype.kind == "f" else array
+
+
+def lowering(evidence: Evidence) -> list[GateResult]:
+    """Hold the device's logits against the reference that runs the dequantized weights."""
+    results = []
+    for check in evidence.device.lowerings(evidence.artifact, evidence.quant, evidence.scratch):
+        name = f"lowering/{check.check}"
+        results += guarded(name, lambda e, c=check, n=name: [_lowering(e, c, n)], evidence)  # type: ignore[misc]
+    return results
+
+
+def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
+    reference = evidence.dequantized
+    logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
+    distance = _distance(reference, logits)
+    limit, value = check.limit, distance.max if check.metric == "max" else distance.kl
+    metric = "largest logit difference / std" if check.metric == "max" else "mean KL, nats"
+    reason = check.derivation
+    if check.check == "runtime":
+        limit = _TWICE * evidence.predicted_kl + _FLOAT_FLOOR
+        reason = f"{check.derivation} Predicted for this model and text: {evidence.predicted_kl:.2g} nats."
+    if value > limit and check.check == "weights":
+        reason = _bisect(evidence, limit)
+    return _verdict(name, metric, value, limit, reason)
+
+
+def _bisect(evidence: Evidence, limit: float) -> str:
+    """Name the first layer after which device and reference part, by cutting both to ever fewer layers."""
+
+    def parts(layers: int) -> bool:
+        sequences = evidence.sequences[:4]
+        scratch = evidence.scratch / f"bisect-{layers}"
+        scratch.mkdir(exist_ok=True)
+        device = evidence.device.truncated(evidence.artifact, evidence.quant, layers, scratch)
+        mine = evidence.record(f"bisect-{layers}-reference", evidence.reference(layers=layers), sequences)
+        return _distance(mine, evidence.record(f"bisect-{layers}-device", device, sequences)).max > limit
+
+    low, high = 0, evidence.model.config.num_layers  # parts(high) is known; low layers are known or taken to agree
+    if not parts(high):
+        return "The lowered weights differ from the reference, though a float32 twin of the whole model does not on 4 sequences."
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if parts(middle) else (middle, high)
+    first = "layer 0, the embedding or the head" if high == 1 else f"layer {high - 1}"
+    return f"The device first parts from the reference in {first} (found by cutting both models to fewer layers)."
+
+
+def decode(evidence: Evidence) -> list[GateResult]:
+    """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
+    artifact, config = evidence.artifact, evidence.model.config
+    session = evidence.deployed
+    window = config.sliding_window if config.sliding_window and config.sliding_window < artifact.context else None
+    wanted = 3 * window + _DECODED if window else 4 * _DECODED
+    length = min(session.facts.context, wanted, evidence.tokens)
+    ids = _cycle(evidence.sequences, length)
+    exact = evidence.record("decode-exact", evidence.reference(), [ids])
+    predicted = evidence.predict("decode-rounded", exact, [ids])
+    limit = _TWICE * predicted + _FLOAT_FLOOR
+    sizes = [size for size in (7, 32) if size < length]
+    head, tail = ids[: -min(_DECODED, length - 1)], ids[-min(_DECODED, length - 1) :]
+    session.reset()
+    whole = session.prefill(ids)
+    roads: dict[str, Logits] = {}
+    session.reset()
+    session.prefill(head)
+    roads["decode"] = np.array([session.decode(token) for token in tail])
+    for size in sizes:
+        session.reset()
+        parts = [session.prefill(ids[at : at + size]) for at in range(0, length, size)]
+        roads[f"batches of {size}"] = np.concatenate(parts)
+    results = []
+    past = f", {length - window} tokens past the window of {window}" if window else ""
+    for road, logits in roads.items():
+        expected = whole[-len(logits) :]
+        distance = Distance()
+        distance.add(expected, logits)
+        near = _near_ties(expected, logits)
+        reason = (
+            f"{road} against one prefill of {length} tokens{past}; top-1 equal on {distance.top1:.1%}. Two runs of one "
+            f"arithmetic in another order differ by no more than two roundings of their inputs: twice {predicted:.2g} "
+            f"nats, and {_FLOAT_FLOOR:.0e} for float types."
+        )
+        if near:
+            reason = f"{near} tokens have another likeliest successor, by more than the bound explains. {reason}"
+        name = "decode" if road == "decode" else f"decode/{road.replace(' ', '-')}"
+        result = _verdict(name, "mean KL, nats", distance.kl, limit, reason)
+        results.append(result if not near else replace(result, status="failed"))
+    return results
+
+
+def _near_ties(expected: Logits, other: Logits) -> int:
+    """Tokens whose likeliest successor changes although it led by more than twice the logits' own difference there."""
+    best = expected.argmax(axis=1)
+    chosen = other.argmax(axis=1)
+    rows = np.arange(len(expected))
+    lead = expected[rows, best] - expected[rows, chosen]
+    return int((lead > 2 * np.abs(expected - other).max(axis=1)).sum())
+
+
+def _cycle(sequences: Iterable[list[int]], length: int) -> list[int]:
+    flat = [token for ids in sequences for token in ids]
+    if not flat:
+        raise RuntimeCrash("the evaluation text gives no token with this tokenizer: give a text of the model's own kind.")
+    return (flat * (length // len(flat) + 1))[:length]
+
+
+def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
+    """Compare the reference with dequantized weights with the original: what the choice of scheme costs."""
+    limits = limits.for_scheme(evidence.quant.scheme)
+    assert limits.kl is not None
+    assert limits.top1 is not None
+    assert limits.perplexity is not None
+    distance = _distance(evidence.original, evidence.dequantized)
+    tokens = max(1, sum(len(ids) - 1 for ids in evidence.sequences))
+    loss = [
+        sum(
+            negative_log_likelihood(logits, np.array(ids))
+            for logits, ids in zip(each, evidence.sequences, strict=True)
+        )
+        / tokens
+        for each in (evidence.original, evidence.dequantized)
+    ]
+    before, after = (float(np.exp(each)) for each in loss)
+    what = f"{distance.tokens} tokens of {'the model’s tasks' if evidence.tasks and not evidence.text else 'text'}"
+    return [
+        _verdict("quality/kl", "mean KL, nats", distance.kl, limits.kl, f"original ‖ dequantized on {what}."),
+        _verdict(
+            "quality/top1",
+            "share of equal likeliest tokens",
+            distance.top1,
+            limits.top1,
+            f"on {what}.",
+            at_least=True,
+        ),
+        _verdict(
+            "quality/perplexity",
+            "perplexity / original's",
+            after / before,
+            limits.perplexity,
+            f"{after:.4g} against {before:.4g} on {what}.",
+        ),
+    ]
+
+
+def tokenizer(evidence: Evidence) -> list[GateResult]:
+    """Compare the artifact's tokenizer with the source's on the hostile corpus, and the text that its ids become again."""
+    expected, found = evidence.expected, evidence.said
+    changed = [i for i, (a, b) in enumerate(zip(expected.ids, found.ids, strict=True)) if a != b]
+    back = [i for i, (a, b) in enumerate(zip(expected.texts, found.texts, strict=True)) if a != b and i not in set(changed)]
+    reason = f"{len(expected.ids)} hostile strings give the same ids, and their ids the same text."
+    if changed:
+        i = changed[0]
+        reason = f"{evidence.strings[i][:60]!r} gives {found.ids[i][:12]} where the source gives {expected.ids[i][:12]}."
+    elif back:
+        i = back[0]
+        reason = f"the ids of {evidence.strings[i][:60]!r} become {found.texts[i][:60]!r}, not {expected.texts[i][:60]!r}."
+    return [_verdict("tokenizer", "strings that differ", len(changed) + len(back), 0, reason)]
+
+
+def task(evidence: Evidence, limits: Limits) -> list[GateResult]:
+    """Compare exact-match accuracy on the model's tasks: original weights on the reference, and the device."""
+    if not evidence.tasks:
+        return [GateResult("task", "skipped", reason="the model has no tasks.jsonl with prompts and answers.")]
+
+    def accuracy(answers: list[str]) -> float:
+        right = sum(a == wanted.strip() for a, (_, wanted) in zip(answers, evidence.tasks, strict=True))
+        return right / len(evidence.tasks)
+
+    before, after = accuracy(evidence.expected.answers), accuracy(evidence.said.answers)
+    reason = f"{len(evidence.tasks)} tasks; the original answers {before:.1%} exactly, at most {limits.task:.1%} may be lost."
+    return [_verdict("task", "exact answers", after, before - limits.task, reason, at_least=True)]
+
+
+def _distance(reference: list[Logits], other: list[Logits]) -> Distance:
+    distance = Distance()
+    for mine, theirs in zip(reference, other, strict=True):
+        distance.add(mine, theirs)
+    if not distance.tokens:
+        raise RuntimeCrash("the evaluation text gives no token with this tokenizer: give a text of the model's own kind.")
+    return distance
+
+
+def _verdict(
+    name: str, metric: str, value: float, limit: float, reason: str, *, at_least: bool = False
+) -> GateResult:
+    # Written so that NaN fails.
+    good = value >= limit if at_least else value <= limit
+    return GateResult(name, "passed" if good else "failed", metric, float(value), float(limit), reason)

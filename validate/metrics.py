@@ -1,0 +1,103 @@
+"""Distances between two models' logits, over whole arrays, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import RuntimeCrash
+from tapeout.validate.session import Logits
+
+_STEP_VALUES = 1 << 22  # logits in work at a time: their float64 copies stay below a few hundred megabytes
+
+
+@dataclass
+class Distance:
+    """How far logits lie from a reference's, added up over sequences.
+
+    Attributes:
+        tokens: compared so far.
+        kl_sum: of KL(reference ‖ other) over tokens, in nats.
+        worst_kl: the largest of a token.
+        agree: tokens whose likeliest next token is the same; a tie in the other model counts as agreement.
+        worst: largest absolute difference of logits.
+    """
+
+    tokens: int = 0
+    kl_sum: float = 0.0
+    worst_kl: float = 0.0
+    agree: int = 0
+    worst: float = 0.0
+    _sum: float = 0.0
+    _squares: float = 0.0
+    _values: int = 0
+
+    def add(self, reference: Logits, other: Logits, who: str = "the device") -> None:
+        """Add logits [tokens, vocab] of both.
+
+        Raises:
+            RuntimeCrash: shapes differ, or a logit is NaN or infinite; the first token with one is named.
+        """
+        if reference.shape != other.shape:
+            raise RuntimeCrash(f"{who} gives logits {list(other.shape)} where the reference gives {list(reference.shape)}.")
+        for rows in _steps(reference):
+            mine, theirs = reference[rows].astype(np.float64), other[rows].astype(np.float64)
+            bad = ~np.isfinite(theirs).all(axis=1)
+            if bad.any():
+                raise RuntimeCrash(f"{who} gives NaN or infinite logits after token {rows.start + int(np.argmax(bad))}.")
+            kl = kl_divergence(mine, theirs)
+            self.kl_sum += float(kl.sum())
+            self.worst_kl = max(self.worst_kl, float(kl.max(initial=0.0)))
+            chosen = np.take_along_axis(theirs, mine.argmax(axis=1)[:, None], axis=1)[:, 0]
+            self.agree += int((chosen == theirs.max(axis=1)).sum())
+            self.worst = max(self.worst, float(np.abs(mine - theirs).max(initial=0.0)))
+            self._sum += float(mine.sum())
+            self._squares += float((mine**2).sum())
+            self._values += mine.size
+            self.tokens += len(mine)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL a token, in nats."""
+        return self.kl_sum / max(1, self.tokens)
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens whose likeliest next token is the same."""
+        return self.agree / max(1, self.tokens)
+
+    @property
+    def max(self) -> float:
+        """Largest absolute difference, in units of the standard deviation of the reference's logits."""
+        mean = self._sum / max(1, self._values)
+        return self.worst / max(1e-30, float(np.sqrt(max(0.0, self._squares / max(1, self._values) - mean**2))))
+
+
+def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log-probabilities of float64 logits [tokens, vocab]."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def kl_divergence(reference: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """KL(reference ‖ other) of each token, in nats: float64 logits [tokens, vocab] to [tokens], never below zero."""
+    p, q = log_softmax(reference), log_softmax(other)
+    return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+
+
+def negative_log_likelihood(logits: Logits, ids: npt.NDArray[np.int64]) -> float:
+    """Sum over tokens of -log p(next token), in nats: logits [tokens, vocab] and the sequence [tokens] they follow."""
+    total = 0.0
+    for rows in _steps(logits[:-1]):
+        p = log_softmax(logits[:-1][rows].astype(np.float64))
+        total -= float(np.take_along_axis(p, ids[1:][rows, None], axis=1).sum())
+    return total
+
+
+def _steps(logits: Logits) -> Iterator[slice]:
+    step = max(1, _STEP_VALUES // max(1, logits.shape[1]))
+    for first in range(0, len(logits), step):
+        yield slice(first, min(first + step, len(logits)))

@@ -1,0 +1,193 @@
+"""The report: what each gate found, how fast it ran, on which machine; as JSON, HTML and JUnit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
+
+from tapeout.errors import PackageError
+from tapeout.files import canonical_json
+from tapeout.validate.session import Logits
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT_VERSION = 1
+Status = Literal["passed", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What a gate found.
+
+    Attributes:
+        name: ``gate`` or ``gate/check``.
+        metric: what ``value`` and ``limit`` are, with their unit.
+        value: what was measured; None when nothing was.
+        limit: what it is held to; None when there is nothing to hold it to.
+        reason: one or two sentences: what was compared and where the limit comes from, or why it failed or was skipped.
+    """
+
+    name: str
+    status: Status
+    metric: str = ""
+    value: float | None = None
+    limit: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one artifact.
+
+    Attributes:
+        model: its name. target: the target's name. scheme: of its linear layers.
+        throughput: see ``throughput.measure_throughput``; empty when it was not measured.
+        notes: what a user has to know of the artifact.
+        golden: prompts and the float32 [vocab] logits that must follow them; not part of ``report.json``.
+    """
+
+    model: str
+    target: str
+    scheme: str
+    gates: tuple[GateResult, ...]
+    throughput: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    golden: tuple[tuple[tuple[int, ...], Logits], ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate failed and at least one passed."""
+        statuses = {gate.status for gate in self.gates}
+        return "failed" not in statuses and "passed" in statuses
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``data/report.schema.json`` describes."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "passed": self.passed,
+            "model": self.model,
+            "target": self.target,
+            "scheme": self.scheme,
+            "gates": [asdict(gate) for gate in self.gates],
+            "throughput": dict(self.throughput),
+            "machine": dict(self.machine),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read ``report.json``; PackageError when it is none, or of a newer format."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["format_version"] > FORMAT_VERSION:
+                raise PackageError(
+                    f"{path} has format_version {raw['format_version']}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
+                )
+            return cls(
+                raw["model"],
+                raw["target"],
+                raw["scheme"],
+                tuple(GateResult(**gate) for gate in raw["gates"]),
+                raw["throughput"],
+                raw["machine"],
+                tuple(raw["notes"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PackageError(f"{path} is not a report: {error!r}.") from error
+
+    def write(self, directory: Path) -> None:
+        """Write ``report.json``, ``report.html`` and ``report.xml`` (JUnit)."""
+        (directory / "report.json").write_text(canonical_json(self.to_json()), encoding="utf-8")
+        (directory / "report.html").write_text(self._html(), encoding="utf-8")
+        (directory / "report.xml").write_text(self._junit(), encoding="utf-8")
+
+    def _html(self) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("tapeout.validate", "data"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        environment.filters["number"] = number
+        counts = {status: sum(gate.status == status for gate in self.gates) for status in ("passed", "failed", "skipped")}
+        return environment.get_template("report.html.j2").render(report=self, counts=counts)
+
+    def _junit(self) -> str:
+        suite = ElementTree.Element(
+            "testsuite",
+            name=f"{self.model} {self.scheme} {self.target}",
+            tests=str(len(self.gates)),
+            failures=str(sum(gate.status == "failed" for gate in self.gates)),
+            errors="0",
+            skipped=str(sum(gate.status == "skipped" for gate in self.gates)),
+        )
+        for gate in self.gates:
+            case = ElementTree.SubElement(suite, "testcase", classname=f"tapeout.{self.target}", name=gate.name)
+            if gate.status == "failed":
+                ElementTree.SubElement(case, "failure", message=gate.reason).text = _measured(gate)
+            elif gate.status == "skipped":
+                ElementTree.SubElement(case, "skipped", message=gate.reason)
+            else:
+                ElementTree.SubElement(case, "system-out").text = f"{_measured(gate)} {gate.reason}"
+        ElementTree.indent(suite)
+        return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def number(value: float | None) -> str:
+    """A figure for people: three significant digits, whole numbers as they are."""
+    if value is None:
+        return ""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.3g}"
+
+
+def _measured(gate: GateResult) -> str:
+    limit = "" if gate.limit is None else f" (limit {number(gate.limit)})"
+    return "" if gate.value is None else f"{gate.metric} {number(gate.value)}{limit}."
+
+
+def verdict_table(report: Report) -> Table:
+    """The gates as a table for the terminal, the verdict in its title."""
+    from rich.table import Table
+    from rich.text import Text
+
+    verdict = Text("PASSED", "bold green") if report.passed else Text("FAILED", "bold red")
+    title = Text.assemble(verdict, f"  {report.model} → {report.scheme} → {report.target}")
+    table = Table("gate", "verdict", "measured", "limit", "what", title=title, title_justify="left", title_style="")
+    styles = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+    for gate in report.gates:
+        reason = gate.reason if gate.status != "passed" else gate.metric
+        measured = number(gate.value)
+        table.add_row(gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason))
+    for note in report.notes:
+        table.caption = f"{table.caption or ''}\n{note}".strip()
+    return table
+
+
+def throughput_table(figures: Mapping[str, Any]) -> Table:
+    """Throughput as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table("context", "first token", "token p50 / p90 / p99", "prefill", "decode", "roofline", title_justify="left")
+    table.title = f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
+    for row in figures["contexts"]:
+        quantiles = " / ".join(f"{row[f'token_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
+        table.add_row(
+            str(row["context"]),
+            f"{row['first_token_s'] * 1e3:.1f} ms",
+            f"{quantiles} ms",
+            f"{row['prefill_tokens_per_s']:.1f} tokens/s",
+            f"{row['decode_tokens_per_s']:.1f} tokens/s",
+            f"{row['roofline_fraction']:.0%} of {figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
+        )
+    return table

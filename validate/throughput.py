@@ -1,0 +1,106 @@
+"""Throughput on this machine, with the machine's own bandwidth measured in the same run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tapeout.exporters import Artifact
+from tapeout.validate.worker import WorkerSession
+
+_ARRAY_BYTES = 256 << 20  # of all threads' arrays together: several times any last-level cache
+_NEW_TOKENS, _REPEATS = 32, 3
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on: processor, cores, memory, system; no host name."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = named[0] if named else model
+    return {
+        "processor": model,
+        "architecture": platform.machine(),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def bandwidth(threads: int | None = None) -> float:
+    """Bytes a second that this machine's cores read from memory together: the best of five passes.
+
+    Each thread sums an array of its own, all of them several times larger than the last cache together.
+    """
+    threads = threads or cores()
+    arrays = [np.ones(_ARRAY_BYTES // threads // 8, np.uint64) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            begin = perf_counter()
+            list(pool.map(np.bitwise_or.reduce, arrays))
+            best = max(best, sum(array.nbytes for array in arrays) / (perf_counter() - begin))
+    return best
+
+
+def measure_throughput(session: WorkerSession, artifact: Artifact, contexts: Sequence[int] = ()) -> dict[str, Any]:
+    """Time a session: warm-up apart, three repeats, medians.
+
+    Args:
+        session: the artifact as it is deployed.
+        artifact: says how many bytes a token reads.
+        contexts: prompt lengths in tokens; default: 16, 128 and 512 as far as the context goes.
+
+    Returns:
+        runtime, device, load_s, resident_bytes, bytes_per_token, bandwidth_bytes_per_s, and for each of ``contexts``:
+        first_token_s (median seconds of the prompt and one token), token_p50_s, token_p90_s, token_p99_s,
+        prefill_tokens_per_s, decode_tokens_per_s, roofline_fraction (bytes read a second by decoding / bandwidth).
+    """
+    facts = session.facts
+    reading = bandwidth()
+    rows = []
+    room = facts.context - 1
+    for context in contexts or sorted({min(length, room - min(_NEW_TOKENS, room // 2)) for length in (16, 128, 512)}):
+        new = max(1, min(_NEW_TOKENS, facts.context - context))
+        timing = session.time(context, new, _REPEATS)
+        tokens = [second for repeat in timing.decode_s for second in repeat]
+        p50, p90, p99 = (float(np.quantile(tokens, q)) for q in (0.5, 0.9, 0.99))
+        prefill = statistics.median(timing.prefill_s)
+        rows.append(
+            {
+                "context": context,
+                "first_token_s": prefill + p50,
+                "token_p50_s": p50,
+                "token_p90_s": p90,
+                "token_p99_s": p99,
+                "samples": len(tokens),
+                "prefill_tokens_per_s": context / prefill,
+                "decode_tokens_per_s": 1 / p50,
+                "roofline_fraction": artifact.bytes_per_token / p50 / reading,
+            }
+        )
+    return {
+        "runtime": facts.runtime,
+        "device": facts.device,
+        "load_s": facts.load_s,
+        "resident_bytes": facts.resident_bytes,
+        "bytes_per_token": artifact.bytes_per_token,
+        "bandwidth_bytes_per_s": reading,
+        "contexts": rows,
+    }
