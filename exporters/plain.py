@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tapeout.errors import PackageError
-from tapeout.exporters import Artifact, Carry, Exact
+from tapeout.exporters import Artifact, Exact
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 
 
-def carries(scheme: Scheme) -> Carry:
+def carries(scheme: Scheme) -> Exact:
     """Everything that has canonical codes."""
     return Exact("float" if scheme.kind == "none" else f"u{scheme.bits}")
 

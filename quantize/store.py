@@ -16,6 +16,7 @@ import struct
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,10 @@ def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executo
             rows = slice(row, min(row + step, end))
             rounded = rtn.round_to_nearest(to_float32(bits[rows], source.dtype), scheme)
             clamped += rounded.clamped
-            parts = {"codes": pack(rounded.codes, scheme.bits), "zero_point": rounded.zero_point}
+            parts: dict[str, npt.NDArray[Any] | None] = {
+                "codes": pack(rounded.codes, scheme.bits),
+                "zero_point": rounded.zero_point,
+            }
             if scheme.double_quant:
                 scales[rows] = rounded.scale
             else:
@@ -134,7 +138,7 @@ def _lay_out(
 
 def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:
     """Write an array's bytes at ``offset`` of an open file, whole."""
-    left = memoryview(np.ascontiguousarray(array)).cast("B")
+    left = np.ascontiguousarray(array).data.cast("B")
     while left:
         count = os.pwrite(handle, left, offset)
         left, offset = left[count:], offset + count

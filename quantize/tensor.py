@@ -33,7 +33,8 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, in_features: int) -> npt.ND
         return packed
     if bits == 4 and in_features % 2 == 0:
         pairs = packed.astype("<u2")
-        return ((pairs | (pairs << 4)) & 0x0F0F).astype("<u2", copy=False).view(np.uint8)
+        spread: npt.NDArray[np.uint16] = ((pairs | (pairs << 4)) & 0x0F0F).astype("<u2", copy=False)
+        return spread.view(np.uint8)
     flat = np.unpackbits(packed, axis=1, count=in_features * bits, bitorder="little")
     return np.packbits(flat.reshape(len(packed), in_features, bits), axis=2, bitorder="little")[:, :, 0]
 

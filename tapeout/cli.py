@@ -27,6 +27,7 @@ stderr = Console(stderr=True, highlight=False)
 app = App(
     name="tapeout",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # main says what became of the work
     help="Quantize a language model once, lower those exact codes to every device, and prove it.",
 )
 app.register_install_completion_command(help="Install completion for this shell.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tapeout import targets
 from tapeout.errors import PackageError
-from tapeout.exporters import Carry, Exact, Rounded
+from tapeout.exporters import Carry, Exact, Rounded, gguf
 from tapeout.models import load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
@@ -22,9 +22,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "quantization.json").exists():
         return _store(path)
     if path.suffix == ".gguf":
-        from tapeout.exporters.gguf import describe as gguf_facts
-
-        return {"kind": "artifact"} | gguf_facts(path)
+        return {"kind": "artifact"} | gguf.describe(path)
     if path.is_dir() or not path.exists():
         return _model(path)
     raise PackageError(f"{path} is neither a model, a store, a package nor a .gguf file.")

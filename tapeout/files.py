@@ -36,6 +36,7 @@ def writing(path: Path) -> Iterator[None]:
             errno.EPERM: "it is not writable by this user",
             errno.EROFS: "the file system is read-only",
             errno.ENOTDIR: "a part of the path is a file",
+            errno.EEXIST: "a part of the path is a file",  # what mkdir says of it
         }
         if error.errno not in reasons:
             raise

@@ -114,6 +114,8 @@ class Package:
                 found.append(f"{path} is missing")
             elif file_sha256(self.directory / path) != digest:
                 found.append(f"{path} differs from its digest")
+        present = {p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file()}
+        found += [f"{path} is not part of it" for path in sorted(present - self.files().keys() - {MANIFEST})]
         if _root(self.manifest) != self.manifest["root_sha256"]:
             found.append(f"{MANIFEST} differs from its root digest")
         return found
@@ -142,6 +144,9 @@ def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -
         path: entry for path, entry in _digests(directory).items() if path not in manifest["files"]
     }
     manifest["passed"] = report.passed
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600, and a package is for others
     (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
     return Package(directory, manifest)
 

@@ -109,7 +109,9 @@ def _golden(package: Package, session: Any) -> GateResult:
         distance.add(arrays[f"logits.{index}"][None], logits)
     good = distance.kl <= _GOLDEN_KL
     reason = f"{distance.tokens} prompts of {path.name}: the logits that this package must give."
-    return GateResult("golden", "passed" if good else "failed", "mean KL, nats", distance.kl, _GOLDEN_KL, reason)
+    return GateResult(
+        "golden", "passed" if good else "failed", "mean KL, nats", distance.kl, _GOLDEN_KL, reason
+    )
 
 
 def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:
@@ -118,7 +120,9 @@ def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | No
     with open_session(package.target().session(package.artifact)) as session:
         most = session.facts.context - 1
         if wrong := [context for context in contexts if not 1 <= context <= most]:
-            raise TapeoutError(f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}.")
+            raise TapeoutError(
+                f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}."
+            )
         if progress:
             progress("bench", 0, 1)
         return measure_throughput(session, package.artifact, contexts)

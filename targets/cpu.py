@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -69,9 +69,10 @@ class Cpu:
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
         """Write one GGUF file, or its shards."""
         size = parse_size(self.max_shard_size) if self.max_shard_size else None
-        return gguf.write(
+        artifact = gguf.write(
             quant, out, max_shard_bytes=size, sliding_window=self.sliding_window, progress=progress
         )
+        return replace(artifact, context=min(self.context or artifact.context, artifact.context))
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The file as it is deployed: float16 cache, llama.cpp's defaults."""
@@ -87,15 +88,14 @@ class Cpu:
         """The same codes as a float32 twin, and the shipped file with the runtime's int8 activations explained."""
         twin = gguf.write(quant, scratch / "twin", sliding_window=self.sliding_window, as_float32=True)
         return [
-            Lowering("weights", self._exact(twin), "max", _WEIGHTS_DERIVATION, _WEIGHTS_LIMIT),
+            Lowering("weights", self._exact(twin, artifact), "max", _WEIGHTS_DERIVATION, _WEIGHTS_LIMIT),
             Lowering("runtime", self._open(artifact), "kl", _RUNTIME_DERIVATION),
         ]
 
     def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
         """A float32 twin of the first layers."""
-        return self._exact(
-            gguf.write(quant, scratch, sliding_window=self.sliding_window, as_float32=True, layers=layers)
-        )
+        twin = gguf.write(quant, scratch, sliding_window=self.sliding_window, as_float32=True, layers=layers)
+        return self._exact(twin, artifact)
 
     def card(self, artifact: Artifact) -> str:
         """Commands of llama.cpp's own tools."""
@@ -107,17 +107,16 @@ class Cpu:
         )
 
     def _open(self, artifact: Artifact, **settings: Any) -> SessionSpec:
-        context = min(self.context or artifact.context, artifact.context)
         given = {
             "model": str(artifact.directory / artifact.files[0]),
-            "context": context,
+            "context": artifact.context,
             "threads": self.threads,
         }
         return SessionSpec(_FACTORY, given | settings)
 
-    def _exact(self, twin: Artifact) -> SessionSpec:
+    def _exact(self, twin: Artifact, artifact: Artifact) -> SessionSpec:
         """Float32 everywhere, so that nothing is left but the lowered numbers."""
-        return self._open(twin, kv="f32", flash_attention=False)
+        return self._open(replace(twin, context=artifact.context), kv="f32", flash_attention=False)
 
 
 def parse_size(text: str) -> int:

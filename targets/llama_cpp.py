@@ -35,6 +35,9 @@ class LlamaCpp:
         self._model, self._context = model, context
         self._vocab = llama.llama_model_get_vocab(model)
         self._vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+        self._space_prefix = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_SPM and (
+            _metadata(model, b"tokenizer.ggml.add_space_prefix") != "false"
+        )
         self._length = 0
         self._batch_size = batch_size
         self._batch = llama.llama_batch_init(batch_size, 0, 1)
@@ -91,17 +94,24 @@ class LlamaCpp:
             room = -count
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD.
+
+        Token by token, as llama.cpp's programs print: its ``llama_detokenize`` also drops spaces before punctuation.
+        """
         self._check_ids(ids)
-        llama, tokens = _library(), (ctypes.c_int32 * len(ids))(*ids)
-        room = 8 * len(ids) + 64
+        pieces = [self._piece(token, strip=self._space_prefix and at == 0) for at, token in enumerate(ids)]
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def _piece(self, token: int, strip: bool) -> bytes:
+        """The bytes of one token, without its leading space if ``strip``."""
+        llama, room = _library(), 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            count = llama.llama_detokenize(self._vocab, tokens, len(ids), buffer, room, False, True)
+            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, int(strip), True)
             if count >= 0:
-                return buffer.raw[:count].decode("utf-8", "replace")
+                return buffer.raw[:count]
             if -count <= room:
-                raise RuntimeCrash(f"llama.cpp does not detokenize {len(ids)} tokens.{_log_tail()}")
+                raise RuntimeCrash(f"llama.cpp has no text for token {token}.{_log_tail()}")
             room = -count
 
     def close(self) -> None:
@@ -117,7 +127,10 @@ class LlamaCpp:
         self._check_ids(ids)
         length = self._length + len(ids)
         if length > self.facts.context:
-            raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
+            raise TapeoutError(
+                f"{length} tokens do not fit the context of {self.facts.context}; that is the package's own, or what half of "
+                "the free memory has room for."
+            )
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
@@ -156,7 +169,8 @@ def open_session(
 
     Args:
         model: path of the file.
-        context: most tokens of a sequence; None: what the model was trained for.
+        context: most tokens of a sequence; None: what the model was trained for. Less when their cache would take more than
+            half of the free memory: ``facts.context`` says how many it is.
         threads: None: as many as this process has cores.
         kv: type of the cache.
         flash_attention: None: llama.cpp decides.
@@ -183,7 +197,8 @@ def open_session(
     loaded = llama.llama_model_load_from_file(os.fsencode(model), wanted)
     if not loaded:
         raise RuntimeCrash(f"llama.cpp refuses {model}.{_log_tail()}")
-    length = context or int(llama.llama_model_n_ctx_train(loaded))
+    own = context or int(llama.llama_model_n_ctx_train(loaded))
+    length = min(own, _fits(loaded, kv))
     given = llama.llama_context_default_params()
     given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
     given.n_threads = given.n_threads_batch = threads
@@ -204,6 +219,25 @@ def open_session(
     resident = max(0, psutil.Process().memory_info().rss - before)
     session.facts = Facts(version, device, load_s, resident, length)
     return session
+
+
+def _fits(model: int, kv: str) -> int:
+    """Tokens whose keys and values take half of the memory that is free: llama.cpp fills its whole cache at once."""
+    llama = _library()
+    heads, width = (
+        llama.llama_model_n_head_kv(model),
+        llama.llama_model_n_embd(model) // llama.llama_model_n_head(model),
+    )
+    token = 2 * llama.llama_model_n_layer(model) * heads * width * {"f16": 2, "f32": 4}[kv]
+    room = int(psutil.virtual_memory().available // 2 // token)
+    return max(256, room // 256 * 256)
+
+
+def _metadata(model: int, key: bytes) -> str | None:
+    """The value of a key of the file as llama.cpp prints it (booleans as ``true`` and ``false``); None when it is absent."""
+    buffer = ctypes.create_string_buffer(64)
+    length = _library().llama_model_meta_val_str(model, key, buffer, len(buffer))
+    return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
 
 _LOG: deque[str] = deque(maxlen=20)

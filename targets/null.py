@@ -69,7 +69,10 @@ class Null:
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """Float32 on both sides, by the same library: nothing but the weights can differ."""
         why = "The same operations in float32 on the same machine: rounding of sums alone, far below 1e-4 of the logits' spread."
-        return [Lowering("weights", self.session(artifact), "max", why, 1e-4), Lowering("runtime", self.session(artifact), "kl", why)]
+        return [
+            Lowering("weights", self.session(artifact), "max", why, 1e-4),
+            Lowering("runtime", self.session(artifact), "kl", why),
+        ]
 
     def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
         """The first layers of what the files hold."""

@@ -15,7 +15,7 @@ from tapeout.validate import gates
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
 from tapeout.validate.report import GateResult, Report
-from tapeout.validate.session import Device
+from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_throughput
 
 __all__ = ["GATES", "GateResult", "Limits", "Options", "Report", "validate"]
@@ -65,7 +65,9 @@ def validate(
     if files is None:
         files = gates.digests(artifact)
     with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
-        evidence = Evidence(artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress)
+        evidence = Evidence(
+            artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
+        )
         try:
             found = [
                 *gates.guarded("codes", gates.codes, evidence),
@@ -115,7 +117,7 @@ def _throughput(evidence: Evidence) -> Mapping[str, object]:
         return {}
 
 
-def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], gates.Logits], ...]:
+def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
     """Prompts, and the logits of the reference with the dequantized weights after each."""
     try:
         pairs = list(zip(evidence.sequences, evidence.dequantized, strict=True))[:_GOLDEN_PROMPTS]

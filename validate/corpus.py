@@ -7,19 +7,63 @@ from collections.abc import Iterator, Sequence
 
 # Pieces that tokenizers are known to get wrong, by kind.
 _WORDS = {
-    "latin": "the quick brown fox naïve café Straße señor Ångström coöperate façade don't I'LL we'Ve o'clock rock-n-roll".split(),
-    "chinese": "你好 世界 中文 测试 我想在 自然语言处理 量化 模型 北京 2024年 龍 臺灣 。 ，「」".split(),
-    "japanese": "こんにちは カタカナ 漢字 です ー ｶﾅ 東京 々 〜".split(),
-    "korean": "안녕하세요 세계 한국어 ㅋㅋㅋ 각".split(),
-    "rtl": "مرحبا بالعالم שלום עולם ١٢٣ ﷺ \u200fabc".split(" "),
-    "indic": "नमस्ते दुनिया தமிழ் తెలుగు ক্ষ ไทยแลนด์ កាន់តែ".split(),
-    "cyrillic": "Привет мир ёлка Ґанок нещо".split(),
-    "emoji": ["😀", "👨‍👩‍👧‍👦", "👩🏽‍💻", "🏳️‍🌈", "🇩🇪🇫🇷", "❤️", "☎︎", "1️⃣", "🫠", "🦙🦙", "\U0001f9d1\u200d\U0001f680"],
+    "latin": [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "naïve",
+        "café",
+        "Straße",
+        "señor",
+        "Ångström",
+        "coöperate",
+        "façade",
+        "don't",
+        "I'LL",
+        "we'Ve",
+        "o'clock",
+        "rock-n-roll",
+    ],
+    "chinese": [
+        "你好",
+        "世界",
+        "中文",
+        "测试",
+        "我想在",
+        "自然语言处理",
+        "量化",
+        "模型",
+        "北京",
+        "2024年",
+        "龍",
+        "臺灣",
+        "。",
+        "，「」",
+    ],
+    "japanese": ["こんにちは", "カタカナ", "漢字", "です", "ー", "ｶﾅ", "東京", "々", "〜"],
+    "korean": ["안녕하세요", "세계", "한국어", "ㅋㅋㅋ", "각"],
+    "rtl": ["مرحبا", "بالعالم", "שלום", "עולם", "١٢٣", "ﷺ", "\u200fabc"],
+    "indic": ["नमस्ते", "दुनिया", "தமிழ்", "తెలుగు", "ক্ষ", "ไทยแลนด์", "កាន់តែ"],
+    "cyrillic": ["Привет", "мир", "ёлка", "Ґанок", "нещо"],
+    "emoji": [
+        "😀",
+        "👨‍👩‍👧‍👦",
+        "👩🏽‍💻",
+        "🏳️‍🌈",
+        "🇩🇪🇫🇷",
+        "❤️",
+        "☎︎",
+        "1️⃣",
+        "🫠",
+        "🦙🦙",
+        "\U0001f9d1\u200d\U0001f680",
+    ],
     "code": [
         "def f(x):\n\treturn x**2",
         "for (int i=0;i<n;++i) {",
         "SELECT * FROM t WHERE a='b';",
-        "<div class=\"a\">&nbsp;</div>",
+        '<div class="a">&nbsp;</div>',
         "x = {'a': [1, 2.5e-3, None]}",
         "#include <stdio.h>\r\n",
         "λx.x → ∀y∃z",
@@ -30,12 +74,83 @@ _WORDS = {
         "$(( 1+1 ))",
         "```python\nprint()\n```",
     ],
-    "numbers": ["0", "7", "42", "123", "1234", "1234567", "3.14159", "1,000,000", "1e10", "-5", "½", "²", "Ⅻ", "٣٤", "12*3="],
-    "marks": ["e\u0301", "a\u0308\u0323", "\u0301", "Z\u0351\u036b\u0343", "ﬁ", "ﾊﾟ", "\u1e9b\u0323", "\ufeff", "\u00ad"],
-    "controls": ["\x01", "\x07", "\x1b[0m", "\x7f", "\x85", "\u2028", "\u2029", "\u200b", "\u2060", "\u202e", "\ufffd"],
-    "punctuation": ["...", "!!!", "?!", "——", "''", '""', "“”", "(((", "]]", "=====", "~~~", "¿¡", "…", "@#$%^&*", "'s", "'RE"],
+    "numbers": [
+        "0",
+        "7",
+        "42",
+        "123",
+        "1234",
+        "1234567",
+        "3.14159",
+        "1,000,000",
+        "1e10",
+        "-5",
+        "½",
+        "²",
+        "Ⅻ",
+        "٣٤",
+        "12*3=",
+    ],
+    "marks": [
+        "e\u0301",
+        "a\u0308\u0323",
+        "\u0301",
+        "Z\u0351\u036b\u0343",
+        "ﬁ",
+        "ﾊﾟ",
+        "\u1e9b\u0323",
+        "\ufeff",
+        "\u00ad",
+    ],
+    "controls": [
+        "\x01",
+        "\x07",
+        "\x1b[0m",
+        "\x7f",
+        "\x85",
+        "\u2028",
+        "\u2029",
+        "\u200b",
+        "\u2060",
+        "\u202e",
+        "\ufffd",
+    ],
+    "punctuation": [
+        "...",
+        "!!!",
+        "?!",
+        "——",
+        "''",
+        '""',
+        "“”",
+        "(((",
+        "]]",
+        "=====",
+        "~~~",
+        "¿¡",
+        "…",
+        "@#$%^&*",
+        "'s",
+        "'RE",
+    ],
 }
-_SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n", " \n ", "\t\t", "\u00a0", "\u3000", "\u2003", "\v", "\f", "\r"]
+_SPACES = [
+    " ",
+    "  ",
+    "   ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\n\n",
+    " \n ",
+    "\t\t",
+    "\u00a0",
+    "\u3000",
+    "\u2003",
+    "\v",
+    "\f",
+    "\r",
+]
 
 
 def hostile(special_tokens: Sequence[str] = (), count: int = 2400, seed: int = 0) -> list[str]:
@@ -46,7 +161,7 @@ def hostile(special_tokens: Sequence[str] = (), count: int = 2400, seed: int = 0
     lone surrogates are left out: the one ends a C string, the other is no Unicode text and cannot be encoded.
     """
     found = dict.fromkeys(_fixed(special_tokens))
-    pick = random.Random(seed)  # noqa: S311 - not for secrets
+    pick = random.Random(seed)
     kinds = list(_WORDS)
     while len(found) < count:
         kind = pick.choice(kinds)
@@ -79,8 +194,16 @@ def _fixed(special_tokens: Sequence[str]) -> Iterator[str]:
         yield f"{space}x"
         yield f"x{space}"
     for token in special_tokens:
-        for text in (token, f" {token}", f"{token} ", f"a{token}b", f"{token}{token}", f"\n{token}\n", token[:-1], token[1:]):
-            yield text
+        yield from (
+            token,
+            f" {token}",
+            f"{token} ",
+            f"a{token}b",
+            f"{token}{token}",
+            f"\n{token}\n",
+            token[:-1],
+            token[1:],
+        )
     yield "a" * 1000
     yield "ab" * 500 + " " + "字" * 300
     yield "1" * 333

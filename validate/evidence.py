@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
 from tapeout.models import Generation, Model
 from tapeout.quantize import Quantized
@@ -24,6 +25,7 @@ from tapeout.validate.session import Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
 _REFERENCE = "tapeout.validate.reference:open_session"
+DECODED = 64  # tokens that the decode gate takes one by one
 _WINDOW = 512  # tokens of a sequence of text
 
 Progress = Callable[[str, int, int], None]
@@ -76,22 +78,53 @@ class Evidence:
     @cached_property
     def dequantized(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are."""
-        return self.record("dequantized", self.reference(), self.sequences)
+        return self._dequantized[:-1]
 
     @cached_property
     def predicted_kl(self) -> float:
         """What the runtime's rounding of matmul inputs costs the reference when it does the same, mean KL in nats."""
-        return self.predict("rounded", self.dequantized, self.sequences)
+        return self._predict(slice(None, -1))
 
-    def predict(self, name: str, exact: list[Logits], sequences: list[list[int]]) -> float:
-        """The same for any sequences, given the reference's exact logits of them."""
-        if self.device.arithmetic == "float32":
-            return 0.0
-        spec = self.reference(arithmetic=self.device.arithmetic)
+    @cached_property
+    def predicted_probe_kl(self) -> float:
+        """The same on the probe of the decode gate."""
+        return self._predict(slice(-1, None))
+
+    def _predict(self, which: slice) -> float:
         distance = Distance()
-        for mine, rounded in zip(exact, self.record(name, spec, sequences), strict=True):
-            distance.add(mine, rounded)
+        for exact, rounded in zip(self._dequantized[which], self._rounded[which], strict=True):
+            distance.add(exact, rounded)
         return distance.kl
+
+    @cached_property
+    def _dequantized(self) -> list[Logits]:
+        """With the probe last, so that one session serves all."""
+        return self.record("dequantized", self.reference(), [*self.sequences, self.probe])
+
+    @cached_property
+    def _rounded(self) -> list[Logits]:
+        if self.device.arithmetic == "float32":
+            return self._dequantized
+        spec = self.reference(arithmetic=self.device.arithmetic)
+        return self.record("rounded", spec, [*self.sequences, self.probe])
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window in tokens, where the artifact's context goes past it."""
+        window = self.model.config.sliding_window
+        return window if window and window < self.artifact.context else None
+
+    @cached_property
+    def probe(self) -> list[int]:
+        """One long sequence for the decode gate: three windows and a bit, or several cache pages; at most ``tokens``."""
+        wanted = 3 * self.window + DECODED if self.window else 4 * DECODED
+        length = min(self.artifact.context, wanted, self.tokens)
+        flat = [token for ids in self.sequences for token in ids]
+        if not flat:
+            raise RuntimeCrash(
+                "the evaluation text gives no token with this tokenizer: give a text of the model's own kind."
+            )
+        return (flat * (length // len(flat) + 1))[:length]
 
     @cached_property
     def said(self) -> Said:
@@ -155,7 +188,8 @@ class Evidence:
                 shapes.append((len(ids), logits.shape[1]))
                 logits.tofile(file)
                 self._tell(name, done + 1, len(wanted))
-        at, found = 0, []
+        at = 0
+        found: list[Logits] = []
         for shape in shapes:
             found.append(np.memmap(path, np.float32, "r", at, shape))
             at += shape[0] * shape[1] * 4

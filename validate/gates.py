@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
 from tapeout.quantize import QuantTensor, Scheme
-from tapeout.validate.evidence import Evidence
+from tapeout.validate.evidence import DECODED, Evidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
 from tapeout.validate.report import GateResult
 from tapeout.validate.session import Logits, Lowering
@@ -26,7 +26,6 @@ _FLOAT_FLOOR = 5e-5
 # A device's rounding errors are another draw of the same distribution as the emulated ones, and their cost is averaged over
 # all tokens: it is near the predicted one, and never twice as large.
 _TWICE = 2.0
-_DECODED = 64  # tokens that the decode gate takes one by one
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,16 @@ def integrity(root: Path, expected: Mapping[str, str]) -> list[GateResult]:
             wrong.append(f"{name} is missing")
         elif file_sha256(root / name) != digest:
             wrong.append(f"{name} differs from its digest")
-    reason = "; ".join(wrong) or f"{len(expected)} files are what their digests say, after everything else has run."
+    reason = (
+        "; ".join(wrong)
+        or f"{len(expected)} files are what their digests say, after everything else has run."
+    )
     return [_verdict("integrity", "files that differ", len(wrong), 0, reason)]
 
 
 def codes(evidence: Evidence) -> list[GateResult]:
     """Read every tensor back from the artifact and compare it with the store, bit for bit."""
-    quant, wrong, seen, added = evidence.quant, [], set(), 0.0
+    quant, wrong, seen = evidence.quant, [], set()
     for name, found in evidence.device.read_codes(evidence.artifact, quant):
         seen.add(name)
         expected = quant[name]
@@ -141,7 +143,10 @@ def lowering(evidence: Evidence) -> list[GateResult]:
 
 def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
     reference = evidence.dequantized
-    logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
+    if check.session == evidence.device.session(evidence.artifact):
+        logits = evidence.run(f"lowering-{check.check}", evidence.deployed, evidence.sequences)
+    else:
+        logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
     distance = _distance(reference, logits)
     limit, value = check.limit, distance.max if check.metric == "max" else distance.kl
     metric = "largest logit difference / std" if check.metric == "max" else "mean KL, nats"
@@ -165,7 +170,10 @@ def _bisect(evidence: Evidence, limit: float) -> str:
         mine = evidence.record(f"bisect-{layers}-reference", evidence.reference(layers=layers), sequences)
         return _distance(mine, evidence.record(f"bisect-{layers}-device", device, sequences)).max > limit
 
-    low, high = 0, evidence.model.config.num_layers  # parts(high) is known; low layers are known or taken to agree
+    low, high = (
+        0,
+        evidence.model.config.num_layers,
+    )  # parts(high) is known; low layers are known or taken to agree
     if not parts(high):
         return "The lowered weights differ from the reference, though a float32 twin of the whole model does not on 4 sequences."
     while high - low > 1:
@@ -177,17 +185,12 @@ def _bisect(evidence: Evidence, limit: float) -> str:
 
 def decode(evidence: Evidence) -> list[GateResult]:
     """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
-    artifact, config = evidence.artifact, evidence.model.config
-    session = evidence.deployed
-    window = config.sliding_window if config.sliding_window and config.sliding_window < artifact.context else None
-    wanted = 3 * window + _DECODED if window else 4 * _DECODED
-    length = min(session.facts.context, wanted, evidence.tokens)
-    ids = _cycle(evidence.sequences, length)
-    exact = evidence.record("decode-exact", evidence.reference(), [ids])
-    predicted = evidence.predict("decode-rounded", exact, [ids])
-    limit = _TWICE * predicted + _FLOAT_FLOOR
+    session, window, ids = evidence.deployed, evidence.window, evidence.probe
+    length, predicted = len(ids), evidence.predicted_probe_kl
+    # Once two runs have parted, each has a rounding error of its own: their variances add up.
+    limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
     sizes = [size for size in (7, 32) if size < length]
-    head, tail = ids[: -min(_DECODED, length - 1)], ids[-min(_DECODED, length - 1) :]
+    head, tail = ids[: -min(DECODED, length - 1)], ids[-min(DECODED, length - 1) :]
     session.reset()
     whole = session.prefill(ids)
     roads: dict[str, Logits] = {}
@@ -207,11 +210,13 @@ def decode(evidence: Evidence) -> list[GateResult]:
         near = _near_ties(expected, logits)
         reason = (
             f"{road} against one prefill of {length} tokens{past}; top-1 equal on {distance.top1:.1%}. Two runs of one "
-            f"arithmetic in another order differ by no more than two roundings of their inputs: twice {predicted:.2g} "
-            f"nats, and {_FLOAT_FLOOR:.0e} for float types."
+            f"arithmetic in another order differ by two roundings of their inputs at most: twice {predicted:.2g} nats on "
+            f"average, at most twice that, and {_FLOAT_FLOOR:.0e} for float types."
         )
         if near:
-            reason = f"{near} tokens have another likeliest successor, by more than the bound explains. {reason}"
+            reason = (
+                f"{near} tokens have another likeliest successor, by more than the bound explains. {reason}"
+            )
         name = "decode" if road == "decode" else f"decode/{road.replace(' ', '-')}"
         result = _verdict(name, "mean KL, nats", distance.kl, limit, reason)
         results.append(result if not near else replace(result, status="failed"))
@@ -225,13 +230,6 @@ def _near_ties(expected: Logits, other: Logits) -> int:
     rows = np.arange(len(expected))
     lead = expected[rows, best] - expected[rows, chosen]
     return int((lead > 2 * np.abs(expected - other).max(axis=1)).sum())
-
-
-def _cycle(sequences: Iterable[list[int]], length: int) -> list[int]:
-    flat = [token for ids in sequences for token in ids]
-    if not flat:
-        raise RuntimeCrash("the evaluation text gives no token with this tokenizer: give a text of the model's own kind.")
-    return (flat * (length // len(flat) + 1))[:length]
 
 
 def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
@@ -276,7 +274,11 @@ def tokenizer(evidence: Evidence) -> list[GateResult]:
     """Compare the artifact's tokenizer with the source's on the hostile corpus, and the text that its ids become again."""
     expected, found = evidence.expected, evidence.said
     changed = [i for i, (a, b) in enumerate(zip(expected.ids, found.ids, strict=True)) if a != b]
-    back = [i for i, (a, b) in enumerate(zip(expected.texts, found.texts, strict=True)) if a != b and i not in set(changed)]
+    back = [
+        i
+        for i, (a, b) in enumerate(zip(expected.texts, found.texts, strict=True))
+        if a != b and i not in set(changed)
+    ]
     reason = f"{len(expected.ids)} hostile strings give the same ids, and their ids the same text."
     if changed:
         i = changed[0]
@@ -290,7 +292,9 @@ def tokenizer(evidence: Evidence) -> list[GateResult]:
 def task(evidence: Evidence, limits: Limits) -> list[GateResult]:
     """Compare exact-match accuracy on the model's tasks: original weights on the reference, and the device."""
     if not evidence.tasks:
-        return [GateResult("task", "skipped", reason="the model has no tasks.jsonl with prompts and answers.")]
+        return [
+            GateResult("task", "skipped", reason="the model has no tasks.jsonl with prompts and answers.")
+        ]
 
     def accuracy(answers: list[str]) -> float:
         right = sum(a == wanted.strip() for a, (_, wanted) in zip(answers, evidence.tasks, strict=True))
@@ -306,7 +310,9 @@ def _distance(reference: list[Logits], other: list[Logits]) -> Distance:
     for mine, theirs in zip(reference, other, strict=True):
         distance.add(mine, theirs)
     if not distance.tokens:
-        raise RuntimeCrash("the evaluation text gives no token with this tokenizer: give a text of the model's own kind.")
+        raise RuntimeCrash(
+            "the evaluation text gives no token with this tokenizer: give a text of the model's own kind."
+        )
     return distance
 
 

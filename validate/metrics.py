@@ -42,12 +42,16 @@ class Distance:
             RuntimeCrash: shapes differ, or a logit is NaN or infinite; the first token with one is named.
         """
         if reference.shape != other.shape:
-            raise RuntimeCrash(f"{who} gives logits {list(other.shape)} where the reference gives {list(reference.shape)}.")
+            raise RuntimeCrash(
+                f"{who} gives logits {list(other.shape)} where the reference gives {list(reference.shape)}."
+            )
         for rows in _steps(reference):
             mine, theirs = reference[rows].astype(np.float64), other[rows].astype(np.float64)
             bad = ~np.isfinite(theirs).all(axis=1)
             if bad.any():
-                raise RuntimeCrash(f"{who} gives NaN or infinite logits after token {rows.start + int(np.argmax(bad))}.")
+                raise RuntimeCrash(
+                    f"{who} gives NaN or infinite logits after token {rows.start + int(np.argmax(bad))}."
+                )
             kl = kl_divergence(mine, theirs)
             self.kl_sum += float(kl.sum())
             self.worst_kl = max(self.worst_kl, float(kl.max(initial=0.0)))
@@ -73,19 +77,25 @@ class Distance:
     def max(self) -> float:
         """Largest absolute difference, in units of the standard deviation of the reference's logits."""
         mean = self._sum / max(1, self._values)
-        return self.worst / max(1e-30, float(np.sqrt(max(0.0, self._squares / max(1, self._values) - mean**2))))
+        return self.worst / max(
+            1e-30, float(np.sqrt(max(0.0, self._squares / max(1, self._values) - mean**2)))
+        )
 
 
 def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Log-probabilities of float64 logits [tokens, vocab]."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted: npt.NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
-def kl_divergence(reference: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def kl_divergence(
+    reference: npt.NDArray[np.float64], other: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     """KL(reference ‖ other) of each token, in nats: float64 logits [tokens, vocab] to [tokens], never below zero."""
     p, q = log_softmax(reference), log_softmax(other)
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+    kl: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return np.maximum(kl, 0.0, out=kl)
 
 
 def negative_log_likelihood(logits: Logits, ids: npt.NDArray[np.int64]) -> float:

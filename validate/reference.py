@@ -112,9 +112,7 @@ class Reference:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
             except Exception as error:  # what it raises depends on which of its files is missing
-                raise ModelError(
-                    f"transformers finds no tokenizer in {self._directory}: {error}"
-                ) from error
+                raise ModelError(f"transformers finds no tokenizer in {self._directory}: {error}") from error
         return self._tokenizer
 
 
@@ -177,7 +175,9 @@ def open_weights(
 
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     config = _cut(AutoConfig.from_pretrained(directory, local_files_only=True), layers)
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    network = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     parameters = dict(network.named_parameters())
     missing = set(parameters)
     for name, weight in weights:

@@ -118,7 +118,10 @@ class Report:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["number"] = number
-        counts = {status: sum(gate.status == status for gate in self.gates) for status in ("passed", "failed", "skipped")}
+        counts = {
+            status: sum(gate.status == status for gate in self.gates)
+            for status in ("passed", "failed", "skipped")
+        }
         return environment.get_template("report.html.j2").render(report=self, counts=counts)
 
     def _junit(self) -> str:
@@ -131,7 +134,9 @@ class Report:
             skipped=str(sum(gate.status == "skipped" for gate in self.gates)),
         )
         for gate in self.gates:
-            case = ElementTree.SubElement(suite, "testcase", classname=f"tapeout.{self.target}", name=gate.name)
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=f"tapeout.{self.target}", name=gate.name
+            )
             if gate.status == "failed":
                 ElementTree.SubElement(case, "failure", message=gate.reason).text = _measured(gate)
             elif gate.status == "skipped":
@@ -139,7 +144,11 @@ class Report:
             else:
                 ElementTree.SubElement(case, "system-out").text = f"{_measured(gate)} {gate.reason}"
         ElementTree.indent(suite)
-        return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?>\n'
+            + ElementTree.tostring(suite, encoding="unicode")
+            + "\n"
+        )
 
 
 def number(value: float | None) -> str:
@@ -163,12 +172,24 @@ def verdict_table(report: Report) -> Table:
 
     verdict = Text("PASSED", "bold green") if report.passed else Text("FAILED", "bold red")
     title = Text.assemble(verdict, f"  {report.model} → {report.scheme} → {report.target}")
-    table = Table("gate", "verdict", "measured", "limit", "what", title=title, title_justify="left", title_style="")
+    table = Table(
+        "gate",
+        "verdict",
+        "measured",
+        "limit",
+        "what",
+        title=title,
+        title_justify="left",
+        title_style="",
+        caption_justify="left",
+    )
     styles = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for gate in report.gates:
         reason = gate.reason if gate.status != "passed" else gate.metric
         measured = number(gate.value)
-        table.add_row(gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason))
+        table.add_row(
+            gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason)
+        )
     for note in report.notes:
         table.caption = f"{table.caption or ''}\n{note}".strip()
     return table
@@ -178,8 +199,18 @@ def throughput_table(figures: Mapping[str, Any]) -> Table:
     """Throughput as a table for the terminal."""
     from rich.table import Table
 
-    table = Table("context", "first token", "token p50 / p90 / p99", "prefill", "decode", "roofline", title_justify="left")
-    table.title = f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
+    table = Table(
+        "context",
+        "first token",
+        "token p50 / p90 / p99",
+        "prefill",
+        "decode",
+        "roofline",
+        title_justify="left",
+    )
+    table.title = (
+        f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
+    )
     for row in figures["contexts"]:
         quantiles = " / ".join(f"{row[f'token_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
         table.add_row(

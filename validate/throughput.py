@@ -26,7 +26,11 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        named = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        named = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = named[0] if named else model
     return {
         "processor": model,
@@ -59,7 +63,9 @@ def bandwidth(threads: int | None = None) -> float:
     return best
 
 
-def measure_throughput(session: WorkerSession, artifact: Artifact, contexts: Sequence[int] = ()) -> dict[str, Any]:
+def measure_throughput(
+    session: WorkerSession, artifact: Artifact, contexts: Sequence[int] = ()
+) -> dict[str, Any]:
     """Time a session: warm-up apart, three repeats, medians.
 
     Args:
@@ -76,7 +82,9 @@ def measure_throughput(session: WorkerSession, artifact: Artifact, contexts: Seq
     reading = bandwidth()
     rows = []
     room = facts.context - 1
-    for context in contexts or sorted({min(length, room - min(_NEW_TOKENS, room // 2)) for length in (16, 128, 512)}):
+    for context in contexts or sorted(
+        {min(length, room - min(_NEW_TOKENS, room // 2)) for length in (16, 128, 512)}
+    ):
         new = max(1, min(_NEW_TOKENS, facts.context - context))
         timing = session.time(context, new, _REPEATS)
         tokens = [second for repeat in timing.decode_s for second in repeat]

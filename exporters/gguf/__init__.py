@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tapeout.exporters.gguf.layout import carries
-from tapeout.exporters.gguf.reader import read_codes
+from tapeout.exporters.gguf.reader import describe, read_codes
 from tapeout.exporters.gguf.writer import write
 
-__all__ = ["carries", "read_codes", "write"]
+__all__ = ["carries", "describe", "read_codes", "write"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tapeout.exporters import Artifact
 from tapeout.exporters.gguf.layout import Entry, Layout, lay_out, library
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
+
+_SHOWN = 64  # values of an array that ``describe`` shows
 
 
 def read_codes(
@@ -43,14 +46,33 @@ def read_codes(
             yield entry.source, _read(entry, tensors[entry.name].data, quant)
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """The facts of one file, any tool's: its header's numbers, how many tensors of each type it holds, and their bytes.
+
+    Raises:
+        PackageError: the file is truncated or no GGUF.
+    """
+    reader = _open(path)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    # Vocabularies and merges are told by their length.
+    values = {name: field.contents() for name, field in fields.items() if len(field.data) <= _SHOWN}
+    lengths = {name: f"{len(field.data)} entries" for name, field in fields.items() if name not in values}
+    return {
+        "format": "gguf",
+        "arch": values.get("general.architecture"),
+        "tensors": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        "bytes": path.stat().st_size,
+        "metadata": {name: values.get(name, lengths.get(name)) for name in sorted(fields)},
+    }
+
+
 def _open(path: Path) -> Any:
     try:
         return library().GGUFReader(path)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error
-    except (
-        Exception
-    ) as error:  # what a damaged file raises depends on where it is cut: numpy's errors, KeyError, …
+    # What a damaged file raises depends on where it is cut: numpy's errors, KeyError, …
+    except Exception as error:
         raise PackageError(
             f"{path} ({path.stat().st_size} bytes) is not a whole GGUF file: {error}. It was cut off or changed; write it again."
         ) from error

@@ -190,7 +190,11 @@ def _byte_notes(vocab: Mapping[str, int]) -> list[str]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     missing = set(ByteLevel.alphabet()) - vocab.keys()
-    return [f"the vocabulary lacks {len(missing)} of the 256 bytes: text that has them loses them"] if missing else []
+    return (
+        [f"the vocabulary lacks {len(missing)} of the 256 bytes: text that has them loses them"]
+        if missing
+        else []
+    )
 
 
 def _normalizer_notes(normalizer: Mapping[str, Any] | None) -> list[str]:
