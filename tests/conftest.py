@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ import pytest
 from tapeout.generated import write_model
 
 MakeModel = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """A core for each worker of xdist: runtimes that wait for one another's threads on shared cores take ten times as long."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def integrity(root: Path, expected: Mapping[str, str]) -> list[GateResult]:
             wrong.append(f"{name} differs from its digest")
     reason = (
         "; ".join(wrong)
-        or f"{len(expected)} files are what their digests say, after everything else has run."
+        or f"{len(expected)} of {len(expected)} files are as their digests say, after everything else has run."
     )
     return [_verdict("integrity", "files that differ", len(wrong), 0, reason)]
 

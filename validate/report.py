@@ -152,11 +152,11 @@ class Report:
 
 
 def number(value: float | None) -> str:
-    """A figure for people: three significant digits, whole numbers as they are."""
+    """A figure for people: three significant digits, and no fraction from a thousand on."""
     if value is None:
         return ""
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
+    if (float(value).is_integer() or abs(value) >= 1000) and abs(value) < 1e15:
+        return f"{value:,.0f}"
     return f"{value:.3g}"
 
 

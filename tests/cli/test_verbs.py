@@ -1,0 +1,335 @@
+"""Every verb on its happy path, as a user starts it: what is printed where, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tapeout.generated import write_model
+
+MakeModel = Callable[..., Path]
+Done = subprocess.CompletedProcess[str]
+TAPEOUT = Path(sys.executable).with_name("tapeout")
+VERBS = ("quantize", "validate", "bench", "run", "inspect", "verify", "targets", "export null", "export cpu")
+
+# The model is random: what its quantization loses says nothing.
+RECIPE = """
+scheme = "int8"
+tokens = 64
+limits = {kl = 1e3, top1 = 0.0, perplexity = 1e3}
+"""
+
+
+def tapeout(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Done:
+    command = [str(TAPEOUT), *map(str, arguments)]
+    # One thread: those that wait for one another burn a shared core for minutes.
+    given = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=cwd, env=given
+    )
+
+
+def document(done: Done, status: int = 0) -> Any:
+    """The one JSON document that stands on stdout, of a run that ended with ``status``."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def told(done: Done) -> str:
+    """What a run without ``--json`` told its user, with the table's lines and breaks taken out: all of it on stderr."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return " ".join(re.sub(r"[│┃━┏┓┡┩┳╇└┘┴─]", " ", done.stderr).split())
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A package that ``export`` made, what it printed, and what it was made from."""
+
+    package: Path
+    model: Path
+    recipe: Path
+    done: Done
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def null(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    work = tmp_path_factory.mktemp("null")
+    model, recipe = write_model(work / "tiny", dtype="F32"), work / "loose.toml"
+    recipe.write_text(RECIPE)
+    environment = {"TAPEOUT_CACHE": str(work / "cache")}
+    done = tapeout("export", "null", "tiny", "--recipe", recipe, "--json", cwd=work, **environment)
+    return Exported(work / "tiny-int8-null", model, recipe, done, environment)
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    work = tmp_path_factory.mktemp("cpu")
+    environment = {"TAPEOUT_CACHE": str(work / "cache")}
+    arguments = ("--scheme", "int4-g32", "--rounding", "rtn", "--threads", "1", "--require", "task")
+    done = tapeout("export", "cpu", "arithmetic", "--out", work / "demo", *arguments, **environment)
+    return Exported(work / "demo", Path("arithmetic"), work / "none", done, environment)
+
+
+def test_export_prints_its_report_as_one_document(null: Exported) -> None:
+    report = document(null.done)
+    assert report == json.loads((null.package / "report.json").read_text())
+    assert (report["passed"], report["model"], report["target"], report["scheme"]) == (
+        True,
+        "tiny",
+        "null",
+        "int8",
+    )
+    gates = {gate["name"]: gate["status"] for gate in report["gates"]}
+    assert gates.pop("task") == "skipped"
+    assert set(gates.values()) == {"passed"}
+    assert {name.split("/")[0] for name in gates} == {
+        "integrity",
+        "codes",
+        "lowering",
+        "decode",
+        "quality",
+        "tokenizer",
+    }
+    assert "PASSED" in null.done.stderr
+    manifest = json.loads((null.package / "tapeout.json").read_text())
+    assert f"tiny-int8-null  root digest {manifest['root_sha256']}\n" in null.done.stderr
+    assert sorted(path.name for path in null.package.parent.iterdir()) == [
+        "cache",
+        "loose.toml",
+        "tiny",
+        "tiny-int8-null",
+    ]
+
+
+def test_export_for_a_device_and_what_runs_there(cpu: Exported) -> None:
+    said = told(cpu.done)
+    assert "PASSED arithmetic → int4-g32 → cpu" in said
+    assert "failed" not in said
+    assert re.search(r"demo root digest [0-9a-f]{64}$", said)
+    manifest = json.loads((cpu.package / "tapeout.json").read_text())
+    assert manifest["target"] == {"name": "cpu", "options": {"threads": 1}}
+    assert [Path(file).suffix for file in manifest["artifact"]["files"]] == [".gguf"]
+    ran = tapeout("run", cpu.package, "--prompt", "7*8=")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "56\n", "")
+
+
+def test_quantize_makes_a_store(null: Exported, tmp_path: Path) -> None:
+    out = tmp_path / "codes"
+    summary = document(tapeout("quantize", null.model, "--scheme", "nf4", "--out", out, "--json"))
+    assert {key: summary[key] for key in ("store", "scheme", "fallbacks", "clamped_groups")} == {
+        "store": str(out),
+        "scheme": "nf4",
+        "fallbacks": {},
+        "clamped_groups": {},
+    }
+    assert document(tapeout("inspect", out, "--json")) | {"bytes": 0} == {
+        "kind": "store",
+        "scheme": "nf4",
+        "rounding": "rtn",
+        "tensors": {"int8": 2, "nf4": 14, "none": 5},
+        "fallbacks": {},
+        "clamped_groups": 0,
+        "bytes": 0,
+        "source_sha256": summary["source_sha256"],
+        "tapeout": tapeout("--version").stdout.strip(),
+    }
+    again = tapeout("quantize", null.model, "--scheme", "nf4", "--out", out)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    said = told(tapeout("quantize", null.model, "--scheme", "nf4", "--out", out, "--force"))
+    assert said == f"{out} nf4, codes {summary['codes_sha256']}"
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_a_recipe_and_a_flag_over_it(null: Exported, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('scheme = "nf4"\n[tensors]\n"*.down_proj" = "int8"\nlm_head = "none"\n')
+    arguments = ("--recipe", recipe, "--scheme", "int4-g32", "--out", tmp_path / "codes", "--json")
+    assert document(tapeout("quantize", null.model, *arguments))["scheme"] == "int4-g32"
+    found = document(tapeout("inspect", tmp_path / "codes", "--json"))
+    assert found["tensors"] == {"int4-g32": 12, "int8": 3, "none": 6}
+
+
+def test_inspect_a_model() -> None:
+    found = document(tapeout("inspect", "arithmetic", "--json"))
+    expected = {"kind": "model", "family": "mistral", "layers": 3, "sliding_window": 20, "parameters": 112064}
+    assert {key: found[key] for key in expected} == expected
+    said = told(tapeout("inspect", "arithmetic"))
+    assert "family mistral" in said
+    assert "licence apache-2.0" in said
+
+
+def test_inspect_a_package(null: Exported) -> None:
+    manifest = json.loads((null.package / "tapeout.json").read_text())
+    covered = [path for path in null.package.rglob("*") if path.is_file() and not beside(path, null.package)]
+    assert document(tapeout("inspect", null.package, "--json")) == {
+        "kind": "package",
+        "model": "tiny",
+        "family": "llama",
+        "scheme": "int8",
+        "rounding": "rtn",
+        "target": "null",
+        "format": "plain",
+        "containers": {"float": 5, "u8": 16},
+        "context": 256,
+        "bytes": sum(path.stat().st_size for path in covered),
+        "passed": True,
+        "root_sha256": manifest["root_sha256"],
+    }
+    assert "target null" in told(tapeout("inspect", null.package))
+
+
+def beside(path: Path, package: Path) -> bool:
+    """Whether a file is the manifest, or measured: not what the root digest covers."""
+    return path.parent == package and path.name != "README.md"
+
+
+def test_verify_a_whole_package(null: Exported) -> None:
+    manifest = json.loads((null.package / "tapeout.json").read_text())
+    assert document(tapeout("verify", null.package, "--json")) == {
+        "package": str(null.package),
+        "root_sha256": manifest["root_sha256"],
+        "damage": [],
+    }
+    files = sum(path.is_file() for path in null.package.rglob("*")) - 1  # the manifest cannot hold its own
+    said = told(tapeout("verify", null.package))
+    assert said == f"{null.package} is whole: {files} files, root digest {manifest['root_sha256']}"
+
+
+def test_verify_tells_damage_in_its_document_too(null: Exported, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(null.package, tmp_path / "copied"))
+    (copied / "report.xml").unlink()
+    found = document(tapeout("verify", copied, "--json"), status=2)
+    assert found["damage"] == ["report.xml is missing"]
+
+
+def test_validate_with_the_model(null: Exported) -> None:
+    done = tapeout(
+        "validate",
+        null.package,
+        *("--model", null.model, "--recipe", null.recipe, "--require", "quality", "--json"),
+        **null.environment,
+    )
+    report = document(done)
+    assert report["passed"] is True
+    statuses = [(gate["name"], gate["status"]) for gate in report["gates"]]
+    assert statuses == [(gate["name"], gate["status"]) for gate in document(null.done)["gates"]]
+    assert "PASSED tiny → int8 → null" in " ".join(done.stderr.split())
+
+
+def test_validate_without_the_model_cannot_pass_what_is_required(null: Exported, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "report"
+    done = tapeout("validate", null.package, "--require", "quality", "--report", out, "--json")
+    report = document(done, status=1)
+    gates = {gate["name"]: gate for gate in report["gates"]}
+    assert gates["golden"]["status"] == gates["integrity"]["status"] == "passed"
+    assert gates["codes"]["status"] == "skipped"
+    assert "--model" in gates["codes"]["reason"]
+    assert gates["quality"]["status"] == "failed"
+    assert "FAILED" in done.stderr
+    assert json.loads((out / "report.json").read_text()) == report
+    assert "quality" in (out / "report.html").read_text()
+    suite = ElementTree.parse(out / "report.xml").getroot()
+    assert suite.get("failures") == "1"
+    assert (null.package / "report.json").read_text() != (out / "report.json").read_text()
+
+
+def test_bench_measures_the_contexts_that_were_asked_for(null: Exported) -> None:
+    done = tapeout("bench", null.package, "--contexts", "5", "--contexts", "40", "--json")
+    figures = document(done)
+    assert [row["context"] for row in figures["contexts"]] == [5, 40]
+    assert all(0 < row["token_p50_s"] <= row["token_p99_s"] for row in figures["contexts"])
+    assert figures["runtime"].startswith("transformers ")
+    assert "prefill" in done.stderr
+
+
+def test_run_streams_what_its_document_says(null: Exported) -> None:
+    arguments = ("run", null.package, "--prompt", "ab", "--max-new-tokens", "4")
+    answer = document(tapeout(*arguments, "--json"))
+    assert answer["prompt"] == "ab"
+    assert 1 <= len(answer["token_ids"]) <= 4
+    streamed = tapeout(*arguments)
+    assert (streamed.returncode, streamed.stderr) == (0, "")
+    assert streamed.stdout == answer["text"] + "\n"
+
+
+def test_targets() -> None:
+    table = document(tapeout("targets", "--json"))
+    assert {"cpu", "null"} <= table["targets"].keys()
+    assert table["targets"]["null"]["missing"] is None
+    assert table["schemes"]["int4-g32"]["cpu"] == "exact (Q4_0)"
+    assert table["schemes"]["nf4"]["null"] == "exact (u4)"
+    assert all(cells.keys() == table["targets"].keys() for cells in table["schemes"].values())
+    said = told(tapeout("targets", COLUMNS="200"))
+    assert "null: No device: canonical codes in safetensors, run by transformers. Runtime: installed" in said
+    assert all(scheme in said for scheme in table["schemes"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_of_the_verb_itself(verb: str) -> None:
+    done = tapeout(*verb.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Example: tapeout {verb}" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_help_lists_every_verb() -> None:
+    listed = tapeout("--help").stdout
+    assert all(re.search(rf"│ {verb.split()[0]} ", listed) for verb in VERBS)
+    targets = tapeout("export", "--help").stdout
+    assert re.search(r"│ cpu .*\n│ null ", targets)
+    assert "--max-shard-size" in tapeout("export", "cpu", "--help").stdout  # a field of Cpu, and of no other
+    assert "--max-shard-size" not in tapeout("export", "null", "--help").stdout
+
+
+@pytest.mark.parametrize(("shell", "word"), [("bash", "complete"), ("zsh", "#compdef tapeout")])
+def test_a_completion_script_is_written(tmp_path: Path, shell: str, word: str) -> None:
+    script = tmp_path / "script"
+    done = tapeout("--install-completion", "--shell", shell, "--output", script, HOME=str(tmp_path))
+    assert done.returncode == 0
+    text = script.read_text()
+    assert word in text
+    assert "export" in text
+    assert "--max-new-tokens" in text
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+def test_a_missing_runtime_has_its_own_status(null: Exported, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no', name='torch')")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = tapeout("run", null.package, "--prompt", "a", PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "pip install 'tapeout[reference]'" in done.stderr
+
+
+@pytest.mark.xfail(reason="replay.generate gives a negative seed to numpy, which raises ValueError")
+def test_a_seed_that_is_none(null: Exported) -> None:
+    done = tapeout("run", null.package, "--prompt", "a", "--seed=-1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "seed" in done.stderr
+
+
+@pytest.mark.xfail(reason="pack.Package.open looks at format_version alone")
+@pytest.mark.parametrize("verb", [("verify",), ("inspect",), ("bench",), ("run", "--prompt", "a")], ids=str)
+def test_a_manifest_without_its_keys(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    (tmp_path / "tapeout.json").write_text('{"format_version": 1}')
+    done = tapeout(verb[0], tmp_path, *verb[1:])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "tapeout.json" in done.stderr
