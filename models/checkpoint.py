@@ -78,6 +78,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._tensors: dict[str, SourceTensor] = {}
+        self._sha256 = ""
         promised = _promised(directory)
         for shard, names in promised.items():
             found, _ = read_header(directory / shard)
@@ -106,13 +107,19 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return len(self._tensors)
 
     def sha256(self, pool: Executor) -> str:
-        """Digest of all tensors: of the lines ``name dtype shape digest`` sorted by name, whatever the sharding."""
+        """Digest of all tensors: of the lines ``name dtype shape digest`` sorted by name, whatever the sharding.
+
+        Reads every byte, once: it is kept.
+        """
+        if self._sha256:
+            return self._sha256
         names = sorted(self)
         digests = pool.map(lambda name: self[name].sha256(), names)
         lines = (
             f"{n} {self[n].dtype} {list(self[n].shape)} {d}\n" for n, d in zip(names, digests, strict=True)
         )
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        self._sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return self._sha256
 
 
 def _promised(directory: Path) -> dict[str, set[str]]:

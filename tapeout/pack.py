@@ -29,6 +29,9 @@ MANIFEST = "tapeout.json"
 
 # Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
 _BESIDE = ("root_sha256", "beside", "passed")
+_KEYS = (
+    "model", "scheme", "rounding", "schemes", "target", "artifact", "files", "generation", "needs", *_BESIDE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Package:
             raise PackageError(
                 f"{path} has format_version {version}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
             )
+        if absent := [key for key in _KEYS if key not in manifest]:
+            raise PackageError(f"{path} lacks {', '.join(absent)}: it was cut short or edited by hand.")
         return cls(directory, manifest)
 
     @property
@@ -118,7 +123,16 @@ class Package:
         found += [f"{path} is not part of it" for path in sorted(present - self.files().keys() - {MANIFEST})]
         if _root(self.manifest) != self.manifest["root_sha256"]:
             found.append(f"{MANIFEST} differs from its root digest")
+        if (self.directory / "report.json").exists() and self._reported() != self.passed:
+            found.append(f"{MANIFEST} says passed = {json.dumps(self.passed)}, and report.json does not")
         return found
+
+    def _reported(self) -> bool | None:
+        """The verdict of ``report.json``; None when it cannot be read."""
+        try:
+            return Report.read(self.directory / "report.json").passed
+        except PackageError:
+            return None
 
 
 def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -> Package:

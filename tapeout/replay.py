@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,13 @@ def revalidate(
         return _without_model(package, required)
     model, recipe = load(source), recipe or Recipe()
     manifest = package.manifest
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        digest, wanted = model.checkpoint.sha256(pool), manifest["model"]["source_sha256"]
+    if digest != wanted:
+        raise ModelError(
+            f"{source} is not the model that {directory} was made from: its tensors have the digest {digest[:16]}…, the "
+            f"package's had {wanted[:16]}…."
+        )
     quant = quantize(
         model,
         manifest["scheme"],
@@ -59,11 +68,6 @@ def revalidate(
         overrides=manifest["schemes"],
         progress=progress,
     )
-    if quant.source_sha256 != manifest["model"]["source_sha256"]:
-        raise ModelError(
-            f"{source} is not the model that {directory} was made from: its tensors have the digest "
-            f"{quant.source_sha256[:16]}…, the package's had {manifest['model']['source_sha256'][:16]}…."
-        )
     options = Options(
         recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
     )
@@ -148,25 +152,34 @@ def generate(
         tokens = special_tokens(package.tokenizer_config)
         prompt = render(package.chat_template, [{"role": "user", "content": prompt}], tokens)
     generation = replace(package.generation, **settings)
-    _check(generation)
+    _check(generation, seed)
     with open_session(package.target().session(package.artifact)) as session:
         ids = session.tokenize(prompt)
         new: list[int] = []
-        said = ""
+        said = text = ""
+        held: list[int] = []
         for token in sample(session, ids, generation, np.random.default_rng(seed)):
             if token in generation.stop_token_ids:
-                return
+                break
             new.append(token)
+            held.append(token)
             text = session.detokenize(new)
-            if text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-                yield token, ""
-                continue
-            yield token, text[len(said) :]
-            said = text
+            if not text.endswith("\ufffd"):  # that may be a character whose bytes are not all there yet
+                yield from _told(held, text[len(said) :])
+                said, held = text, []
+        yield from _told(held, text[len(said) :])
 
 
-def _check(generation: Any) -> None:
+def _told(tokens: list[int], piece: str) -> Iterator[tuple[int, str]]:
+    """Tokens that make up one piece of text: it comes with the last of them."""
+    for at, token in enumerate(tokens, 1):
+        yield token, piece if at == len(tokens) else ""
+
+
+def _check(generation: Any, seed: int) -> None:
     """TapeoutError for a setting that has no meaning."""
+    if seed < 0:
+        raise TapeoutError(f"seed cannot be {seed}.")
     ranges = {
         "temperature": generation.temperature >= 0,
         "top_p": 0 < generation.top_p <= 1,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -77,7 +77,7 @@ class Null:
     def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
         """The first layers of what the files hold."""
         spec = self.session(artifact)
-        return SessionSpec(spec.factory, {**spec.arguments, "layers": layers})
+        return replace(spec, arguments={**spec.arguments, "layers": layers})
 
     def card(self, artifact: Artifact) -> str:
         """The one command that runs it."""

@@ -6,8 +6,9 @@ Logits go to mapped files, so that no two models and no text's logits need be in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -58,7 +59,8 @@ class Evidence:
     text: Path | None = None
     tokens: int = 4096
     progress: Progress | None = None
-    _open: list[WorkerSession] = field(default_factory=list)
+    _deployed: WorkerSession | None = None
+    _worker: WorkerSession | None = None
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -81,20 +83,20 @@ class Evidence:
         return self._dequantized[:-1]
 
     @cached_property
-    def predicted_kl(self) -> float:
-        """What the runtime's rounding of matmul inputs costs the reference when it does the same, mean KL in nats."""
+    def predicted(self) -> Distance:
+        """What the runtime's rounding of matmul inputs does to the reference when it rounds the same."""
         return self._predict(slice(None, -1))
 
     @cached_property
-    def predicted_probe_kl(self) -> float:
+    def predicted_probe(self) -> Distance:
         """The same on the probe of the decode gate."""
         return self._predict(slice(-1, None))
 
-    def _predict(self, which: slice) -> float:
+    def _predict(self, which: slice) -> Distance:
         distance = Distance()
         for exact, rounded in zip(self._dequantized[which], self._rounded[which], strict=True):
             distance.add(exact, rounded)
-        return distance.kl
+        return distance
 
     @cached_property
     def _dequantized(self) -> list[Logits]:
@@ -116,9 +118,13 @@ class Evidence:
 
     @cached_property
     def probe(self) -> list[int]:
-        """One long sequence for the decode gate: three windows and a bit, or several cache pages; at most ``tokens``."""
-        wanted = 3 * self.window + DECODED if self.window else 4 * DECODED
-        length = min(self.artifact.context, wanted, self.tokens)
+        """One long sequence for the decode gate: several cache pages, or three windows and a bit.
+
+        It stays within ``tokens``, but goes past the window whatever they are.
+        """
+        window = self.window or 0
+        wanted = 3 * window + DECODED if window else 4 * DECODED
+        length = min(self.artifact.context, max(min(wanted, self.tokens), window and window + DECODED))
         flat = [token for ids in self.sequences for token in ids]
         if not flat:
             raise RuntimeCrash(
@@ -131,12 +137,12 @@ class Evidence:
         """What the artifact says of the corpus and the tasks, as it is deployed."""
         return self.say(self.deployed, "answers")
 
-    @cached_property
+    @property
     def deployed(self) -> WorkerSession:
-        """The artifact as it is deployed; stays open until ``close``."""
-        session = open_session(self.device.session(self.artifact))
-        self._open.append(session)
-        return session
+        """The artifact as it is deployed; stays open until ``close``, and is opened again after it died."""
+        if self._deployed is None or self._deployed.ended:
+            self._deployed = open_session(self.device.session(self.artifact))
+        return self._deployed
 
     @cached_property
     def tasks(self) -> list[tuple[str, str]]:
@@ -156,8 +162,9 @@ class Evidence:
 
     def close(self) -> None:
         """End what is still open."""
-        while self._open:
-            self._open.pop().close()
+        for session in (self._deployed, self._worker):
+            if session:
+                session.close()
 
     def reference(
         self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
@@ -173,19 +180,35 @@ class Evidence:
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
-        with open_session(spec) as session:
+        referee = spec.factory == self.reference().factory
+        with self._referee(spec) if referee else open_session(spec) as session:
             return self.run(name, session, sequences)
+
+    @contextmanager
+    def _referee(self, spec: SessionSpec) -> Iterator[WorkerSession]:
+        """The reference, one model after the other in one worker: importing torch takes longer than loading a small model."""
+        if self._worker is None:
+            self._worker = open_session(spec)
+        else:
+            self._worker.open(spec.arguments)
+        try:
+            yield self._worker
+            self._worker.release()
+        except BaseException:
+            self._worker.close()
+            self._worker = None
+            raise
 
     def run(self, name: str, session: Session, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
         path = self.scratch / f"{name}.f32"
         wanted = list(sequences)
-        shapes: list[tuple[int, int]] = []
+        shapes: list[tuple[int, ...]] = []
         with path.open("wb") as file:
             for done, ids in enumerate(wanted):
                 session.reset()
                 logits = session.prefill(ids)
-                shapes.append((len(ids), logits.shape[1]))
+                shapes.append(logits.shape)
                 logits.tofile(file)
                 self._tell(name, done + 1, len(wanted))
         at = 0
@@ -207,7 +230,7 @@ class Evidence:
 
     @cached_property
     def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
-        with open_session(self.reference(quantized=False)) as session:
+        with self._referee(self.reference(quantized=False)) as session:
             sequences = self._sequences(session)
             return sequences, self.run("original", session, sequences), self.say(session, "tasks")
 

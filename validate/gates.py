@@ -23,6 +23,8 @@ Gate = Callable[[Evidence], list[GateResult]]
 # Rounding to the wider types that a runtime may use for what is not quantized: bfloat16 inputs are off by 2^-9 / sqrt(3) =
 # 0.11 % a matmul, a twentieth of the variance of int8 inputs (0.5 %), which cost about 3e-4 nats; and three times that.
 _FLOAT_FLOOR = 5e-5
+# The deviation of a logit that costs as much: KL is half the variance of the logits' errors.
+_FLOAT_DEVIATION = (2 * _FLOAT_FLOOR) ** 0.5
 # A device's rounding errors are another draw of the same distribution as the emulated ones, and their cost is averaged over
 # all tokens: it is near the predicted one, and never twice as large.
 _TWICE = 2.0
@@ -94,6 +96,9 @@ def codes(evidence: Evidence) -> list[GateResult]:
     quant, wrong, seen = evidence.quant, [], set()
     for name, found in evidence.device.read_codes(evidence.artifact, quant):
         seen.add(name)
+        if name not in quant:
+            wrong.append(f"{name} is not in the store")
+            continue
         expected = quant[name]
         if isinstance(found, QuantTensor) and isinstance(expected, QuantTensor):
             if difference := _difference(found, expected):
@@ -116,10 +121,12 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
     """What differs between two tensors of codes, or nothing."""
     if found.shape != expected.shape or found.bits != expected.bits or found.group != expected.group:
         return f"{found.shape} codes of {found.bits} bits in groups of {found.group}"
-    for part in ("packed", "scale", "zero_point"):
+    for part in ("packed", "scale", "zero_point", "codebook"):
         mine, theirs = getattr(found, part), getattr(expected, part)
         if (mine is None) != (theirs is None):
             return f"{part} is {'absent' if mine is None else 'unexpected'}"
+        if mine is not None and mine.shape != theirs.shape:
+            return f"{part} is {list(mine.shape)} where {list(theirs.shape)} is expected"
         if mine is not None and not np.array_equal(_bits(mine), _bits(theirs)):
             changed = np.argwhere(_bits(mine) != _bits(theirs))
             return f"{len(changed)} of {part} differ, the first at {changed[0].tolist()}"
@@ -138,7 +145,10 @@ def lowering(evidence: Evidence) -> list[GateResult]:
     for check in evidence.device.lowerings(evidence.artifact, evidence.quant, evidence.scratch):
         name = f"lowering/{check.check}"
         results += guarded(name, lambda e, c=check, n=name: [_lowering(e, c, n)], evidence)  # type: ignore[misc]
-    return results
+    none = GateResult(
+        "lowering", "skipped", reason=f"target {evidence.device.name} has no check of its lowering."
+    )
+    return results or [none]
 
 
 def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
@@ -152,8 +162,9 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
     metric = "largest logit difference / std" if check.metric == "max" else "mean KL, nats"
     reason = check.derivation
     if check.check == "runtime":
-        limit = _TWICE * evidence.predicted_kl + _FLOAT_FLOOR
-        reason = f"{check.derivation} Predicted for this model and text: {evidence.predicted_kl:.2g} nats."
+        predicted = evidence.predicted.kl
+        limit = _TWICE * predicted + _FLOAT_FLOOR
+        reason = f"{check.derivation} Predicted for this model and text: {predicted:.2g} nats."
     if value > limit and check.check == "weights":
         reason = _bisect(evidence, limit)
     return _verdict(name, metric, value, limit, reason)
@@ -186,9 +197,11 @@ def _bisect(evidence: Evidence, limit: float) -> str:
 def decode(evidence: Evidence) -> list[GateResult]:
     """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
     session, window, ids = evidence.deployed, evidence.window, evidence.probe
-    length, predicted = len(ids), evidence.predicted_probe_kl
+    length, predicted = len(ids), evidence.predicted_probe.kl
     # Once two runs have parted, each has a rounding error of its own: their variances add up.
     limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
+    # A lead of one logit over another moves by four errors at most: of two logits, on two roads.
+    lead = 4 * (evidence.predicted_probe.worst + _FLOAT_DEVIATION)
     sizes = [size for size in (7, 32) if size < length]
     head, tail = ids[: -min(DECODED, length - 1)], ids[-min(DECODED, length - 1) :]
     session.reset()
@@ -207,29 +220,28 @@ def decode(evidence: Evidence) -> list[GateResult]:
         expected = whole[-len(logits) :]
         distance = Distance()
         distance.add(expected, logits)
-        near = _near_ties(expected, logits)
+        overturned = _overturned(expected, logits, lead)
         reason = (
             f"{road} against one prefill of {length} tokens{past}; top-1 equal on {distance.top1:.1%}. Two runs of one "
             f"arithmetic in another order differ by two roundings of their inputs at most: twice {predicted:.2g} nats on "
             f"average, at most twice that, and {_FLOAT_FLOOR:.0e} for float types."
         )
-        if near:
+        if overturned:
             reason = (
-                f"{near} tokens have another likeliest successor, by more than the bound explains. {reason}"
+                f"{overturned} tokens have another likeliest successor, though theirs led by more than the {lead:.2g} nats that "
+                f"rounding explains. {reason}"
             )
         name = "decode" if road == "decode" else f"decode/{road.replace(' ', '-')}"
         result = _verdict(name, "mean KL, nats", distance.kl, limit, reason)
-        results.append(result if not near else replace(result, status="failed"))
+        results.append(result if not overturned else replace(result, status="failed"))
     return results
 
 
-def _near_ties(expected: Logits, other: Logits) -> int:
-    """Tokens whose likeliest successor changes although it led by more than twice the logits' own difference there."""
-    best = expected.argmax(axis=1)
-    chosen = other.argmax(axis=1)
+def _overturned(expected: Logits, other: Logits, explained: float) -> int:
+    """Tokens whose likeliest successor changes although it led the new one by more than ``explained``, in logits."""
     rows = np.arange(len(expected))
-    lead = expected[rows, best] - expected[rows, chosen]
-    return int((lead > 2 * np.abs(expected - other).max(axis=1)).sum())
+    lead = expected.max(axis=1) - expected[rows, other.argmax(axis=1)]
+    return int((lead > explained).sum())
 
 
 def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -83,10 +83,23 @@ class WorkerSession:
         self._drain = threading.Thread(target=self._tail.extend, args=(self._process.stdout,), daemon=True)
         self._drain.start()
         try:
-            self.facts = Facts(**self._call("open", factory=spec.factory, arguments=dict(spec.arguments)))
+            self.open(spec.arguments)
         except BaseException:
             self.close()
             raise
+
+    def open(self, arguments: Mapping[str, Any]) -> None:
+        """Let the factory open another session in the same process, which has paid for its imports; the first must be released."""
+        self.facts = Facts(**self._call("open", factory=self._name, arguments=dict(arguments)))
+
+    def release(self) -> None:
+        """Free the model but keep the process, for ``open``."""
+        self._call("release")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker is gone, so that every further call would be a crash."""
+        return self._to.closed
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
@@ -224,6 +237,10 @@ def serve(requests: int, replies: int) -> None:
                 module, _, function = factory.partition(":")
                 session = getattr(importlib.import_module(module), function)(**arguments["arguments"])
                 value = asdict(cast(Session, session).facts)
+            elif name == "release":
+                if session:
+                    session.close()
+                session = None
             elif name == "time":
                 value = asdict(measure(cast(Session, session), **arguments))
             else:

@@ -317,7 +317,6 @@ def test_a_missing_runtime_has_its_own_status(null: Exported, tmp_path: Path) ->
     assert "pip install 'tapeout[reference]'" in done.stderr
 
 
-@pytest.mark.xfail(reason="replay.generate gives a negative seed to numpy, which raises ValueError")
 def test_a_seed_that_is_none(null: Exported) -> None:
     done = tapeout("run", null.package, "--prompt", "a", "--seed=-1")
     assert done.returncode == 2
@@ -325,7 +324,6 @@ def test_a_seed_that_is_none(null: Exported) -> None:
     assert "seed" in done.stderr
 
 
-@pytest.mark.xfail(reason="pack.Package.open looks at format_version alone")
 @pytest.mark.parametrize("verb", [("verify",), ("inspect",), ("bench",), ("run", "--prompt", "a")], ids=str)
 def test_a_manifest_without_its_keys(tmp_path: Path, verb: tuple[str, ...]) -> None:
     (tmp_path / "tapeout.json").write_text('{"format_version": 1}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ from tapeout.recipe import Recipe
 from tapeout.replay import bench, generate, revalidate
 from tapeout.validate import Report
 from tapeout.validate.session import Facts, Logits, SessionSpec
-from tapeout.validate.timing import Timing, measure
 from tapeout.validate.worker import open_session
 
 pytest.importorskip("transformers")
@@ -29,50 +29,27 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ m
 LOOSE = Recipe.of({"tokens": 40, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}})
 
 
-class Here:
-    """A worker's session in this process: a worker takes seconds to load torch."""
-
-    def __init__(self, spec: SessionSpec) -> None:
-        from tapeout.targets import null
-        from tapeout.validate import reference
-
-        module, function = spec.factory.split(":")
-        factory = {m.__name__: m for m in (null, reference)}[module]
-        self._session = getattr(factory, function)(**{**spec.arguments, "threads": 1})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def __enter__(self) -> Here:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def time(self, prompt_tokens: int, new_tokens: int, repeats: int) -> Timing:
-        return measure(self._session, prompt_tokens, new_tokens, repeats)
-
-
 @pytest.fixture(autouse=True)
-def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapeout.validate.evidence.open_session", Here)
-    monkeypatch.setattr("tapeout.replay.open_session", Here)
+def _no_workers(monkeypatch: pytest.MonkeyPatch, here: Any) -> None:
+    monkeypatch.setattr("tapeout.validate.evidence.open_session", here)
+    monkeypatch.setattr("tapeout.replay.open_session", here)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, here: Any) -> Path:
     """``plain`` and ``chatty``: two small models; ``plain-package`` and ``chatty-package``: what became of them."""
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPEOUT_CACHE", str(work / "cache"))
-        patch.setattr("tapeout.validate.evidence.open_session", Here)
+        patch.setattr("tapeout.validate.evidence.open_session", here)
         for name, fields in (("plain", {"eos_token_id": None}), ("chatty", {})):
             model = write_model(work / name, "llama", fields, dtype="F32")
             if name == "chatty":
                 path = model / "tokenizer_config.json"
-                more = {"chat_template": TEMPLATE, "bos_token": {"content": "<eos>", "special": True}}
+                more = {"chat_template": TEMPLATE, "bos_token": {"__type": "AddedToken", "content": "<eos>"}}
                 path.write_text(json.dumps(json.loads(path.read_text()) | more))
-            export(target("null"), model, work / f"{name}-package", LOOSE)
+            _, report = export(target("null"), model, work / f"{name}-package", LOOSE)
+            assert report.passed
     return work
 
 
@@ -110,7 +87,9 @@ def test_with_its_model_every_gate_runs_again(work: Path) -> None:
     assert report.passed
     assert (report.model, report.target, report.scheme) == ("plain", "null", "int8")
     integrity = next(gate for gate in report.gates if gate.name == "integrity")
-    assert integrity.reason.startswith(f"{len(Package.open(work / 'plain-package').files())} files")
+    assert re.search(
+        rf"\b{len(Package.open(work / 'plain-package').files())}\b.* files", integrity.reason
+    )  # of the package, not of the artifact alone
     assert report.throughput["contexts"]
 
 
@@ -155,15 +134,11 @@ def test_a_gate_that_does_not_exist_is_an_error(work: Path) -> None:
 def test_another_models_weights_are_refused(work: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "plain", "llama", {"eos_token_id": None}, dtype="F32", seed=1)
     with pytest.raises(
-        ModelError, match="is not the model that .* was made from: its tensors have the digest"
+        ModelError, match=r"is not the model that .* was made from: its tensors have the digest"
     ):
         revalidate(work / "plain-package", str(other))
 
 
-@pytest.mark.xfail(
-    raises=TapeoutError,
-    reason="revalidate quantizes, and fails in it, before it compares the source's digest",
-)
 def test_a_model_of_another_shape_is_refused_in_the_same_words(work: Path) -> None:
     with pytest.raises(ModelError, match="is not the model that"):
         revalidate(work / "plain-package", "count")
@@ -248,7 +223,7 @@ def test_bench(work: Path) -> None:
 
 def test_no_package(tmp_path: Path) -> None:
     for call in (revalidate, bench):
-        with pytest.raises(PackageError, match="has no tapeout.json"):
+        with pytest.raises(PackageError, match=r"has no tapeout\.json"):
             call(tmp_path)
 
 
@@ -310,7 +285,6 @@ def test_a_setting_without_a_meaning_is_an_error(
         next(generate(plain, "a", **{name: value}))
 
 
-@pytest.mark.xfail(raises=ValueError, reason="the seed goes to numpy unchecked")
 def test_a_negative_seed_is_an_error(plain: Package) -> None:
     with pytest.raises(TapeoutError, match="seed"):
         next(generate(plain, "a", seed=-1))
@@ -335,13 +309,13 @@ def test_a_package_without_a_chat_template_cannot_chat(plain: Package) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_are_the_whole_text(plain: Package, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_the_whole_text(plain: Package, seed: int, here: Any) -> None:
     """Random bytes: characters that are cut, and bytes that are no character at all."""
     pairs = list(generate(plain, "ab", temperature=1.5, seed=seed, max_new_tokens=60))
-    session = Here(plain.target().session(plain.artifact))
+    session = here(plain.target().session(plain.artifact))
     whole = session.detokenize([token for token, _ in pairs])
     assert "\ufffd" in whole
-    assert "".join(piece for _, piece in pairs) == whole.rstrip("\ufffd")  # the end may go on
+    assert "".join(piece for _, piece in pairs) == whole
 
 
 class Bytes:
@@ -376,10 +350,11 @@ class Bytes:
         return bytes(ids).decode("utf-8", "replace")
 
 
+Speak = Callable[[Sequence[int]], list[tuple[int, str]]]
+
+
 @pytest.fixture
-def speak(
-    chatty: Package, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Sequence[int]], list[tuple[int, str]]]:
+def speak(chatty: Package, monkeypatch: pytest.MonkeyPatch) -> Speak:
     """``speak(tokens)`` gives the pairs that ``generate`` makes of these tokens."""
 
     def speak(tokens: Sequence[int]) -> list[tuple[int, str]]:
@@ -387,9 +362,6 @@ def speak(
         return list(generate(chatty, "x", max_new_tokens=len(tokens)))
 
     return speak
-
-
-Speak = Callable[[Sequence[int]], list[tuple[int, str]]]
 
 
 def test_a_character_comes_with_its_last_byte(speak: Speak) -> None:
@@ -402,7 +374,6 @@ def test_bytes_that_are_no_character_do_not_hold_up_what_follows(speak: Speak) -
     assert [piece for _, piece in speak([0x61, 0xFF, 0x62, 256])] == ["a", "", "\ufffdb"]
 
 
-@pytest.mark.xfail(reason="generate drops what it has held back when the last token is reached")
 @pytest.mark.parametrize("tokens", [[0x61, 0xE2, 0x82, 256], [0x61, 0xE2, 0x82]], ids=["stopped", "cut"])
 def test_an_unfinished_character_at_the_end_is_not_lost(speak: Speak, tokens: list[int]) -> None:
     assert "".join(piece for _, piece in speak(tokens)) == "a\ufffd"

@@ -1,0 +1,49 @@
+"""What the tests of packages share: sessions that run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tapeout.validate.session import SessionSpec
+from tapeout.validate.timing import Timing, measure
+
+
+class Here:
+    """A worker's session in this process: a worker takes seconds to load torch."""
+
+    ended = False
+
+    def __init__(self, spec: SessionSpec) -> None:
+        from tapeout.targets import null
+        from tapeout.validate import reference
+
+        module, function = spec.factory.split(":")
+        self._factory = getattr({m.__name__: m for m in (null, reference)}[module], function)
+        self.open(spec.arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, arguments: Mapping[str, Any]) -> None:
+        self._session = self._factory(**{**arguments, "threads": 1})
+
+    def release(self) -> None:
+        self._session.close()
+
+    def time(self, prompt_tokens: int, new_tokens: int, repeats: int) -> Timing:
+        return measure(self._session, prompt_tokens, new_tokens, repeats)
+
+
+@pytest.fixture(scope="session")
+def here() -> type[Here]:
+    """Takes the place of ``open_session``."""
+    return Here

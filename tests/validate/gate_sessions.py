@@ -1,0 +1,149 @@
+"""What the tests of the gates run in workers: a small network on real weights, and a device of it with a defect on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from tapeout.errors import MissingToolchain
+from tapeout.exporters import plain
+from tapeout.models import load
+from tapeout.quantize import open_store
+from tapeout.validate.session import Facts, Logits
+
+Weights = Mapping[str, npt.NDArray[np.float32]]
+Array = npt.NDArray[np.float64]
+
+STEPS = 31.0  # of the toy's rounding: coarse, so that what it costs stands above the floor of the gates
+
+
+class Toy:
+    """Residual layers that see the mean of all tokens so far: the cache is one sum a layer.
+
+    Every token takes the same road, so that prefill in any batches and decode give the same bits.
+    """
+
+    def __init__(self, directory: str, weights: Weights, layers: int, arithmetic: str = "float32") -> None:
+        config = json.loads((Path(directory) / "config.json").read_text())
+        self.facts = Facts("toy 1", "numpy", 0.0, 0, config["max_position_embeddings"])
+        self._weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+        self._layers = layers
+        self._arithmetic = arithmetic
+        self._tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums = [np.zeros(64) for _ in range(self._layers)]
+        self._length = 0
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        return np.array([self._step(token) for token in ids], np.float32)
+
+    def decode(self, token: int) -> Logits:
+        return self._step(token).astype(np.float32)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def close(self) -> None:
+        pass
+
+    def _step(self, token: int) -> Array:
+        self._length += 1
+        x = self._weights["model.embed_tokens.weight"][token]
+        for k in range(self._layers):
+            layer = f"model.layers.{k}"
+            self._sums[k] = self._sums[k] + x
+            mean = self._sums[k] / self._length
+            seen = self._rounded(mean * self._weights[f"{layer}.input_layernorm.weight"])
+            inner = np.tanh(self._weights[f"{layer}.mlp.up_proj.weight"] @ seen)
+            x = x + self._weights[f"{layer}.mlp.down_proj.weight"] @ inner
+        logits: Array = self._weights["lm_head.weight"] @ (x * self._weights["model.norm.weight"])
+        return logits
+
+    def _rounded(self, x: Array, steps: float = STEPS, offset: float = 0.0) -> Array:
+        if self._arithmetic == "float32":
+            return x
+        unit = np.abs(x).max() / steps
+        return (np.round(x / unit + offset) - offset) * unit
+
+
+class Defective(Toy):
+    """A Toy with the defect that ``defect`` names; ``cut`` when it is not the whole model."""
+
+    def __init__(
+        self, directory: str, weights: Weights, layers: int, arithmetic: str, defect: str, cut: bool
+    ) -> None:
+        self._defect, self._flipped, self._calls = defect, False, 0
+        self._cut = cut
+        super().__init__(directory, weights, layers, arithmetic)
+
+    def reset(self) -> None:
+        super().reset()
+        self._calls = 0
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        if self._defect == "forgets between batches" and self._calls:
+            super().reset()
+        self._calls += 1
+        logits = super().prefill(ids)
+        if self._defect == "NaN":
+            logits[5, 7] = np.nan
+        elif self._defect == "pads the vocabulary":
+            logits = np.pad(logits, ((0, 0), (0, 8)))
+        elif self._defect == "last token only":
+            logits = logits[-1:]
+        elif self._defect == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif self._defect == "whole model only" and not self._cut:
+            logits[:, 3] += 0.1
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        if self._defect == "forgets":
+            super().reset()
+        logits = super().decode(token)
+        second, best = np.argsort(logits)[-2:]
+        lead = logits[best] - logits[second]
+        one = self._defect == "flips one" and 0.1 < lead < 0.2 and not self._flipped
+        if one or self._defect == "flips":
+            logits[[second, best]] = logits[[best, second]]
+            self._flipped = True
+        return logits
+
+    def _rounded(self, x: Array, steps: float = STEPS, offset: float = 0.0) -> Array:
+        # "another draw": the same step, but other errors, as a runtime that sums in another order has.
+        steps, offset = {"coarse": (STEPS / 4, 0.0), "another draw": (STEPS, 0.25)}.get(
+            self._defect, (steps, offset)
+        )
+        return super()._rounded(x, steps, offset)
+
+
+def reference(model: str, store: str | None, layers: int | None, arithmetic: str) -> Toy:
+    """What ``tapeout.validate.reference:open_session`` is for transformers."""
+    source = load(model)
+    if store is None:
+        weights = {name: source.checkpoint[name].float32() for name in source.specs}
+    else:
+        quant = open_store(Path(store), source)
+        weights = {name: quant.float32(name) for name in quant}
+    return Toy(model, weights, layers or source.config.num_layers, arithmetic)
+
+
+def device(directory: str, defect: str = "", arithmetic: str = "float32", layers: int | None = None) -> Toy:
+    """Run what the plain files of ``directory`` hold."""
+    if defect == "not installed":
+        raise MissingToolchain("the toy runtime is not installed: pip install toy")
+    whole = json.loads((Path(directory) / "config.json").read_text())["num_hidden_layers"]
+    weights = dict(plain.read_weights(Path(directory)))
+    return Defective(directory, weights, layers or whole, arithmetic, defect, layers is not None)
