@@ -11,6 +11,7 @@ The Python API is the five calls of the pipeline:
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ __all__ = [
     "target",
     "validate",
 ]
+
+
+class CalledByItsName(ModuleType):
+    """A subpackage that is named like its main call: ``tapeout.quantize(…)`` is ``tapeout.quantize.quantize(…)``.
+
+    Python binds a subpackage in its parent when it is first imported, over whatever ``__getattr__`` would give.
+    """
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **keywords)
 
 
 def __getattr__(name: str) -> Any:

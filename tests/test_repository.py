@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,3 +93,13 @@ def test_no_registry_is_named() -> None:
 
 def test_changelog_is_open_for_the_next_release() -> None:
     assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_five_calls_can_be_imported_in_any_order() -> None:
+    names = ["load", "quantize", "target", "validate", "pack", "export", "Scheme"]
+    for order in (names, names[::-1]):
+        code = f"from tapeout import {', '.join(order)}\nassert all(map(callable, [{', '.join(order)}]))"
+        code += "\nimport tapeout\nassert callable(tapeout.quantize) and tapeout.quantize.SCHEMES and tapeout.validate.GATES"
+        code += "\nassert quantize(load('count'), 'int8', out=__import__('pathlib').Path('codes')).digest"
+        with tempfile.TemporaryDirectory() as place:
+            subprocess.run([sys.executable, "-P", "-c", code], cwd=place, check=True, timeout=120)
