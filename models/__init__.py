@@ -12,6 +12,7 @@ from typing import Any
 
 from tapeout import embedded
 from tapeout.errors import ModelError
+from tapeout.models import gguf
 from tapeout.models.checkpoint import Checkpoint, SourceTensor
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.families import family
@@ -30,6 +31,13 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+# Where a checkpoint that somebody quantized says how, besides config.json; and who writes such a file.
+_QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,10 @@ class Model:
 
     Attributes:
         name: the directory's name, or the embedded model's.
-        raw_config: ``config.json`` as it stands.
-        specs: every expected tensor with role and shape, in file order; each is in ``checkpoint`` with that shape.
+        raw_config: ``config.json`` as it stands, but for what it says of quantization.
+        specs: every expected tensor with role and shape, in file order; each is in ``checkpoint`` with that shape, unless the
+            checkpoint is quantized.
+        quantization: what a checkpoint that is quantized already says of it, with ``quant_method``; see ``quantize.foreign``.
     """
 
     name: str
@@ -60,6 +70,7 @@ class Model:
     config: DecoderConfig
     specs: Mapping[str, TensorSpec]
     checkpoint: Checkpoint
+    quantization: Mapping[str, Any] | None = None
 
     def tokenizer_files(self) -> list[Path]:
         """The files of TOKENIZER_FILES that the model has."""
@@ -109,15 +120,17 @@ class Model:
 
 
 def load(source: str | Path) -> Model:
-    """Load a model: a directory as Hugging Face writes it, an embedded model's name, or a hub id.
+    """Load a model: a directory as Hugging Face writes it, a GGUF file, an embedded model's name, or a hub id.
 
-    No weight is read: tensors are mapped when they are asked for.
+    No weight is read: tensors are mapped when they are asked for. Of a GGUF file, config and tokenizer are written anew into
+    the cache, which is the model's directory then.
 
     Raises:
         ModelError: what was found, what was expected, in which file.
     """
     directory = _locate(source)
     raw = _read_json(directory / "config.json")
+    quantization = _quantization(directory, raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{directory / 'config.json'} has no model_type.")
@@ -136,10 +149,32 @@ def load(source: str | Path) -> Model:
             f"{directory / 'config.json'} has {', '.join(f'{n} = {json.dumps(raw[n])}' for n in left)}, which the family "
             f"'{model_type}' does not handle; the model would not be the same without it."
         )
-    checkpoint = Checkpoint(directory)
     specs = kind.tensors(config)
-    _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(n)})
-    return Model(directory.name, directory, raw, config, specs, checkpoint)
+    if quantization is None:
+        checkpoint = Checkpoint(directory)
+        _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(n)})
+    elif quantization["quant_method"] == "gguf":
+        checkpoint = Checkpoint(directory, gguf.tensors(Path(quantization["file"]), config, specs))
+    else:
+        checkpoint = Checkpoint(directory, quantized=True)
+    return Model(directory.name, directory, raw, config, specs, checkpoint, quantization)
+
+
+def _quantization(directory: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Take out of ``raw`` what it says of quantization, or find the file that says it; None: the weights are floats."""
+    found = raw.pop("quantization_config", None) or raw.pop("compression_config", None)
+    where = directory / "config.json"
+    if not found:
+        for name, method in _QUANTIZATION_FILES.items():
+            if (directory / name).exists():
+                where = directory / name
+                found = {"quant_method": method, **_read_json(where)}
+                break
+    if not found:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("quant_method"), str):
+        raise ModelError(f"{where} says that the weights are quantized, but not how: no quant_method.")
+    return found
 
 
 def _check_tensors(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], optional: set[str]) -> None:
@@ -165,8 +200,12 @@ def _locate(source: str | Path) -> Path:
     text = str(source)
     if text in embedded.NAMES:
         return embedded.path(text)
+    if path.suffix == ".gguf" and path.exists():
+        return gguf.directory_of(path.resolve())
     if path.exists():
-        raise ModelError(f"{path} is a file; a model is the directory that holds config.json.")
+        raise ModelError(
+            f"{path} is a file; a model is the directory that holds config.json, or a .gguf file."
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         return _download(text)
     raise ModelError(
@@ -179,7 +218,8 @@ def _download(hub_id: str) -> Path:
     """Fetch a snapshot from the hub (cached by huggingface_hub); weights only as safetensors."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *TOKENIZER_FILES]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md"]
+    wanted += [*TOKENIZER_FILES, *_QUANTIZATION_FILES]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (

@@ -20,21 +20,32 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 
-# numpy has no bfloat16: its bits travel as uint16.
+# numpy has no bfloat16: its bits travel as uint16. Nor has it float8.
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype("u1"),
 }
-_WEIGHTS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor lies in a safetensors file. ``dtype`` is F32, F16, BF16 or U8; ``offset`` and ``nbytes`` in bytes."""
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: safetensors' name of a type, or GGUF's of a block type (``Q4_0``).
+        shape: of the tensor, whatever its blocks.
+        offset, nbytes: in bytes.
+        heads: rotary heads whose rows GGUF interleaves, put back here; 0: rows stay.
+    """
 
     name: str
     dtype: str
@@ -42,17 +53,26 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
+    heads: int = 0
 
     def bits(self) -> npt.NDArray[Any]:
-        """Map the tensor: float32 or float16 [shape], or for BF16 its bits as uint16 [shape]."""
+        """Map the tensor: [shape] of its own type (BF16 and F8_E4M3: their bits); of blocks the bytes, uint8 [rows, bytes]."""
+        kind = _DTYPES.get(self.dtype, np.dtype("u1"))
+        shape = self.shape if self.dtype in _DTYPES else (self.shape[0], self.nbytes // self.shape[0])
         if self.nbytes == 0:
-            return np.zeros(self.shape, _DTYPES[self.dtype])
+            return np.zeros(shape, kind)
         # A mapping per tensor, so that dropping the array gives its pages back.
-        return np.memmap(self.file, _DTYPES[self.dtype], "r", self.offset, self.shape)
+        mapped = np.memmap(self.file, kind, "r", self.offset, shape)
+        if not self.heads:
+            return mapped
+        # The rows of a head: element i beside i + dim / 2 in the file, as two halves in Hugging Face's order.
+        order = np.arange(shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return np.ascontiguousarray(mapped[order])
 
     def float32(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return rows of the tensor as float32 [rows, ...] (exact: every source dtype fits)."""
-        return to_float32(self.bits()[rows], self.dtype)
+        bits = self.bits()
+        return to_float32(bits[rows] if self.shape else bits, self.dtype)
 
     def sha256(self) -> str:
         """Digest of the tensor's bytes."""
@@ -71,21 +91,28 @@ def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a model directory by name, in the order of the files.
 
+    Args:
+        directory: what holds the safetensors files.
+        tensors: the tensors, when they lie in another kind of file.
+        quantized: whether types that are no weights' (integers, float8) may be there.
+
     Raises:
         ModelError: no weights, pickled weights only, a truncated or inconsistent file, a missing shard.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, SourceTensor] | None = None, *, quantized: bool = False
+    ) -> None:
         self.directory = directory
-        self._tensors: dict[str, SourceTensor] = {}
+        self._tensors: dict[str, SourceTensor] = dict(tensors or {})
         self._sha256 = ""
-        promised = _promised(directory)
+        promised = _promised(directory) if tensors is None else {}
         for shard, names in promised.items():
             found, _ = read_header(directory / shard)
             for tensor in found.values():
-                if tensor.dtype not in _WEIGHTS:
+                if tensor.dtype not in FLOATS and not quantized:
                     raise ModelError(
-                        f"{tensor.name} in {tensor.file} is {tensor.dtype}; weights are expected as {', '.join(_WEIGHTS)}."
+                        f"{tensor.name} in {tensor.file} is {tensor.dtype}; weights are expected as {', '.join(FLOATS)}."
                     )
             missing = sorted(names - found.keys())
             if missing:

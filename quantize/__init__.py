@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,28 @@ from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
 from tapeout.memory import keep_freed_memory
 from tapeout.models import Model, Role, SourceTensor
-from tapeout.quantize import store
-from tapeout.quantize.rtn import ScaleOverflow
+from tapeout.models.checkpoint import read_header
+from tapeout.models.torch_decoder import one_core_each
+from tapeout.quantize import hqq, rtn, store
+from tapeout.quantize.calibration import Calibration, digest
+from tapeout.quantize.lattice import ScaleOverflow
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import QuantTensor
 
-__all__ = ["SCHEMES", "QuantTensor", "Quantized", "Scheme", "assign", "open_store", "quantize"]
+__all__ = [
+    "ROUNDINGS",
+    "SCHEMES",
+    "Calibration",
+    "QuantTensor",
+    "Quantized",
+    "Scheme",
+    "assign",
+    "open_store",
+    "quantize",
+]
 
-ROUNDINGS = ("rtn",)
+ROUNDINGS = ("rtn", "hqq", "gptq", "awq", "smoothquant")
+_WITH_DATA = ("gptq", "awq", "smoothquant")
 NONE = SCHEMES["none"]
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and how much there is (weights, tokens, bytes)."""
@@ -42,7 +56,10 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
         schemes: the scheme of each tensor; ``none`` for those that stay float.
         fallbacks: tensors that could not take the scheme they were given, with the reason.
         clamped: groups whose scale was raised to float16's smallest normal, per tensor.
+        folded: float tensors that took up a scale of input channels (AWQ, SmoothQuant): the store has them, not the checkpoint.
+        notes: what calibrated rounding has to tell.
         source_sha256: digest of the checkpoint's tensors.
+        calibration_sha256: digest of the windows of text that the rounding looked at; None: it looked at none.
         digest: digest of ``quantization.json``, which holds every tensor's digest.
     """
 
@@ -53,10 +70,16 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
     schemes: Mapping[str, Scheme]
     fallbacks: Mapping[str, str]
     clamped: Mapping[str, int]
+    folded: frozenset[str]
+    notes: tuple[str, ...]
     source_sha256: str
+    calibration_sha256: str | None
     digest: str
 
     def __getitem__(self, name: str) -> QuantTensor | SourceTensor:
+        if name in self.folded:
+            header, _ = read_header(store.tensor_path(self.directory, name))
+            return replace(header["weight"], name=name)
         if self.schemes[name].kind == "none":
             return self.model.checkpoint[name]
         return store.read_tensor(self.directory, name, self.schemes[name], self.model.specs[name].shape[1])
@@ -79,6 +102,7 @@ def quantize(
     *,
     rounding: str = "rtn",
     overrides: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
     out: Path | None = None,
     force: bool = False,
     threads: int | None = None,
@@ -91,8 +115,10 @@ def quantize(
     Args:
         model: what ``load`` gives.
         scheme: for the linear layers; embeddings and head take int8 with any scheme but ``none``.
-        rounding: how codes are chosen: ``rtn``.
+        rounding: how codes are chosen: ``rtn``, ``hqq``, or with calibration data ``gptq``, ``awq``, ``smoothquant``.
         overrides: scheme by glob over tensor names without ``.weight`` (``{"*.down_proj": "int8"}``); the last match wins.
+        calibration: the text that ``gptq``, ``awq`` and ``smoothquant`` look at (None: the default one), and with which the others
+            weight columns by their inputs (None: all alike).
         out: where to put the store; None: the cache, by content.
         force: replace the store at ``out``.
         threads: default: as many as this process has cores.
@@ -107,7 +133,12 @@ def quantize(
         raise SchemeError(f"'{rounding}' is not a rounding{nearest(rounding, ROUNDINGS)}.")
     schemes = assign(model, scheme, overrides or {})
     keep_freed_memory()
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    tokens = None
+    if calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values()):
+        tokens = (calibration or Calibration()).tokens(model)
+        one_core_each()
+    prepare = one_core_each if tokens is not None else None
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), initializer=prepare) as pool:
         source = model.checkpoint.sha256(pool)
         recipe = {
             "format_version": store.FORMAT_VERSION,
@@ -115,17 +146,18 @@ def quantize(
             "scheme": scheme.name,
             "rounding": rounding,
             "schemes": {name: s.name for name, s in schemes.items()},
+            "calibration": None if tokens is None else digest(tokens),
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, schemes, recipe, pool, progress)
+                _fill(partial, model, schemes, recipe, tokens, pool, progress)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
                 return open_store(directory, model, pool)
-            _fill(directory, model, schemes, recipe, pool, progress)
+            _fill(directory, model, schemes, recipe, tokens, pool, progress)
         return open_store(directory, model)
 
 
@@ -164,6 +196,7 @@ def _fill(
     model: Model,
     schemes: Mapping[str, Scheme],
     recipe: Mapping[str, Any],
+    tokens: npt.NDArray[np.int32] | None,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> None:
@@ -171,24 +204,53 @@ def _fill(
     from tapeout import __version__
 
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
+    simple = hqq.round_hqq if recipe["rounding"] == "hqq" else rtn.round_to_nearest
+    if tokens is None:
+        found = _plain(directory, model, schemes, simple, pool, progress)
+    else:
+        from tapeout.quantize.calibrated import Calibrated
+
+        found = Calibrated(
+            model, schemes, recipe["rounding"], tokens, directory, pool, simple, progress
+        ).run()
+    index = {
+        **recipe,
+        "tapeout": __version__,
+        "tensors": {name: asdict(entry) for name, entry in found.tensors.items()},
+        "fallbacks": found.fallbacks,
+        "notes": found.notes,
+    }
+    partial = directory / ".quantization.json.partial"
+    partial.write_text(canonical_json(index), encoding="utf-8")
+    partial.rename(directory / "quantization.json")
+
+
+def _plain(
+    directory: Path,
+    model: Model,
+    schemes: Mapping[str, Scheme],
+    simple: store.Round,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> store.Findings:
+    """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
-    done, tensors, fallbacks = 0, {}, {}
+    done, found = 0, store.Findings()
     for name, scheme in schemes.items():
         source = model.checkpoint[name]
         if scheme.kind != "none":
             try:
-                tensors[name] = asdict(store.write_tensor(directory, source, scheme, pool))
+                found.tensors[name] = store.write_tensor(directory, source, scheme, pool, simple)
             except ScaleOverflow:
-                fallbacks[name] = f"a scale of {scheme} does not fit float16; the tensor stays {source.dtype}"
-        if name not in tensors:
+                found.fallbacks[name] = (
+                    f"a scale of {scheme} does not fit float16; the tensor stays {source.dtype}"
+                )
+        if name not in found.tensors:
             store.check_finite(source, pool)
         done += int(np.prod(source.shape))
         if progress:
             progress("quantize", done, total)
-    index = {**recipe, "tapeout": __version__, "tensors": tensors, "fallbacks": fallbacks}
-    partial = directory / ".quantization.json.partial"
-    partial.write_text(canonical_json(index), encoding="utf-8")
-    partial.rename(directory / "quantization.json")
+    return found
 
 
 def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = None) -> Quantized:
@@ -226,9 +288,12 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
         rounding=raw["rounding"],
         directory=directory,
         schemes={n: SCHEMES[entries[n]["scheme"]] if n in entries else NONE for n in model.specs},
+        folded=frozenset(n for n, e in entries.items() if e["scheme"] == "none"),
+        notes=tuple(raw["notes"]),
         fallbacks=raw["fallbacks"],
         clamped={n: e["clamped_groups"] for n, e in entries.items() if e["clamped_groups"]},
         source_sha256=raw["source_sha256"],
+        calibration_sha256=raw["calibration"],
         digest=file_sha256(index),
     )
 

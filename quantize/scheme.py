@@ -33,6 +33,26 @@ NF4 = np.array(
     np.float32,
 )
 
+# E2M1, by its four bits: sign, two of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3). Code 8 is -0.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def _e4m3() -> npt.NDArray[np.float32]:
+    """E4M3 by its eight bits (OCP 8-bit Floating Point 1.0, section 5.1): bias 7, no infinity, 0x7F and 0xFF are NaN."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, (bits & 7).astype(np.float64)
+    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    value[(bits & 127) == 127] = np.nan
+    return np.where(bits & 128, -value, value).astype(np.float32)
+
+
+E4M3 = _e4m3()
+
+# A tensor's codes of 16 levels, and of 256.
+LEVELS: dict[str, npt.NDArray[np.float32]] = {"nf4": NF4, "e2m1": E2M1, "e4m3": E4M3}
+
+SUPER = 256  # weights of a super-block
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -40,18 +60,28 @@ class Scheme:
 
     Attributes:
         name: what the user types.
-        bits: bits of a code; 0 for ``none``, whose weights stay as the checkpoint has them.
-        group: weights along ``in`` that share a scale; None: the whole row (per channel).
-        kind: ``symmetric`` (codebook: the integers around zero), ``asymmetric`` (integer zero point per group),
-            ``nf4`` (codebook NF4), ``none``.
-        double_quant: the scales are quantized once more, as QLoRA does (blocks of 256 scales).
+        bits: bits of a code.
+        group: weights along ``in`` that share a scale; None: a whole row (per channel).
+        kind: what a code is before its scale: ``symmetric`` (code - 2**(bits - 1)), ``asymmetric`` (code - zero_point, an
+            integer a group), ``codebook`` (``levels[code]``), ``affine`` (the code, with a minimum taken off after scaling),
+            ``none``.
+        levels: of a codebook: a name in LEVELS.
+        scales: how a group's scale is kept: ``float16``; ``double`` (NF4's scales quantized once more as QLoRA does, blocks of
+            256 scales); ``e8m0`` (a power of two); ``e4m3`` (under one float32 a tensor); ``super`` (integers under one float16
+            a super-block of 256 weights).
+        scale_bits: bits of an integer scale under a super-block.
+        activations: what the runtime shall do to the inputs: ``int8`` (per token), ``int8-static`` (one calibrated scale a
+            tensor), None: leave them.
     """
 
     name: str
     bits: int = 0
     group: int | None = None
-    kind: Literal["none", "symmetric", "asymmetric", "nf4"] = "none"
-    double_quant: bool = False
+    kind: Literal["none", "symmetric", "asymmetric", "codebook", "affine"] = "none"
+    levels: str = ""
+    scales: Literal["float16", "double", "e8m0", "e4m3", "super"] = "float16"
+    scale_bits: int = 16
+    activations: Literal["int8", "int8-static"] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -66,27 +96,65 @@ class Scheme:
 
     def codebook(self) -> npt.NDArray[np.float32]:
         """The value of each code before its scale, float32 [2**bits]; for asymmetric ones before the zero point too."""
-        if self.kind == "nf4":
-            return NF4
+        if self.kind == "codebook":
+            return LEVELS[self.levels]
         levels = np.arange(2**self.bits, dtype=np.float32)
-        return levels if self.kind == "asymmetric" else levels - np.float32(2 ** (self.bits - 1))
+        return levels - np.float32(2 ** (self.bits - 1)) if self.kind == "symmetric" else levels
+
+    def scale_codebook(self) -> npt.NDArray[np.float32] | None:
+        """The value of each code of a scale that is itself quantized, float32 [256]; None for a float16 scale.
+
+        ``super``: signed integers for symmetric codes (stored with an offset of 2**(scale_bits - 1)), else unsigned ones.
+        """
+        if self.scales == "double":
+            return dynamic_map()
+        if self.scales == "e8m0":
+            return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
+        if self.scales == "e4m3":
+            return E4M3
+        if self.scales == "super":
+            offset = 2 ** (self.scale_bits - 1) if self.kind == "symmetric" else 0
+            return np.arange(256, dtype=np.float32) - np.float32(offset)
+        return None
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise SchemeError when the group does not divide the rows of tensor ``name`` [out, in]."""
-        if self.group and shape[-1] % self.group:
+        """Raise SchemeError when the group (or the super-block) does not divide the rows of tensor ``name`` [out, in]."""
+        unit = SUPER if self.scales == "super" else self.group
+        if unit and shape[-1] % unit:
             fits = [str(g) for g in (16, 32, 64, 128, 256) if shape[-1] % g == 0]
+            what = "super-block" if self.scales == "super" else "group"
             raise SchemeError(
-                f"group {self.group} of scheme {self.name} does not divide in_features {shape[-1]} of {name}; "
+                f"{what} {unit} of scheme {self.name} does not divide in_features {shape[-1]} of {name}; "
                 f"fits: {', '.join(fits) or 'int8 (per channel) or none'}."
             )
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Bits that a weight takes in a row of ``in_features``, its share of scale and zero point counted."""
+        """Bits that a weight takes in a row of ``in_features``, its share of scale, minimum and zero point counted.
+
+        What a tensor has once (the offset of double quantization, the float32 of e4m3 scales) is not.
+        """
         if self.kind == "none":
             raise SchemeError("scheme none has the checkpoint's own width.")
         group = self.group or in_features
-        scale = 8 + 32 / 256 if self.double_quant else 16
+        kept = 2 if self.kind == "affine" else 1  # a scale; and a minimum
+        scale = {"float16": 16.0, "double": 8 + 32 / 256, "e8m0": 8.0, "e4m3": 8.0}.get(
+            self.scales, kept * (self.scale_bits + 16 * group / SUPER)
+        )
         return self.bits + (scale + (self.bits if self.kind == "asymmetric" else 0)) / group
+
+
+def dynamic_map() -> npt.NDArray[np.float32]:
+    """Bitsandbytes' 256 signed levels, ascending, float32 [256]; exponents 10^-6 … 10^0, one exact 0 and one exact 1.
+
+    A sign, a run of zeros that is the decimal exponent, and the rest as a linear fraction (8-bit Optimizers via Block-wise
+    Quantization, arXiv:2110.02861, section 1.3).
+    """
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1.0, 2**exponent + 1, dtype=np.float32).astype(np.float64)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        levels += [*means, *-means]
+    return np.sort(np.array(levels, np.float32))
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -94,9 +162,22 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         Scheme("none"),
         Scheme("int8", 8, None, "symmetric"),
+        *(Scheme(f"int8-g{g}", 8, g, "symmetric") for g in (32, 128)),
+        Scheme("w8a8", 8, None, "symmetric", activations="int8"),
+        Scheme("w8a8-static", 8, None, "symmetric", activations="int8-static"),
         *(Scheme(f"int4-g{g}", 4, g, "symmetric") for g in (32, 64, 128)),
         *(Scheme(f"int4-g{g}-asym", 4, g, "asymmetric") for g in (32, 64, 128)),
-        Scheme("nf4", 4, 64, "nf4"),
-        Scheme("nf4-dq", 4, 64, "nf4", double_quant=True),
+        *(Scheme(f"int3-g{g}", 3, g, "symmetric") for g in (64, 128)),
+        Scheme("int2-g64", 2, 64, "symmetric"),
+        Scheme("nf4", 4, 64, "codebook", "nf4"),
+        Scheme("nf4-dq", 4, 64, "codebook", "nf4", "double"),
+        Scheme("fp8", 8, None, "codebook", "e4m3"),
+        Scheme("mxfp4", 4, 32, "codebook", "e2m1", "e8m0"),
+        Scheme("nvfp4", 4, 16, "codebook", "e2m1", "e4m3"),
+        Scheme("q6_k", 6, 16, "symmetric", "", "super", 8),
+        Scheme("q5_k", 5, 32, "affine", "", "super", 6),
+        Scheme("q4_k", 4, 32, "affine", "", "super", 6),
+        Scheme("q3_k", 3, 16, "symmetric", "", "super", 6),
+        Scheme("q2_k", 2, 16, "affine", "", "super", 4),
     )
 }

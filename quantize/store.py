@@ -1,9 +1,8 @@
 """The store: one directory of canonical codes, named by what they were made from.
 
     quantization.json              format_version, source digest, recipe, per tensor: scheme, digest, clamped groups
-    tensors/NAME.safetensors       codes U8 [out, packed], scale F16 [out, groups] and, where the scheme has them,
-                                   zero_point U8 [out, groups]; for double quantization scale_codes U8 [out, groups],
-                                   scale_block F32 [blocks], scale_offset F32 [1], scale_codebook F32 [256] for scale
+    tensors/NAME.safetensors       codes U8 [out, packed], scale F16 [out, groups] or, where scales are codes themselves,
+                                   scale_codes U8 [out, groups] under scale_block; and what else ``lattice.layout`` names
 
 A tensor's file gets its name when it is whole, so a run that was killed goes on after the last whole tensor.
 """
@@ -13,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from tapeout.errors import ModelError
 from tapeout.files import file_sha256
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import read_header, to_float32
-from tapeout.quantize import double_quant, rtn
+from tapeout.quantize import lattice, rtn
 from tapeout.quantize.scheme import Scheme
-from tapeout.quantize.tensor import DoubleQuant, QuantTensor, pack
+from tapeout.quantize.tensor import QuantTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+Round = Callable[..., rtn.Rounded]
+"""``rtn.round_to_nearest``, or what takes its arguments."""
 
 _TASK_WEIGHTS = 1 << 22  # weights that one task of the pool rounds
 _STEP_WEIGHTS = 1 << 18  # weights in work at a time: a few float32 arrays of this size fit a core's cache
@@ -44,88 +47,129 @@ class Written:
     clamped_groups: int
 
 
+@dataclass
+class Findings:
+    """What rounding a model did.
+
+    Attributes:
+        tensors: the store's entries. fallbacks: tensors that could not take their scheme, with the reason.
+        notes: what a user has to know: dampings raised, dead channels, tensors rounded without data.
+    """
+
+    tensors: dict[str, Written] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 def tensor_path(store: Path, name: str) -> Path:
     """The file of tensor ``name``."""
     return store / "tensors" / f"{name}.safetensors"
 
 
-def write_tensor(store: Path, source: SourceTensor, scheme: Scheme, pool: Executor) -> Written:
-    """Round one tensor into its file, streamed by rows; does nothing when the file is there.
+def write_tensor(
+    store: Path, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round = rtn.round_to_nearest
+) -> Written:
+    """Round one tensor into its file, streamed by rows, by ``simple``; does nothing when the file is there.
 
     Raises:
         ModelError: a weight is NaN or infinite.
-        rtn.ScaleOverflow: a scale does not fit float16.
+        lattice.ScaleOverflow: a scale does not fit float16.
     """
     path = tensor_path(store, source.name)
     if not path.exists():
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                _round_into(file.fileno(), source, scheme, pool)
+                _round_into(file.fileno(), source, scheme, pool, simple)
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    _, metadata = read_header(path)
-    return Written(metadata["scheme"], file_sha256(path), int(metadata["clamped_groups"]))
+    return written(store, source.name)
 
 
-def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executor) -> None:
+def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round) -> None:
     out, into = source.shape
-    groups = into // (scheme.group or into)
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {"codes": ("U8", (out, (into * scheme.bits + 7) // 8))}
-    if scheme.double_quant:
-        scales = np.empty((out, groups), np.float32)
-        layout |= double_quant.layout(out, groups)
-    else:
-        layout["scale"] = ("F16", (out, groups))
-    if scheme.kind == "asymmetric":
-        layout["zero_point"] = ("U8", (out, groups))
+    layout = lattice.layout(scheme, out, into)
     _, at = _lay_out(layout, scheme, 0)
     bits = source.bits()
+    task = max(1, _TASK_WEIGHTS // into)
+    whole, scales = None, np.empty((0, 0), np.float32)
+    if scheme.scales == "e4m3":
+        largest = pool.map(
+            lambda row: np.abs(to_float32(bits[row : row + task], source.dtype)).max(initial=0.0),
+            range(0, out, task),
+        )
+        whole = lattice.tensor_scale(float(max(largest)), scheme)
+        if whole is not None and not np.isfinite(whole):
+            raise not_finite(source)
+        write_at(handle, np.array([whole], np.float32), at["scale_block"])
+    elif scheme.scales == "double":
+        scales = np.empty((out, into // (scheme.group or into)), np.float32)
 
     def round_rows(first: int) -> int:
         clamped = 0
         step = max(1, _STEP_WEIGHTS // into)
-        end = min(out, first + max(1, _TASK_WEIGHTS // into))
+        end = min(out, first + task)
         for row in range(first, end, step):
             rows = slice(row, min(row + step, end))
-            rounded = rtn.round_to_nearest(to_float32(bits[rows], source.dtype), scheme)
-            clamped += rounded.clamped
-            parts: dict[str, npt.NDArray[Any] | None] = {
-                "codes": pack(rounded.codes, scheme.bits),
-                "zero_point": rounded.zero_point,
-            }
-            if scheme.double_quant:
-                scales[rows] = rounded.scale
-            else:
-                parts["scale"] = rounded.scale
-            for part, values in parts.items():
-                if values is not None:
-                    write_at(handle, values, at[part] + row * values.shape[1] * values.itemsize)
+            rounded = simple(to_float32(bits[rows], source.dtype), scheme, tensor_scale=whole)
+            clamped += rounded.grid.clamped
+            if scheme.scales == "double":
+                scales[rows] = rounded.grid.scale
+                rounded = rtn.Rounded(rounded.codes, replace(rounded.grid, parts={}))
+            for part, values in lattice.packed_parts(rounded.codes, scheme, rounded.grid).items():
+                write_at(handle, values, at[part] + row * values.shape[1] * values.itemsize)
         return clamped
 
     try:
-        clamped = sum(pool.map(round_rows, range(0, out, max(1, _TASK_WEIGHTS // into))))
-    except rtn.NotFinite:
+        clamped = sum(pool.map(round_rows, range(0, out, task)))
+    except lattice.NotFinite:
         raise not_finite(source) from None
-    if scheme.double_quant:
-        for part, array in double_quant.quantize_scales(scales).items():
+    if scheme.scales == "double":
+        for part, array in lattice.quantize_scales(scales).items():
             write_at(handle, array, at[part])
     # Last, and of the same length as at first: a file without its header is no safetensors file.
     header, _ = _lay_out(layout, scheme, clamped)
     write_at(handle, np.frombuffer(header, np.uint8), 0)
 
 
+def write_parts(
+    store: Path, name: str, parts: Mapping[str, npt.NDArray[Any]], scheme: Scheme, clamped: int = 0
+) -> Written:
+    """Write the parts of a tensor that are in memory whole (``lattice.layout`` names them), or a float tensor's ``weight``."""
+    kinds = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+    header, at = _lay_out({part: (kinds[a.dtype], a.shape) for part, a in parts.items()}, scheme, clamped)
+    path = tensor_path(store, name)
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            for part, array in parts.items():
+                write_at(file.fileno(), array, at[part])
+            write_at(file.fileno(), np.frombuffer(header, np.uint8), 0)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return written(store, name)
+
+
+def written(store: Path, name: str) -> Written:
+    """The entry of a tensor whose file is whole."""
+    path = tensor_path(store, name)
+    _, metadata = read_header(path)
+    return Written(metadata["scheme"], file_sha256(path), int(metadata["clamped_groups"]))
+
+
 def _lay_out(
-    layout: dict[str, tuple[str, tuple[int, ...]]], scheme: Scheme, clamped: int
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], scheme: Scheme, clamped: int
 ) -> tuple[bytes, dict[str, int]]:
     """The safetensors header of a tensor's file, and where in the file each part begins."""
     widths = {"U8": 1, "F16": 2, "F32": 4}
     header: dict[str, object] = {"__metadata__": {"scheme": scheme.name, "clamped_groups": f"{clamped:016d}"}}
     begin, offsets = 0, {}
     # Wide parts first: the format wants each part aligned to its own type.
-    for part, (dtype, shape) in sorted(layout.items(), key=lambda item: -widths[item[1][0]]):
+    for part, (dtype, shape) in sorted(layout.items(), key=lambda item: (-widths[item[1][0]], item[0])):
         end = begin + int(np.prod(shape)) * widths[dtype]
         header[part] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         offsets[part], begin = begin, end
@@ -147,25 +191,7 @@ def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:
 def read_tensor(store: Path, name: str, scheme: Scheme, in_features: int) -> QuantTensor:
     """Map a tensor's file."""
     header, _ = read_header(tensor_path(store, name))
-    parts = {part: tensor.bits() for part, tensor in header.items()}
-    double = None
-    if scheme.double_quant:
-        double = DoubleQuant(
-            parts["scale_codes"],
-            parts["scale_block"],
-            np.float32(parts["scale_offset"][0]),
-            parts["scale_codebook"],
-        )
-    return QuantTensor(
-        packed=parts["codes"],
-        bits=scheme.bits,
-        in_features=in_features,
-        scale=double.scales() if double else parts["scale"],
-        group=scheme.group or in_features,
-        codebook=scheme.codebook(),
-        zero_point=parts.get("zero_point"),
-        double=double,
-    )
+    return lattice.assemble({part: tensor.bits() for part, tensor in header.items()}, scheme, in_features)
 
 
 def not_finite(source: SourceTensor) -> ModelError:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-SCALES_PER_BLOCK = 256  # scales that share a second-level scale (QLoRA, section 3)
+from tapeout.quantize import kernels
+
+DOUBLE_BLOCK = 256  # scales that share a second-level scale in double quantization (QLoRA, section 3)
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -19,10 +21,9 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return codes
     if bits == 4 and codes.shape[1] % 2 == 0:
-        pairs = np.ascontiguousarray(codes).view("<u2")
-        joined = pairs >> 4
-        joined |= pairs
-        return joined.astype(np.uint8)  # keeps the low byte
+        packed = np.empty((len(codes), codes.shape[1] // 2), np.uint8)
+        kernels.pack_nibbles(np.ascontiguousarray(codes).reshape(-1), packed.reshape(-1))
+        return packed
     each = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
     return np.packbits(each.reshape(len(codes), -1), axis=1, bitorder="little")
 
@@ -40,41 +41,57 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, in_features: int) -> npt.ND
 
 
 @dataclass(frozen=True)
-class DoubleQuant:
-    """The parts of scales that are quantized once more: ``codebook[codes] * block_scale + offset``.
+class ScaleCodes:
+    """Scales that are themselves codes: ``codebook[codes] * block + offset``, computed in float32.
 
     Attributes:
-        codes: uint8 [out, in / group], an index into ``codebook`` for each scale.
-        block_scale: float32 [ceil(out * in / group / 256)], for blocks of 256 scales in row-major order.
-        offset: float32 scalar, the mean that was taken off before.
+        codes: uint8 [out, in / group].
         codebook: float32 [256].
+        block: float32 or float16, one for every ``per_block`` scales in row-major order.
+        per_block: scales under one element of ``block``.
+        offset: a float32 value, the mean that double quantization takes off before.
     """
 
     codes: npt.NDArray[np.uint8]
-    block_scale: npt.NDArray[np.float32]
-    offset: np.float32
     codebook: npt.NDArray[np.float32]
+    block: npt.NDArray[np.float32] | npt.NDArray[np.float16]
+    per_block: int
+    offset: float = 0.0
 
-    def scales(self) -> npt.NDArray[np.float32]:
+    def values(self) -> npt.NDArray[np.float32]:
         """The scales that these parts mean, float32 [out, in / group]."""
         flat = self.codebook[self.codes.reshape(-1)]
-        flat = flat * np.repeat(self.block_scale, SCALES_PER_BLOCK)[: flat.size] + self.offset
+        block = self.block.reshape(-1).astype(np.float32)
+        flat *= block if block.size == 1 else np.repeat(block, self.per_block)[: flat.size]
+        if self.offset:
+            flat += np.float32(self.offset)
         return flat.reshape(self.codes.shape)
+
+    def rows(self, index: slice | npt.NDArray[Any]) -> ScaleCodes | None:
+        """The same of some rows; None where a block runs across rows."""
+        out, groups = self.codes.shape
+        if self.block.size == 1:
+            return replace(self, codes=self.codes[index])
+        if groups % self.per_block:
+            return None
+        return replace(self, codes=self.codes[index], block=self.block.reshape(out, -1)[index])
 
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """Canonical codes: the weight *is* ``(codebook[codes] - zero_point) * scale``, computed in float32.
+    """Canonical codes: the weight *is* ``(codebook[codes] - zero_point) * scale - minimum``, computed in float32.
 
     Attributes:
         packed: uint8 [out, ceil(in * bits / 8)], see ``pack``; possibly a read-only map of the store.
         bits: bits of a code.
         in_features: length of a row.
-        scale: float16 [out, in / group] by definition; float32 only where ``double`` says what it is made of.
+        scale: float16 [out, in / group] by definition; float32 only where ``scale_codes`` says what it is made of.
         group: weights along ``in`` that share a scale; divides ``in_features``.
         codebook: float32 [2**bits].
         zero_point: uint8 [out, in / group], or None for zero.
-        double: the parts of a doubly quantized scale.
+        scale_codes: the parts of a scale that is itself quantized.
+        minimum: the parts of what is taken off after scaling (affine schemes), or None for nothing.
+        input_scale: float32 scalar, the calibrated step of int8 inputs (``w8a8-static``), or None.
     """
 
     packed: npt.NDArray[np.uint8]
@@ -84,7 +101,9 @@ class QuantTensor:
     group: int
     codebook: npt.NDArray[np.float32]
     zero_point: npt.NDArray[np.uint8] | None = None
-    double: DoubleQuant | None = None
+    scale_codes: ScaleCodes | None = None
+    minimum: ScaleCodes | None = None
+    input_scale: np.float32 | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,17 +115,17 @@ class QuantTensor:
         return unpack(np.asarray(self.packed), self.bits, self.in_features)
 
     def rows(self, index: slice | npt.NDArray[Any]) -> QuantTensor:
-        """The tensor of some rows only, in the order of ``index``; the packed bytes are not copied for a slice."""
-        zero_point = None if self.zero_point is None else self.zero_point[index]
-        # The parts of a doubly quantized scale run across rows; the scale they mean is what a row keeps.
-        return QuantTensor(
-            self.packed[index],
-            self.bits,
-            self.in_features,
-            self.scale[index],
-            self.group,
-            self.codebook,
-            zero_point,
+        """The tensor of some rows only, in the order of ``index``; the packed bytes are not copied for a slice.
+
+        Where the parts of a scale run across rows (double quantization), only the scale that they mean is kept.
+        """
+        return replace(
+            self,
+            packed=self.packed[index],
+            scale=self.scale[index],
+            zero_point=None if self.zero_point is None else self.zero_point[index],
+            scale_codes=None if self.scale_codes is None else self.scale_codes.rows(index),
+            minimum=None if self.minimum is None else self.minimum.rows(index),
         )
 
     def dequantize(self) -> npt.NDArray[np.float32]:
@@ -115,5 +134,7 @@ class QuantTensor:
         weight = self.codebook[self.codes()].reshape(out, into // self.group, self.group)
         if self.zero_point is not None:
             weight -= self.zero_point[:, :, None]
-        weight *= self.scale.astype(np.float32)[:, :, None]
+        weight *= self.scale.astype(np.float32, copy=False)[:, :, None]
+        if self.minimum is not None:
+            weight -= self.minimum.values()[:, :, None]
         return weight.reshape(out, into)

@@ -54,9 +54,7 @@ def export(
     check_carries(target, {recipe.scheme, *recipe.tensors.values()})
     with new_directory(out, force=force) as directory:
         model = load(source)
-        quant = quantize(
-            model, recipe.scheme, rounding=recipe.rounding, overrides=recipe.tensors, progress=progress
-        )
+        quant = quantize(model, **recipe.rounds(), progress=progress)
         (directory / "artifact").mkdir()
         artifact = target.export(quant, directory / "artifact", progress)
         options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         *,
         scheme: str | None = None,
         rounding: str | None = None,
+        calibration: Path | None = None,
         recipe: Path | None = None,
         out: Path | None = None,
         force: Annotated[bool, Flag] = False,
@@ -63,7 +65,8 @@ def _register_export(kind: type[targets.Target]) -> None:
     ) -> int:
         """Args:
         scheme: How weights become codes; `tapeout targets` lists what is carried. Default: int8.
-        rounding: How codes are chosen. Default: rtn.
+        rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
+        calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
         recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
         out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
         force: Replace what stands there.
@@ -72,7 +75,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         """
         from tapeout.build import export as run
 
-        settings = _recipe(recipe, scheme=scheme, rounding=rounding)
+        settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
         place = out or Path(f"{Path(model).name}-{settings.scheme}-{kind.name}")
         with _progress() as progress:
             package, report = run(
@@ -101,6 +104,7 @@ def quantize(
     *,
     scheme: str | None = None,
     rounding: str | None = None,
+    calibration: Path | None = None,
     recipe: Path | None = None,
     out: Path,
     force: Annotated[bool, Flag] = False,
@@ -112,7 +116,8 @@ def quantize(
 
     Args:
         scheme: How weights become codes. Default: int8.
-        rounding: How codes are chosen. Default: rtn.
+        rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
+        calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
         recipe: A TOML file: scheme, rounding, schemes by tensor.
         out: Where the store goes.
         force: Replace what stands there.
@@ -121,13 +126,11 @@ def quantize(
     from tapeout.models import load
     from tapeout.quantize import quantize as run
 
-    settings = _recipe(recipe, scheme=scheme, rounding=rounding)
+    settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
     with _progress() as progress:
         quant = run(
             load(model),
-            settings.scheme,
-            rounding=settings.rounding,
-            overrides=settings.tensors,
+            **settings.rounds(),
             out=out,
             force=force,
             progress=progress,
@@ -354,9 +357,13 @@ def list_targets(*, json: Json = False) -> int:
     return 0
 
 
-def _recipe(path: Path | None, **given: Any) -> Recipe:
+def _recipe(path: Path | None, text: Path | None, **given: Any) -> Recipe:
     """The recipe of a file, with what was given on the command line over it."""
+    from tapeout.quantize import Calibration
+
     recipe = Recipe.read(path) if path else Recipe()
+    if text:
+        given["calibration"] = replace(recipe.calibration or Calibration(), text=text)
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 

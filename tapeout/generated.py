@@ -77,7 +77,8 @@ def write_model(
         ``directory``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    raw = {"model_type": model_type, **SMALL, **(config or {})}
+    named = {"model_type": model_type, "architectures": [f"{model_type.title()}ForCausalLM"]}
+    raw = {**named, **SMALL, **(config or {})}
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
     (directory / "generation_config.json").write_text(
         json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})

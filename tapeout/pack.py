@@ -31,7 +31,7 @@ MANIFEST = "tapeout.json"
 # Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
 _BESIDE = ("root_sha256", "beside", "passed")
 _KEYS = (
-    "model", "scheme", "rounding", "schemes", "target", "artifact", "files", "generation", "needs", *_BESIDE,
+    "model", "scheme", "rounding", "calibration_sha256", "schemes", "target", "artifact", "files", "generation", "needs", *_BESIDE,
 )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
         },
         "scheme": quant.scheme.name,
         "rounding": quant.rounding,
+        "calibration_sha256": quant.calibration_sha256,
         "schemes": {
             name.removesuffix(".weight"): scheme.name
             for name, scheme in quant.schemes.items()

@@ -7,6 +7,11 @@ rounding = "rtn"
 "*.down_proj" = "int8"
 lm_head = "int8"
 
+[calibration]             # for gptq, awq and smoothquant; with rtn and hqq: weight columns by their inputs
+text = "texts/own.txt"    # default: the model's calibration.txt, or the one that ships with tapeout
+sequences = 128
+length = 512
+
 [limits]                  # of the quality and task gates
 kl = 0.05
 """
@@ -20,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tapeout.errors import RecipeError, nearest
+from tapeout.quantize import Calibration
 from tapeout.validate import Limits
 
 
@@ -30,6 +36,7 @@ class Recipe(BaseModel):
         scheme: of the linear layers; embeddings and head take int8 unless ``tensors`` says otherwise.
         rounding: how codes are chosen.
         tensors: scheme by glob over tensor names without ``.weight``.
+        calibration: what data-aware rounding looks at; None: the default text where the rounding needs one.
         limits: of the quality and task gates; what is absent follows from the scheme.
         text: evaluation text, UTF-8; None: the model's own or the one that ships with tapeout.
         tokens: how many tokens of it are evaluated.
@@ -40,9 +47,19 @@ class Recipe(BaseModel):
     scheme: str = "int8"
     rounding: str = "rtn"
     tensors: dict[str, str] = Field(default_factory=dict)
+    calibration: Calibration | None = None
     limits: Limits = Limits()
     text: Path | None = None
     tokens: int = Field(default=4096, gt=0)
+
+    def rounds(self) -> dict[str, Any]:
+        """The arguments of ``quantize`` that decide the codes."""
+        return {
+            "scheme": self.scheme,
+            "rounding": self.rounding,
+            "overrides": self.tensors,
+            "calibration": self.calibration,
+        }
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -64,7 +81,11 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-                known = Limits.__dataclass_fields__ if "limits" in first["loc"] else cls.model_fields
+                tables = {
+                    "limits": Limits.__dataclass_fields__,
+                    "calibration": Calibration.__dataclass_fields__,
+                }
+                known = tables.get(str(first["loc"][0]), cls.model_fields)
                 raise RecipeError(
                     f"{source} has an unknown key '{key}'{nearest(str(first['loc'][-1]), known)}."
                 ) from None

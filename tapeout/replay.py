@@ -66,8 +66,13 @@ def revalidate(
         manifest["scheme"],
         rounding=manifest["rounding"],
         overrides=manifest["schemes"],
+        calibration=recipe.calibration,
         progress=progress,
     )
+    if quant.calibration_sha256 != manifest["calibration_sha256"]:
+        raise ModelError(
+            f"{directory} was calibrated on another text: give the recipe that it was made with (--recipe)."
+        )
     options = Options(
         recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
     )

@@ -133,7 +133,7 @@ def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
 
 
 def _notes(quant: Quantized) -> list[str]:
-    notes = [f"{name}: {reason}" for name, reason in quant.fallbacks.items()]
+    notes = [*quant.notes, *(f"{name}: {reason}" for name, reason in quant.fallbacks.items())]
     if raised := sum(quant.clamped.values()):
         notes.append(
             f"{raised} groups of {len(quant.clamped)} tensors have weights too small for a float16 scale; theirs was raised to "

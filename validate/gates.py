@@ -51,11 +51,14 @@ class Limits:
     def for_scheme(self, scheme: Scheme) -> Limits:
         """Fill in what is None.
 
-        Anchors: llama.cpp publishes mean KL of 0.0014 for q8_0 and 0.072 for q4_0 of Llama 3 8B, the AWQ paper a perplexity of
-        5.73 over 5.47 for round-to-nearest int4-g128; each limit is about one and a half times its anchor. The share of
+        Anchors: llama.cpp publishes mean KL of 0.0014 for q8_0, 0.0055 for q6_K, 0.011 for q5_K_M, 0.072 for q4_0 and 0.102 for
+        q3_K_M of Llama 3 8B (for q2_K 0.42 was measured on a small model), the AWQ paper a perplexity of 5.73 over 5.47 for
+        round-to-nearest int4-g128; each limit is about one and a half times its anchor. The share of
         changed likeliest tokens is near sqrt(KL / 2), Pinsker's bound on the distance of the distributions.
         """
-        kl, perplexity = {0: (1e-9, 1.0001), 8: (2e-3, 1.01)}.get(scheme.bits, (0.1, 1.08))
+        kl, perplexity = {
+            0: (1e-9, 1.0001), 8: (2e-3, 1.01), 6: (9e-3, 1.02), 5: (2e-2, 1.04), 3: (0.16, 1.2), 2: (0.6, 2.0),
+        }.get(scheme.bits, (0.1, 1.08))  # fmt: skip
         kl = self.kl if self.kl is not None else kl
         top1 = self.top1 if self.top1 is not None else 1 - (kl / 2) ** 0.5
         return Limits(kl, top1, self.perplexity if self.perplexity is not None else perplexity, self.task)

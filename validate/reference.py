@@ -252,7 +252,8 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
 
     parameters = dict(network.named_parameters())
     for name, scheme in quant.schemes.items():
-        if scheme.kind == "none" or (cut and name not in parameters):
+        changed = scheme.kind != "none" or name in quant.folded
+        if not changed or (cut and name not in parameters):
             continue
         if name not in parameters:
             raise ModelError(

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, ModelError
-from tapeout.exporters import Carry, Exact, Rounded
-from tapeout.exporters.gguf import blocks
-from tapeout.models import DecoderConfig
+from tapeout.errors import MissingToolchain, ModelError, SchemeError
+from tapeout.exporters import Carry, Exact, Refused, Rounded
+from tapeout.exporters.gguf import blocks, k_blocks
+from tapeout.models import DecoderConfig, SourceTensor
 from tapeout.models.decoder import Rope
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4
@@ -26,12 +26,23 @@ Index = npt.NDArray[np.intp]
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 _NONE = "the checkpoint's own"
+# By what a code is before its scale, its bits, and how its scale is kept.
 _BLOCKS = {
-    "symmetric": {8: blocks.Q8_0, 4: blocks.Q4_0},
-    "asymmetric": {4: blocks.Q5_0},
-    "nf4": {4: blocks.NF4_AS_Q8_0},
+    ("symmetric", 8, "float16"): blocks.Q8_0,
+    ("symmetric", 4, "float16"): blocks.Q4_0,
+    ("symmetric", 3, "float16"): blocks.NARROW_AS_Q4_0,
+    ("symmetric", 2, "float16"): blocks.NARROW_AS_Q4_0,
+    ("asymmetric", 4, "float16"): blocks.Q5_0,
+    ("nf4", 4, "float16"): blocks.NF4_AS_Q8_0,
+    ("nf4", 4, "double"): blocks.NF4_AS_Q8_0,
+    ("e2m1", 4, "e8m0"): blocks.MXFP4,
+    ("e2m1", 4, "e4m3"): blocks.NVFP4,
+    ("symmetric", 6, "super"): k_blocks.Q6_K,
+    ("affine", 5, "super"): k_blocks.Q5_K,
+    ("affine", 4, "super"): k_blocks.Q4_K,
+    ("symmetric", 3, "super"): k_blocks.Q3_K,
+    ("affine", 2, "super"): k_blocks.Q2_K,
 }
-_NAMES = {blocks.Q8_0: "Q8_0", blocks.Q4_0: "Q4_0", blocks.Q5_0: "Q5_0", blocks.NF4_AS_Q8_0: "Q8_0"}
 
 # exp(sink - maximum) is exactly 0 in float32 for any maximum above -1e29, and -inf would make NaN of a masked row.
 _NO_SINK = np.float32(-1e30)
@@ -48,16 +59,37 @@ def library() -> ModuleType:
 
 
 def carries(scheme: Scheme) -> Carry:
-    """How GGUF holds a scheme: all exactly but NF4, whose codebook becomes integers."""
+    """How GGUF holds a scheme: exactly, but for NF4, whose codebook becomes integers, and FP8, for which it has no type."""
     if scheme.kind == "none":
         return Exact(_NONE)
-    name = _NAMES[block_of(scheme)]
-    return Rounded(name, nf4_added_error()) if scheme.kind == "nf4" else Exact(name)
+    block = block_of(scheme)
+    if block is None:
+        return Refused("GGUF has no 8-bit float type.", "int8")
+    if scheme.levels == "nf4":
+        return Rounded(block.kind, nf4_added_error())
+    if block is blocks.NARROW_AS_Q4_0:
+        return Exact(f"{block.kind}, at {block.bits_per_weight:g} bits")
+    inputs = {None: "", "int8": ", inputs 32 to a scale", "int8-static": ", the inputs' static scale unused"}
+    return Exact(block.kind + inputs[scheme.activations])
 
 
-def block_of(scheme: Scheme) -> blocks.Block:
-    """The block type of a scheme that has codes."""
-    return _BLOCKS[scheme.kind][scheme.bits]
+def block_of(scheme: Scheme) -> blocks.Block | None:
+    """The block type of a scheme that has codes; None: there is none that holds them."""
+    return _BLOCKS.get((scheme.levels or scheme.kind, scheme.bits, scheme.scales))
+
+
+def _note(scheme: Scheme, block: blocks.Block) -> str | None:
+    """What the user of a scheme has to know of its block type, where that is not the scheme's own."""
+    if block is blocks.NARROW_AS_Q4_0:
+        return f"the codes of {scheme} are held as {block.kind}: exactly, at {block.bits_per_weight:g} bits a weight"
+    if scheme.activations:
+        unused = (
+            "; the calibrated scales of the inputs are not in the file"
+            if scheme.activations == "int8-static"
+            else ""
+        )
+        return f"llama.cpp rounds the inputs of {scheme} to int8 by itself, with a scale for every 32 values{unused}"
+    return None
 
 
 @cache
@@ -92,6 +124,7 @@ class Entry:
         kind: GGUF type (``Q4_0``).
         block: how rows of codes become bytes; None for float types.
         heads: rotary heads whose rows are interleaved; 0: rows stay.
+        scale_of: for what all scales of another tensor (its Hugging Face name) are multiplied with: NVFP4's float32.
     """
 
     name: str
@@ -101,16 +134,15 @@ class Entry:
     block: blocks.Block | None = None
     heads: int = 0
     values: npt.NDArray[np.float32] | None = None
+    scale_of: str | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         weights = math.prod(self.shape)
-        return (
-            weights // blocks.WEIGHTS * self.block.size
-            if self.block
-            else weights * FLOATS[self.kind].itemsize
-        )
+        if self.block:
+            return weights // self.block.weights * self.block.size
+        return weights * FLOATS[self.kind].itemsize
 
     def order(self) -> Index | None:
         """For each row of the file the row of the checkpoint, [out]; None when they are the same.
@@ -137,7 +169,8 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
     """Decide arch, types and order.
 
     Raises:
-        ModelError: a field of the model's config that no arch expresses.
+        ModelError: a field of the model's config that no arch expresses, or nvfp4 where llama.cpp drops half of it.
+        SchemeError: a tensor's scheme that GGUF does not carry.
     """
     config = quant.model.config
     _check(config)
@@ -155,15 +188,35 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         if layer >= count:
             continue
         kind, block, note = ("F32", None, None) if as_float32 else _kind(quant, source)
-        if note:
+        if note and note not in notes:
             notes.append(note)
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(source.split(".")[-2], 0)
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         entries.append(Entry(name, source, spec.shape, kind, block, heads))
+        if block is blocks.NVFP4:
+            entries.append(_tensor_scale(quant, entries[-1], arch))
         if arch == "granite_swa" and source.endswith("self_attn.o_proj.weight"):
             sinks = np.full(config.num_heads, _NO_SINK)
             entries.append(Entry(f"blk.{layer}.attn_sinks.weight", None, sinks.shape, "F32", values=sinks))
     return Layout(arch, context, tuple(entries), tuple(notes), count)
+
+
+def _tensor_scale(quant: Quantized, of: Entry, arch: str) -> Entry:
+    """The float32 that llama.cpp multiplies what comes out of an NVFP4 matrix with; ModelError where it does not."""
+    assert of.source is not None
+    tensor = quant[of.source]
+    assert isinstance(tensor, QuantTensor)
+    assert tensor.scale_codes is not None
+    forgets = "a lookup" if of.name == "token_embd.weight" else None
+    if arch == "granite_swa" and ".ffn_" in of.name:
+        forgets = "the feed-forward network of arch granite_swa, which carries the sliding window,"
+    if forgets:
+        raise ModelError(
+            f"{of.source} cannot be nvfp4 in GGUF: {forgets} leaves out the scale of the tensor. What fits: mxfp4."
+        )
+    scale = tensor.scale_codes.block.reshape(1).astype(np.float32)
+    name = of.name.removesuffix("weight") + "scale"
+    return Entry(name, None, scale.shape, "F32", values=scale, scale_of=of.source)
 
 
 def _check(config: DecoderConfig) -> None:
@@ -199,29 +252,30 @@ def _arch(config: DecoderConfig, sliding_window: str) -> tuple[str, int, list[st
 
 
 def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | None]:
-    """GGUF type and block of a tensor, and a note where it is not the scheme's own."""
+    """GGUF type and block of a tensor, and a note where a user has to know of it."""
     scheme, spec = quant.schemes[name], quant.model.specs[name]
     if scheme.kind == "none":
+        source = quant[name]
+        assert isinstance(source, SourceTensor)
         # llama.cpp multiplies vectors in float32 only.
-        return (quant.model.checkpoint[name].dtype if spec.role.is_matrix else "F32"), None, None
+        return (source.dtype if spec.role.is_matrix else "F32"), None, None
     block = block_of(scheme)
-    into = spec.shape[-1]
-    if into % blocks.WEIGHTS:
-        return (
-            "F16",
-            None,
-            f"{name} is F16: its rows of {into} weights are no whole blocks of {blocks.WEIGHTS}",
-        )
-    if scheme.kind == "nf4":
+    if block is None:
+        carry = carries(scheme)
+        assert isinstance(carry, Refused)
+        raise SchemeError(f"{name} is {scheme}: {carry.reason} What fits: {carry.nearest}.")
+    why = None
+    if spec.shape[-1] % block.weights:
+        why = f"its rows of {spec.shape[-1]} weights are no whole blocks of {block.weights}"
+    elif block is blocks.NF4_AS_Q8_0:
         tensor = quant[name]
         assert isinstance(tensor, QuantTensor)
-        if np.abs(blocks.nf4_scale(tensor)).min(initial=np.inf) < np.finfo(np.float16).smallest_normal:
-            return (
-                "F16",
-                None,
-                f"{name} is F16: a scale of {scheme}, divided by {blocks.NF4_STEP}, is subnormal in float16",
-            )
-    return _NAMES[block], block, None
+        least = np.abs(blocks.nf4_scale(tensor)).min(initial=np.inf)
+        if least < np.finfo(np.float16).smallest_normal:
+            why = f"a scale of {scheme}, divided by {blocks.NF4_STEP}, is subnormal in float16"
+    if why:
+        return "F16", None, f"{name} is F16: {why}"
+    return block.kind, block, _note(scheme, block)
 
 
 def rope_factors(rope: Rope, head_dim: int) -> npt.NDArray[np.float32]:

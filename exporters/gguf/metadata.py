@@ -10,6 +10,16 @@ from tapeout.quantize import Quantized
 
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
+# File types that are not MOSTLY_ and the type. The _S are llama.cpp's recipes with the fewest tensors of another type.
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "Q2_K": "MOSTLY_Q2_K_S",
+    "Q3_K": "MOSTLY_Q3_K_S",
+    "Q4_K": "MOSTLY_Q4_K_S",
+    "Q5_K": "MOSTLY_Q5_K_S",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}
+
 
 def largest_kind(layout: Layout) -> str:
     """The GGUF type that holds most of the weights."""
@@ -31,7 +41,7 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     writer.add_name(name)
     if model.licence:
         writer.add_license(model.licence)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_string("tapeout.scheme", quant.scheme.name)
     writer.add_string("tapeout.rounding", quant.rounding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ def read_codes(
     if wrong:
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PackageError(f"{artifact.directory / artifact.files[0]}: {'; '.join(wrong[:5])}{more}.")
+    scales = {entry.scale_of: tensors[entry.name].data for entry in layout.entries if entry.scale_of}
     for entry in layout.entries:
         if entry.source:
-            yield entry.source, _read(entry, tensors[entry.name].data, quant)
+            yield entry.source, _read(entry, tensors[entry.name].data, quant, scales.get(entry.source))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -101,12 +103,15 @@ def _difference(entry: Entry, tensor: Any | None) -> str | None:
     shape = tuple(reversed(tensor.shape.tolist()))
     if (tensor.tensor_type.name, shape) != (entry.kind, entry.shape):
         return f"{entry.name} is {tensor.tensor_type.name} {list(shape)} where {entry.kind} {list(entry.shape)} is expected"
-    if entry.values is not None and not np.array_equal(tensor.data, entry.values):
+    # A tensor's scale comes back with the tensor.
+    if entry.values is not None and not entry.scale_of and not np.array_equal(tensor.data, entry.values):
         return f"{entry.name} holds other values than the model's config gives"
     return None
 
 
-def _read(entry: Entry, data: npt.NDArray[Any], quant: Quantized) -> QuantTensor | npt.NDArray[np.float32]:
+def _read(
+    entry: Entry, data: npt.NDArray[Any], quant: Quantized, scale: npt.NDArray[np.float32] | None
+) -> QuantTensor | npt.NDArray[np.float32]:
     order = entry.order()
     if order is not None:
         rows = np.empty_like(data)
@@ -116,6 +121,8 @@ def _read(entry: Entry, data: npt.NDArray[Any], quant: Quantized) -> QuantTensor
     if entry.block:
         like = quant[entry.source]
         assert isinstance(like, QuantTensor)
+        if scale is not None and like.scale_codes is not None:
+            like = replace(like, scale_codes=replace(like.scale_codes, block=scale))
         return entry.block.unpack(data, like)
     bits = data.view(np.uint16) if entry.kind == "BF16" else data
     return to_float32(bits, entry.kind)

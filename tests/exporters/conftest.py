@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,48 @@ def llama_cpp_logits() -> Callable[..., Logits]:
             runtime.close()
 
     return run
+
+
+class Ggml:
+    """ggml's own quantizers and readers, from the library that llama-cpp-python holds."""
+
+    def __init__(self) -> None:
+        import llama_cpp
+
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        self._library = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
+        self._library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def quantize(self, weight: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.uint8]:
+        """Float32 [rows, in] to blocks, uint8 [rows, bytes]; all columns matter alike."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        quant = GGMLQuantizationType[kind]
+        per, size = GGML_QUANT_SIZES[quant]
+        rows, into = weight.shape
+        out = np.empty((rows, into // per * size), np.uint8)
+        self._library.ggml_quantize_chunk(
+            ctypes.c_int(quant.value), weight.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(0), ctypes.c_int64(rows), ctypes.c_int64(into), None,
+        )  # fmt: skip
+        return out
+
+    def dequantize(self, packed: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.float32]:
+        """Blocks, uint8 [rows, bytes], to float32 [rows, in]."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        per, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        out = np.empty((len(packed), packed.shape[1] // size * per), np.float32)
+        read = getattr(self._library, f"dequantize_row_{kind.lower().replace('_k', '_K')}")
+        read(
+            packed.ctypes.data_as(ctypes.c_void_p),
+            out.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(out.size),
+        )
+        return out
+
+
+@pytest.fixture(scope="session")
+def ggml() -> Ggml:
+    """``ggml.quantize(weight, "Q4_K")``, ``ggml.dequantize(packed, "Q4_K")``."""
+    return Ggml()

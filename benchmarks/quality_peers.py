@@ -1,0 +1,199 @@
+"""How much of a model other quantizers keep: mean KL, top-1, perplexity and exact bits, each peer in its own environment.
+
+    python benchmarks/quality_peers.py --calibration FILE [--model DIR] [--work DIR]
+
+The text measured on is the model's own heldout.txt. Environments are made once, under the cache; results are kept by content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+
+from tapeout.files import cache_directory, file_sha256
+
+_HERE = Path(__file__).resolve().parent
+SAMPLES, LENGTH = 128, 512
+
+# Script to the packages of its environment; none: the project's own. Of the alternatives (GPTQModel, AutoAWQ) none was
+# needed: llm-compressor's GPTQ and AWQ run on a CPU.
+_TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0")
+PEERS: dict[str, tuple[str, ...]] = {
+    "llama_cpp": (),
+    "llm_compressor": ("torch==2.13.0", "llmcompressor==0.14.0.1"),
+    "hqq_peer": (*_TORCH, "hqq==0.2.8.post1"),
+    "bitsandbytes_peer": (*_TORCH, "bitsandbytes==0.50.2"),
+}
+
+
+def peers(model: Path, calibration: Path, work: Path) -> list[tuple[dict[str, Any], Path]]:
+    """Every peer's variants of a model: what each says of itself, and its dequantized weights.
+
+    A variant that cannot be had here has ``failed`` among its facts, and no file.
+    """
+    found: list[tuple[dict[str, Any], Path]] = []
+    for name, packages in PEERS.items():
+        out = work / f"{name}-{_key(name, model, calibration)}"
+        if not out.exists():
+            print(f"running {name}", file=sys.stderr)
+            partial = out.with_name(out.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                _run(name, packages, model, calibration, partial)
+            except (SystemExit, subprocess.CalledProcessError) as error:  # not kept: it may work tomorrow
+                found.append(({"peer": name, "variant": "all", "failed": str(error)}, partial))
+                continue
+            partial.rename(out)
+        paths = sorted(out.glob("*.json"))
+        found += [(json.loads(path.read_text()), path.with_suffix(".safetensors")) for path in paths]
+    return found
+
+
+def _run(name: str, packages: tuple[str, ...], model: Path, calibration: Path, out: Path) -> None:
+    words = ["--model", model, "--calibration", calibration, "--out", out]
+    # Scripts find one another from here, and are no module themselves: their names are those of what they import.
+    environment = {"PYTHONPATH": str(_HERE), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    script = _HERE / "peers" / f"{name}.py"
+    python = _environment(name, packages)
+    common.run(
+        python, script, *words, "--samples", str(SAMPLES), "--length", str(LENGTH), environment=environment
+    )
+
+
+def _environment(name: str, packages: tuple[str, ...]) -> Path:
+    """The Python that holds these packages; made on first use."""
+    if not packages:
+        return Path(sys.executable)
+    place = cache_directory() / "peer" / f"{name}-{hashlib.sha256(repr(packages).encode()).hexdigest()[:8]}"
+    python = place / "bin" / "python"
+    if not (place / "whole").exists():
+        venv.create(place, with_pip=True, clear=True)
+        # hqq's setup would build kernels for CUDA.
+        common.run(python, "-m", "pip", "install", *packages, environment={"DISABLE_CUDA": "1"})
+        (place / "whole").touch()
+    return python
+
+
+def _key(name: str, model: Path, calibration: Path) -> str:
+    """Digest of all that a peer's result depends on."""
+    digest = hashlib.sha256(repr((PEERS[name], SAMPLES, LENGTH)).encode())
+    read = [*sorted(model.glob("*.safetensors")), *sorted(model.glob("*.json")), calibration]
+    for path in [*read, _HERE / "peers" / f"{name}.py", _HERE / "peers" / "result.py", _HERE / "common.py"]:
+        digest.update(file_sha256(path).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is left of a model, over all positions of all windows."""
+
+    mean_kl: float
+    """nats, original to variant"""
+    top1: float
+    """fraction of positions at which both find the same token likeliest"""
+    perplexity: float
+
+
+class Judge:
+    """Compares variants with the original in float32, on windows of the held-out text."""
+
+    def __init__(self, model: Path, text: str, length: int = LENGTH) -> None:
+        import torch
+        from tokenizers import Tokenizer
+        from transformers import AutoModelForCausalLM
+
+        ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+        count = len(ids) // length
+        self._windows = torch.tensor(ids[: count * length]).view(count, length)
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._original = {name: weight.clone() for name, weight in self._model.state_dict().items()}
+        # float32 logits are half of what float64 probabilities would take: 0.6 GB for 120 KB of text.
+        self._expected = list(self._logits())
+
+    def original(self) -> float:
+        """The original's perplexity."""
+        return self._judge(self._expected).perplexity
+
+    def judge(self, weights: Path) -> tuple[Quality, Quality]:
+        """Measure a file of weights; then again with the original's embedding and head, as many peers leave them."""
+        from safetensors.torch import load_file
+
+        ends = ("model.embed_tokens.weight", "lm_head.weight")
+        held = load_file(weights)
+        if self._model.config.tie_word_embeddings:
+            held["lm_head.weight"] = held["model.embed_tokens.weight"]
+        self._model.load_state_dict(held)
+        whole = self._judge(self._logits())
+        if all(held[name].equal(self._original[name]) for name in ends):
+            return whole, whole
+        self._model.load_state_dict(held | {name: self._original[name] for name in ends})
+        return whole, self._judge(self._logits())
+
+    def _logits(self) -> Iterator[Any]:
+        """Of one window after the other [tokens, vocabulary]."""
+        import torch
+
+        for window in self._windows:
+            with torch.no_grad():
+                yield self._model(window[None]).logits[0]
+
+    def _judge(self, logits: Iterable[Any]) -> Quality:
+        """The last position of a window has no next token, so perplexity is over one position less."""
+        kl = same = surprise = 0.0
+        for ids, before, after in zip(self._windows, self._expected, logits, strict=True):
+            p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+            surprise -= float(q[:-1].gather(-1, ids[1:, None]).sum())
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+            kl += float(q.sub_(p).mul_(p.exp_()).sum().neg_())
+        count, length = self._windows.shape
+        return Quality(
+            kl / (count * length), same / (count * length), math.exp(surprise / (count * (length - 1)))
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, default=_HERE.parent.parent / "shared" / "models" / "stdlib-llama-6m"
+    )
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=cache_directory() / "benchmarks" / "quality")
+    parser.add_argument("--heldout-bytes", type=int, default=120_000)
+    arguments = parser.parse_args()
+    # Before torch is loaded here: what a child starts with counts as its peak.
+    variants = peers(arguments.model, arguments.calibration, arguments.work)
+    text = (arguments.model / "heldout.txt").read_bytes()[: arguments.heldout_bytes].decode(errors="ignore")
+    judge = Judge(arguments.model, text)
+    rows = []
+    for facts, path in variants:
+        row = dict(facts)
+        if "failed" in facts:
+            print(f"{facts['peer']:24} {facts['variant']:20} failed: {facts['failed']}")
+        else:
+            whole, layers = judge.judge(path)
+            row["bits_per_weight"] = facts["bits"] / facts["weights"]
+            row["linear_bits_per_weight"] = facts["linear_bits"] / facts["linear_weights"]
+            row |= asdict(whole) | {"linear": asdict(layers)}
+            print(
+                f"{facts['peer']:24} {facts['variant']:20} {row['bits_per_weight']:7.4f} bits, KL {whole.mean_kl:.5f}, "
+                f"top-1 {whole.top1:.2%}, perplexity {whole.perplexity:.3f}; embedding and head kept: "
+                f"{row['linear_bits_per_weight']:.4f} bits, KL {layers.mean_kl:.5f}; {facts['wall_s']} s"
+            )
+        rows.append(row)
+    common.report({"benchmark": "quality_peers", "original_perplexity": judge.original(), "variants": rows})
+
+
+if __name__ == "__main__":
+    main()
