@@ -90,7 +90,8 @@ def _key(name: str, model: Path, calibration: Path) -> str:
     """Digest of all that a peer's result depends on."""
     digest = hashlib.sha256(repr((PEERS[name], SAMPLES, LENGTH)).encode())
     read = [*sorted(model.glob("*.safetensors")), *sorted(model.glob("*.json")), calibration]
-    for path in [*read, _HERE / "peers" / f"{name}.py", _HERE / "peers" / "result.py", _HERE / "common.py"]:
+    scripts = [_HERE / "peers" / f"{name}.py", _HERE / "peers" / "result.py"]
+    for path in read + scripts + ([] if PEERS[name] else [_HERE / "common.py"]):
         digest.update(file_sha256(path).encode())
     return digest.hexdigest()[:16]
 

@@ -13,6 +13,7 @@ residual is shrunk to its sparse part, and the grid is fitted to the weight with
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +175,8 @@ def _by_unit(errors: Floats, scheme: Scheme) -> Floats:
     """Errors by group, [2, rows, groups], added up over what has one grid: a super-block, or the group itself."""
     if scheme.scales != "super":
         return errors
-    return errors.reshape(*errors.shape[:2], -1, SUPER // (scheme.group or SUPER)).sum(axis=-1)
+    total: Floats = errors.reshape(*errors.shape[:2], -1, SUPER // (scheme.group or SUPER)).sum(axis=-1)
+    return total
 
 
 def _closed_form(sums: Floats, scheme: Scheme, grid: Grid) -> Grid:
@@ -219,7 +221,7 @@ def _searched(
 def _merged(better: npt.NDArray[np.bool_], new: Grid, old: Grid) -> Grid:
     """``new`` in the units where it is better [rows, units], ``old`` elsewhere."""
 
-    def pick(a: npt.NDArray[np.generic], b: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def pick(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.where(np.repeat(better, a.shape[1] // better.shape[1], axis=1), a, b)
 
     return replace(

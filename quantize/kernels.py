@@ -16,6 +16,8 @@ import numpy as np
 _LANES = 16
 _F = np.float32
 _ONE, _TWO = np.float32(1), np.float32(2)
+# What weights are divided by is no less: the reciprocal of a subnormal number is infinite.
+_SMALLEST = np.float32(1e-30)
 # Under a codebook no scale is divided by that is less, as in bitsandbytes: from 2.9e-39 down the reciprocal is infinite.
 _SMALL = np.float32(1e-38)
 # Adding and taking off 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
@@ -86,8 +88,9 @@ def fit_symmetric(w, h, n, low, high, signed, factors, scale):  # type: ignore[n
                 extreme[lane] = x[i, lane] if abs(x[i, lane]) > abs(extreme[lane]) else extreme[lane]
         for k in range(factors.size):
             for lane in range(_LANES):
-                unit = low / extreme[lane] if signed else high / abs(extreme[lane])
-                inverse[lane] = unit * factors[k] if extreme[lane] != 0 else _F(0)
+                size = max(abs(extreme[lane]), _SMALLEST)
+                unit = low / np.copysign(size, extreme[lane]) if signed else high / size
+                inverse[lane] = unit * factors[k]
                 a[lane] = 0
                 b[lane] = 0
             for i in range(n):
@@ -142,9 +145,9 @@ def fit_asymmetric(w, h, n, high, factors, scale, zero):  # type: ignore[no-unty
         for k in range(factors.size):
             for side in range(2):
                 for lane in range(_LANES):
-                    span = most[lane] - least[lane]
-                    inverse[lane] = high / span * factors[k] if span != 0 else _F(0)
-                    exact = -least[lane] * (high / span) if span != 0 else _F(0)
+                    unit = high / max(most[lane] - least[lane], _SMALLEST)
+                    inverse[lane] = unit * factors[k]
+                    exact = -least[lane] * unit
                     z[lane] = min(max(np.floor(exact) + side, _F(0)), high)
                     a[lane] = 0
                     b[lane] = 0
@@ -202,8 +205,7 @@ def fit_affine(w, h, n, high, factors, scale, minimum):  # type: ignore[no-untyp
             finite &= bool(np.isfinite(sums[1, lane]))
         for k in range(factors.size):
             for lane in range(_LANES):
-                span = most[lane] - least[lane]
-                inverse[lane] = high / span * factors[k] if span != 0 else _F(0)
+                inverse[lane] = high / max(most[lane] - least[lane], _SMALLEST) * factors[k]
                 sums[2, lane] = 0
                 sums[3, lane] = 0
                 sums[4, lane] = 0
@@ -491,3 +493,27 @@ def round_block(  # type: ignore[no-untyped-def]
             error[r, j] = e
             for k in range(j + 1, width):
                 w[r, k] -= e * u[j, k]
+
+
+@compiled
+def spread_bits(packed, bits, codes):  # type: ignore[no-untyped-def]
+    """Codes packed lowest bits first, uint8 [n * bits / 8], to a byte each, uint8 [n]; n is a multiple of 8."""
+    mask, step = np.uint64((1 << bits) - 1), np.uint64(bits)
+    for i in range(codes.size // 8):
+        word = np.uint64(0)
+        for j in range(bits):
+            word |= np.uint64(packed[i * bits + j]) << np.uint64(8 * j)
+        for j in range(8):
+            codes[8 * i + j] = np.uint8((word >> (np.uint64(j) * step)) & mask)
+
+
+@compiled
+def gather_bits(codes, bits, packed):  # type: ignore[no-untyped-def]
+    """Undo ``spread_bits``."""
+    step = np.uint64(bits)
+    for i in range(codes.size // 8):
+        word = np.uint64(0)
+        for j in range(8):
+            word |= np.uint64(codes[8 * i + j]) << (np.uint64(j) * step)
+        for j in range(bits):
+            packed[i * bits + j] = np.uint8(word >> np.uint64(8 * j))

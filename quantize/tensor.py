@@ -20,6 +20,10 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """
     if bits == 8:
         return codes
+    if codes.shape[1] % 8 == 0 and bits != 4:
+        packed = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
+        kernels.gather_bits(np.ascontiguousarray(codes).reshape(-1), bits, packed.reshape(-1))
+        return packed
     if bits == 4 and codes.shape[1] % 2 == 0:
         packed = np.empty((len(codes), codes.shape[1] // 2), np.uint8)
         kernels.pack_nibbles(np.ascontiguousarray(codes).reshape(-1), packed.reshape(-1))
@@ -36,6 +40,10 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, in_features: int) -> npt.ND
         pairs = packed.astype("<u2")
         spread: npt.NDArray[np.uint16] = ((pairs | (pairs << 4)) & 0x0F0F).astype("<u2", copy=False)
         return spread.view(np.uint8)
+    if in_features % 8 == 0:
+        codes = np.empty((len(packed), in_features), np.uint8)
+        kernels.spread_bits(np.ascontiguousarray(packed).reshape(-1), bits, codes.reshape(-1))
+        return codes
     flat = np.unpackbits(packed, axis=1, count=in_features * bits, bitorder="little")
     return np.packbits(flat.reshape(len(packed), in_features, bits), axis=2, bitorder="little")[:, :, 0]
 

@@ -27,12 +27,12 @@ from tapeout.quantize import SCHEMES, QuantTensor, quantize
 from tapeout.recipe import Recipe
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"hidden_size": 128, "intermediate_size": 256}),
+    "llama": ("llama", {"hidden_size": 256, "intermediate_size": 512}),
     "llama3-tied": (
         "llama",
         {
-            "hidden_size": 128,
-            "intermediate_size": 256,
+            "hidden_size": 256,
+            "intermediate_size": 512,
             "num_key_value_heads": 1,
             "tie_word_embeddings": True,
             "rope_theta": 500000.0,
@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "mistral-window": ("mistral", {"hidden_size": 128, "intermediate_size": 256, "sliding_window": 24}),
+    "mistral-window": ("mistral", {"hidden_size": 256, "intermediate_size": 512, "sliding_window": 24}),
 }
 """Small models by name: family, and fields of its config; every group size of the schemes divides their rows."""
 

@@ -26,7 +26,7 @@ _WEIGHTS_DERIVATION = (
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
 _RUNTIME_DERIVATION = (
-    "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32. The reference with that same rounding predicts what "
+    "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32 (K types: 256). The reference with that same rounding predicts what "
     "it costs; the device may lose twice that, and 5e-5 nats for its float types."
 )
 
@@ -51,7 +51,7 @@ class Cpu:
     max_shard_size: str | None = None
 
     name: ClassVar[str] = "cpu"
-    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "q8_0"
+    arithmetic: ClassVar[Literal["float32", "ggml"]] = "ggml"
     summary: ClassVar[str] = "Intel, AMD and Arm CPUs, through GGUF on llama.cpp."
     needs: ClassVar[str] = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
 

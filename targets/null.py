@@ -34,7 +34,7 @@ class Null:
     threads: int | None = None
 
     name: ClassVar[str] = "null"
-    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "float32"
+    arithmetic: ClassVar[Literal["float32", "ggml"]] = "float32"
     summary: ClassVar[str] = "No device: canonical codes in safetensors, run by transformers."
     needs: ClassVar[str] = "transformers and torch"
 

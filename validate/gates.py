@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,8 +125,7 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
     """What differs between two tensors of codes, or nothing."""
     if found.shape != expected.shape or found.bits != expected.bits or found.group != expected.group:
         return f"{found.shape} codes of {found.bits} bits in groups of {found.group}"
-    for part in ("packed", "scale", "zero_point", "codebook"):
-        mine, theirs = getattr(found, part), getattr(expected, part)
+    for part, mine, theirs in _parts(found, expected):
         if (mine is None) != (theirs is None):
             return f"{part} is {'absent' if mine is None else 'unexpected'}"
         if mine is not None and mine.shape != theirs.shape:
@@ -134,6 +134,17 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
             changed = np.argwhere(_bits(mine) != _bits(theirs))
             return f"{len(changed)} of {part} differ, the first at {changed[0].tolist()}"
     return ""
+
+
+def _parts(found: QuantTensor, expected: QuantTensor) -> Iterator[tuple[str, Any, Any]]:
+    """The arrays of both that must be equal. A scale's own codes need not be in the file, where the scale they mean is."""
+    for part in ("packed", "scale", "zero_point", "codebook"):
+        yield part, getattr(found, part), getattr(expected, part)
+    for part in ("scale_codes", "minimum"):
+        mine, theirs = getattr(found, part), getattr(expected, part)
+        if mine is not None or (theirs is not None and part == "minimum"):
+            for field in ("codes", "block"):
+                yield f"{part} {field}", getattr(mine, field, None), getattr(theirs, field, None)
 
 
 def _bits(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

@@ -45,14 +45,13 @@ def generate(
         )
     session.reset()
     logits = session.prefill(seen)[-1]
-    for _ in range(min(generation.max_new_tokens, room)):
+    most = min(generation.max_new_tokens, room)
+    for new in range(1, most + 1):
         token = _next(logits, seen, generation, rng)
         yield token
-        if token in generation.stop_token_ids:
+        if token in generation.stop_token_ids or new == most:
             return
         seen.append(token)
-        if len(seen) == session.facts.context:
-            return
         logits = session.decode(token)
 
 

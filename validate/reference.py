@@ -24,7 +24,7 @@ from tapeout.validate.session import Facts, Logits
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reference", "open_session", "open_weights", "round_q8_0"]
+__all__ = ["Reference", "open_session", "open_weights", "round_q8_0", "round_q8_k"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -119,7 +119,7 @@ class Reference:
 def open_session(
     model: str,
     store: str | None = None,
-    arithmetic: Literal["float32", "q8_0"] = "float32",
+    arithmetic: Literal["float32", "ggml"] = "float32",
     layers: int | None = None,
     threads: int | None = None,
 ) -> Reference:
@@ -129,7 +129,7 @@ def open_session(
         model: what ``tapeout.models.load`` takes.
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
-        arithmetic: ``q8_0``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` does.
+        arithmetic: ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` does.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
 
@@ -138,20 +138,20 @@ def open_session(
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
     _prepare(threads)
-    if arithmetic not in ("float32", "q8_0"):
-        raise TapeoutError(f"the reference has no arithmetic '{arithmetic}'; it has float32 and q8_0.")
+    if arithmetic not in ("float32", "ggml"):
+        raise TapeoutError(f"the reference has no arithmetic '{arithmetic}'; it has float32 and ggml.")
     source = load(model)
     depth = source.config.num_layers
     if layers is not None and not 1 <= layers <= depth:
         raise TapeoutError(f"{source.name} has {depth} layers; it cannot be cut to {layers}.")
     quant = open_store(Path(store), source) if store is not None else None
-    if arithmetic == "q8_0" and quant is None:
-        raise TapeoutError("arithmetic q8_0 is that of quantized weights: it needs a store.")
+    if arithmetic == "ggml" and quant is None:
+        raise TapeoutError("arithmetic ggml is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     network = _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
-    if quant is not None and arithmetic == "q8_0":
+    if quant is not None and arithmetic == "ggml":
         _round_inputs(network, quant)
     facts = _facts(before, begin, source.config.max_position_embeddings)
     return Reference(source.directory, network, facts)
@@ -267,27 +267,42 @@ def _round_inputs(network: Any, quant: Quantized) -> None:
     """Round the input of every linear layer whose weight is quantized, and whose rows llama.cpp can hold in blocks."""
     import torch
 
-    quantized = {
-        id(parameter)
-        for name, parameter in network.named_parameters()
-        if name in quant.schemes and quant.schemes[name].kind != "none" and parameter.shape[-1] % 32 == 0
-    }
+    rounds = {}
+    for name, parameter in network.named_parameters():
+        scheme = quant.schemes.get(name)
+        if scheme is not None and scheme.kind != "none" and parameter.shape[-1] % 32 == 0:
+            rounds[id(parameter)] = round_q8_k if scheme.scales == "super" else round_q8_0
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
-        if isinstance(module, torch.nn.Linear) and id(module.weight) in quantized:
-            module.register_forward_pre_hook(lambda _, args: (round_q8_0(args[0]), *args[1:]))
+        if isinstance(module, torch.nn.Linear) and (rounded := rounds.get(id(module.weight))):
+            module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
 
 
 def round_q8_0(x: torch.Tensor) -> torch.Tensor:
-    """What ggml's Q4_0, Q5_0 and Q8_0 kernels make of a matmul's input: float32 [..., in] to the same, ``in`` % 32 == 0.
+    """What ggml's kernels of Q4_0, Q5_0, Q8_0, MXFP4 and NVFP4 make of a matmul's input: float32 [..., in], ``in`` % 32 == 0.
 
-    Blocks of 32 along ``in``: codes = round(x · 127 / amax), ties to even (ggml's x86 and ARM kernels), with the scale
+    Blocks of 32 along ``in``: codes = round(x · (127 / amax)), ties to even (ggml's x86 and ARM kernels), with the scale
     amax / 127 kept as float16. The codes are chosen under the scale before that rounding.
     """
     import torch
 
     blocks = x.unflatten(-1, (-1, 32))
     amax = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
+    # Tensor by tensor: torch makes a scalar over a tensor a product with the reciprocal, which is rounded twice.
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
     scale = (amax / 127.0).to(torch.float16).to(torch.float32)
+    return (torch.round(blocks * inverse) * scale).flatten(-2)
+
+
+def round_q8_k(x: torch.Tensor) -> torch.Tensor:
+    """What ggml's kernels of the K types make of a matmul's input (``quantize_row_q8_K``): float32 [..., in], ``in`` % 256 == 0.
+
+    Blocks of 256 along ``in``: the element of largest magnitude, with its sign, becomes -127; the scale stays float32.
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, 256))
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(extreme != 0, torch.full_like(extreme, -127.0) / extreme, 0.0)
+    scale = torch.where(extreme != 0, torch.ones_like(inverse) / inverse, 0.0)
     return (torch.round(blocks * inverse) * scale).flatten(-2)

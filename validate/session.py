@@ -103,12 +103,12 @@ class Device(Protocol):
     """The part of a target that validation uses.
 
     Attributes:
-        arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``q8_0`` rounds them to
-            int8 in blocks of 32.
+        arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to
+            int8 in blocks of 32, or of 256 where weights lie in super-blocks.
     """
 
     name: ClassVar[str]
-    arithmetic: ClassVar[Literal["float32", "q8_0"]]
+    arithmetic: ClassVar[Literal["float32", "ggml"]]
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""

@@ -91,7 +91,6 @@ def _pack_q5_0(tensor: QuantTensor) -> Bytes:
     q = (tensor.codes().reshape(rows, -1, tensor.group) + shift).reshape(rows, into)
     qs = np.empty((rows, into // 32, 20), np.uint8)
     qs[:, :, :4] = np.packbits(q >> 4, axis=1, bitorder="little").reshape(rows, -1, 4)
-    q &= 0x0F
     qs[:, :, 4:] = planes(q, 4, 16).reshape(rows, -1, 16)
     return _join(tensor.scale, "V20", qs)
 
@@ -193,16 +192,19 @@ NF4_AS_Q8_0 = Block("Q8_0", 32, 34, _pack_nf4, _unpack_nf4)
 
 
 def planes(codes: Bytes, bits: int, run: int) -> Bytes:
-    """Codes below 2**bits, uint8 [rows, in], laid over one another run by run, uint8 [rows, in * bits / 8].
+    """The low ``bits`` of codes, uint8 [rows, in], laid over one another run by run, uint8 [rows, in * bits / 8].
 
     Of 8 / bits runs of ``run`` codes that follow one another, run k goes into bits ``k * bits`` and up of ``run`` bytes.
     """
-    width = min(run, 8)
+    width = min(run, 8)  # codes that one word moves at a time
     words = codes.view(f"<u{width}").reshape(len(codes), -1, 8 // bits, run // width)
-    out = words[:, :, 0].copy()
+    word = words.dtype.type
+    mask = word(int.from_bytes(bytes([2**bits - 1] * width), "little"))
+    out = words[:, :, 0] & mask
     for k in range(1, 8 // bits):
-        out |= words[:, :, k] << words.dtype.type(k * bits)
-    return out.view(np.uint8).reshape(len(codes), -1)
+        out |= (words[:, :, k] & mask) << word(k * bits)
+    packed: Bytes = out.view(np.uint8).reshape(len(codes), -1)
+    return packed
 
 
 def elements(packed: Bytes, bits: int, run: int) -> Bytes:

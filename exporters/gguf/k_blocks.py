@@ -15,17 +15,20 @@ from tapeout.quantize import QuantTensor
 from tapeout.quantize.scheme import SUPER
 from tapeout.quantize.tensor import ScaleCodes
 
+_TWO, _FOUR, _SIX = np.uint8(2), np.uint8(4), np.uint8(6)
+_LOW = np.uint8(15)
+
 
 def _pack_q2_k(tensor: QuantTensor) -> Bytes:
     """84 bytes: 16 scales, low nibbles, with 16 minimums, high nibbles; 64 of codes, four runs of 32; float16 d and dmin."""
     scales, d = _of(tensor.scale_codes)
     minimums, dmin = _of(tensor.minimum)
-    return _join(tensor, scales | minimums << 4, planes(_codes(tensor), 2, 32), d, dmin)
+    return _join(tensor, scales | minimums << _FOUR, planes(_codes(tensor), 2, 32), d, dmin)
 
 
 def _unpack_q2_k(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     scales, qs, d, dmin = _split(blocks, 16, 64, 2, 2)
-    return _with(like, elements(qs, 2, 32), scales & 15, d, scales >> 4, dmin)
+    return _with(like, elements(qs, 2, 32), scales & _LOW, d, scales >> _FOUR, dmin)
 
 
 def _pack_q3_k(tensor: QuantTensor) -> Bytes:
@@ -35,14 +38,14 @@ def _pack_q3_k(tensor: QuantTensor) -> Bytes:
     """
     scales, d = _of(tensor.scale_codes)
     q = _codes(tensor)
-    packed = planes(scales & 15, 4, 8), planes(scales >> 4, 2, 4)
-    return _join(tensor, planes(q >> 2, 1, 32), planes(q & 3, 2, 32), *packed, d)
+    packed = planes(scales, 4, 8), planes(scales >> _FOUR, 2, 4)
+    return _join(tensor, planes(q >> _TWO, 1, 32), planes(q, 2, 32), *packed, d)
 
 
 def _unpack_q3_k(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     third, qs, low, high, d = _split(blocks, 32, 64, 8, 4, 2)
-    scales = elements(low, 4, 8) | elements(high, 2, 4) << 4
-    return _with(like, elements(qs, 2, 32) | elements(third, 1, 32) << 2, scales, d)
+    scales = elements(low, 4, 8) | elements(high, 2, 4) << _FOUR
+    return _with(like, elements(qs, 2, 32) | elements(third, 1, 32) << _TWO, scales, d)
 
 
 def _pack_q4_k(tensor: QuantTensor) -> Bytes:
@@ -59,13 +62,13 @@ def _unpack_q4_k(blocks: Bytes, like: QuantTensor) -> QuantTensor:
 def _pack_q5_k(tensor: QuantTensor) -> Bytes:
     """176 bytes: float16 d and dmin; 12 of scales and minimums; 32 of the codes' fifth bits, eight runs of 32; 128 as in Q4_K."""
     q = _codes(tensor)
-    return _join(tensor, *_heads(tensor), planes(q >> 4, 1, 32), planes(q & 15, 4, 32))
+    return _join(tensor, *_heads(tensor), planes(q >> _FOUR, 1, 32), planes(q, 4, 32))
 
 
 def _unpack_q5_k(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     d, dmin, scales, fifth, qs = _split(blocks, 2, 2, 12, 32, 128)
     six = _six(scales)
-    q = elements(qs, 4, 32) | elements(fifth, 1, 32) << 4
+    q = elements(qs, 4, 32) | elements(fifth, 1, 32) << _FOUR
     return _with(like, q, six[:, :8], d, six[:, 8:], dmin)
 
 
@@ -76,12 +79,12 @@ def _pack_q6_k(tensor: QuantTensor) -> Bytes:
     """
     scales, d = _of(tensor.scale_codes)
     q = _codes(tensor)
-    return _join(tensor, planes(q & 15, 4, 64), planes(q >> 4, 2, 32), scales ^ np.uint8(0x80), d)
+    return _join(tensor, planes(q, 4, 64), planes(q >> _FOUR, 2, 32), scales ^ np.uint8(0x80), d)
 
 
 def _unpack_q6_k(blocks: Bytes, like: QuantTensor) -> QuantTensor:
     low, high, scales, d = _split(blocks, 128, 64, 16, 2)
-    return _with(like, elements(low, 4, 64) | elements(high, 2, 32) << 4, scales ^ np.uint8(0x80), d)
+    return _with(like, elements(low, 4, 64) | elements(high, 2, 32) << _FOUR, scales ^ np.uint8(0x80), d)
 
 
 Q2_K = Block("Q2_K", SUPER, 84, _pack_q2_k, _unpack_q2_k)
@@ -99,14 +102,20 @@ def _heads(tensor: QuantTensor) -> tuple[Bytes, Bytes, Bytes]:
     """
     s, d = _of(tensor.scale_codes)
     m, dmin = _of(tensor.minimum)
-    head = s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4
+    head = (
+        s[:, :4] | s[:, 4:] >> _FOUR << _SIX,
+        m[:, :4] | m[:, 4:] >> _FOUR << _SIX,
+        s[:, 4:] & 15 | m[:, 4:] << _FOUR,
+    )
     return d, dmin, np.concatenate(head, axis=1)
 
 
 def _six(packed: Bytes) -> Bytes:
     """The scales and minimums of such 12 bytes, uint8 [blocks, 12] to uint8 [blocks, 16]."""
     s, m, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    return np.concatenate((s & 63, low & 15 | s >> 6 << 4, m & 63, low >> 4 | m >> 6 << 4), axis=1)
+    return np.concatenate(
+        (s & 63, low & 15 | s >> _SIX << _FOUR, m & 63, low >> _FOUR | m >> _SIX << _FOUR), axis=1
+    )
 
 
 def _codes(tensor: QuantTensor) -> Bytes:

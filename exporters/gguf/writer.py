@@ -56,7 +56,8 @@ def write(
         progress: told how many bytes are written.
 
     Raises:
-        ModelError: the model or its tokenizer is not expressible. OutputError: the directory cannot be written.
+        ModelError: the model or its tokenizer is not expressible. SchemeError: a tensor's scheme is not carried.
+        OutputError: the directory cannot be written.
         MissingToolchain: the gguf library is absent.
     """
     layout = lay_out(quant, sliding_window=sliding_window, as_float32=as_float32, layers=layers)

@@ -5,8 +5,11 @@ One file a format. It says whether a weight of the model is quantized, reads its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +18,13 @@ import numpy.typing as npt
 from tapeout.errors import ModelError, nearest
 from tapeout.models import Model
 from tapeout.models.checkpoint import FLOATS
+from tapeout.quantize import store
 from tapeout.quantize.foreign import awq, bitsandbytes, compressed_tensors, gguf, gptq, modelopt
 from tapeout.quantize.foreign.layer import Layer, Reader
+from tapeout.quantize.foreign.schemes import scheme_of
 from tapeout.quantize.scheme import SCHEMES, Scheme
 
-__all__ = ["Foreign", "read"]
+__all__ = ["Foreign", "read", "scheme_of"]
 
 _FORMATS: dict[str, ModuleType] = {
     "awq": awq,
@@ -52,6 +57,28 @@ class Foreign:
         found = self.reader.layer(_layer(self.model, name))
         assert found is not None, f"{name} is a float"
         return {"codes": found.packed(), **found.parts}
+
+    def write(
+        self, directory: Path, pool: Executor, progress: Callable[[str, int, int], None] | None = None
+    ) -> store.Findings:
+        """Write every quantized tensor into a store, and check that the floats are finite.
+
+        Raises:
+            ModelError: a float is NaN or infinite.
+        """
+        found = store.Findings(notes=list(self.notes))
+        total, done = sum(math.prod(spec.shape) for spec in self.model.specs.values()), 0
+        for name, scheme in self.schemes.items():
+            if scheme.kind == "none":
+                store.check_finite(self.model.checkpoint[name], pool)
+            elif store.tensor_path(directory, name).exists():
+                found.tensors[name] = store.written(directory, name)
+            else:
+                found.tensors[name] = store.write_parts(directory, name, self.parts(name), scheme)
+            done += math.prod(self.model.specs[name].shape)
+            if progress:
+                progress("quantize", done, total)
+        return found
 
     @property
     def scheme(self) -> Scheme:

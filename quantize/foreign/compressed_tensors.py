@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.quantize.foreign.layer import (
@@ -77,6 +76,11 @@ def read(statement: Mapping[str, Any]) -> Reader:
         if own not in _FORMATS:
             raise ModelError(
                 f"the compressed-tensors checkpoint has a group of format '{own}', which is not read."
+            )
+        if own == "nvfp4-pack-quantized":
+            notes.append(
+                "scales are multiplied by 1 / weight_global_scale, as vLLM does; compressed-tensors divides by it, which is apart "
+                "by a unit in the last place of float32 at most"
             )
         inputs = group.get("input_activations")
         if inputs and not _inputs(group):
@@ -208,17 +212,15 @@ def _nvfp4(layer: Layer) -> Imported:
     weight = layer.source("weight_packed", ("U8",), (out, into // 2))
     codes = layer.source("weight_scale", ("F8_E4M3",), (out, into // 16)).bits()
     divisor = layer.floats("weight_global_scale", (1,), ())
-    parts = {"scale_codes": codes, "scale_block": _factor(layer, codes, divisor.reshape(1))}
+    parts = {"scale_codes": codes, "scale_block": _factor(codes, divisor.reshape(1))}
     return Imported(SCHEMES["nvfp4"], weight.bits, parts)
 
 
-def _factor(layer: Layer, codes: Bytes, divisor: Floats) -> npt.NDArray[np.float32]:
-    """The float32 [1] that gives by multiplication what dividing by the global scale gives, for every scale that occurs."""
+def _factor(codes: Bytes, divisor: Floats) -> Floats:
+    """The float32 [1] that gives by multiplication what dividing by the global scale gives; else one over it, see ``read``."""
     scales = E4M3[np.unique(codes)]
     wanted, factor = scales / divisor, np.float32(1) / divisor
     for candidate in (factor, np.nextafter(factor, np.float32(0)), np.nextafter(factor, np.float32(np.inf))):
         if np.array_equal(scales * candidate, wanted):
             return candidate
-    raise layer.refuse(
-        f"its scales are divided by weight_global_scale {float(divisor[0])!r}, and no factor gives the same float32 numbers"
-    )
+    return factor

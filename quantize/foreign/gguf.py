@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import FLOATS
-from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, named
+from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader
+from tapeout.quantize.foreign.schemes import named
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import pack
 
@@ -174,7 +175,7 @@ def _e8m0(blocks: Bytes) -> Parts:
 
 _KINDS = {
     "Q4_0": _Kind(SCHEMES["int4-g32"], 18, _q4_0, _d),
-    "Q5_0": _Kind(named(Scheme("", 5, 32, "symmetric"), "int5-g32"), 22, _q5_0, _d),
+    "Q5_0": _Kind(named(Scheme("", 5, 32, "symmetric")), 22, _q5_0, _d),
     "Q8_0": _Kind(SCHEMES["int8-g32"], 34, _q8_0, _d),
     "MXFP4": _Kind(SCHEMES["mxfp4"], 17, _mxfp4, _e8m0),
     "Q2_K": _Kind(SCHEMES["q2_k"], 84, _q2_k, _q2_k_parts),

@@ -12,11 +12,14 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.models import Checkpoint, SourceTensor
 from tapeout.models.checkpoint import FLOATS
+from tapeout.quantize.foreign.schemes import FP8_TENSOR, named
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import unpack
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+_E4M3_ONE = 0x38
 
 
 @dataclass(frozen=True)
@@ -117,21 +120,13 @@ def integers(
     symmetric = zero_point is None or bool((zero_point == 2 ** (bits - 1)).all())
     if group == into and bits == 8 and symmetric:
         group = None
-    wanted = Scheme("", bits, group, "symmetric" if symmetric else "asymmetric")
-    parts: dict[str, npt.NDArray[Any]] = {"scale": float16(layer, scale)}
-    if not symmetric and zero_point is not None:
-        parts["zero_point"] = zero_point
-    if activations is not None and replace(activations, name="", activations=None) == wanted:
+    scheme = named(Scheme("", bits, group, "symmetric" if symmetric else "asymmetric"))
+    parts = {"scale": float16(layer, scale)}
+    if activations is not None and replace(activations, name=scheme.name, activations=None) == scheme:
         return Imported(activations, packed, {**parts, **(extra or {})})
-    return Imported(named(wanted, f"int{bits}-g{group or into}{'' if symmetric else '-asym'}"), packed, parts)
-
-
-def named(scheme: Scheme, name: str) -> Scheme:
-    """The known scheme that is the same, else this one under ``name``."""
-    return next(
-        (known for known in SCHEMES.values() if replace(known, name="") == replace(scheme, name="")),
-        replace(scheme, name=name),
-    )
+    if not symmetric and zero_point is not None:
+        return Imported(scheme, packed, {**parts, "zero_point": zero_point})
+    return Imported(scheme, packed, parts)
 
 
 def float16(layer: Layer, scale: Floats) -> npt.NDArray[np.float16]:
@@ -177,10 +172,6 @@ def e4m3(layer: Layer, scale: Floats, codes: Callable[[], Bytes]) -> Imported:
     """
     out = layer.shape[0]
     if scale.size == 1:
-        scheme = Scheme("fp8-tensor", 8, None, "codebook", "e4m3", "e4m3")
         one = np.full((out, 1), _E4M3_ONE, np.uint8)
-        return Imported(scheme, codes, {"scale_codes": one, "scale_block": scale.reshape(1)})
+        return Imported(FP8_TENSOR, codes, {"scale_codes": one, "scale_block": scale.reshape(1)})
     return Imported(SCHEMES["fp8"], codes, {"scale": float16(layer, scale.reshape(out, 1))})
-
-
-_E4M3_ONE = 0x38

@@ -16,8 +16,7 @@ import numpy as np
 from tapeout.errors import ModelError
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import FLOATS
-from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, integers
-from tapeout.quantize.foreign.layer import e4m3 as e4m3_weight
+from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, e4m3, integers
 from tapeout.quantize.scheme import SCHEMES
 from tapeout.quantize.tensor import pack
 
@@ -67,7 +66,7 @@ def _layer(layer: Layer) -> Imported | None:
         )
     if weight.dtype == "F8_E4M3":
         layer.source("weight", ("F8_E4M3",), (out, into))
-        return e4m3_weight(layer, layer.floats("weight_scale", (), (1,), (out,), (out, 1)), weight.bits)
+        return e4m3(layer, layer.floats("weight_scale", (), (1,), (out,), (out, 1)), weight.bits)
     if weight.dtype == "I8":
         layer.source("weight", ("I8",), (out, into))
         scale = layer.floats("weight_scale", (out,), (out, 1)).reshape(out, 1)

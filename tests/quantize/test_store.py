@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from tapeout.errors import ModelError, OutputError, PackageError, RecipeError, SchemeError
 from tapeout.models import load
-from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
+from tapeout.quantize import SCHEMES, Quantized, QuantTensor, lattice, quantize
+from tapeout.quantize.hqq import round_hqq
 from tapeout.quantize.rtn import round_to_nearest
 from tapeout.quantize.store import tensor_path
 
@@ -34,31 +35,46 @@ def bytes_of(quant: Quantized) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if "128" not in name])
-def test_same_bytes_for_any_thread_count(make_model: MakeModel, tmp_path: Path, scheme: str) -> None:
-    model = load(make_model())
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_same_bytes_for_any_thread_count(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr("tapeout.quantize.store._TASK_WEIGHTS", 1 << 13)  # several tasks a tensor
+    monkeypatch.setattr("tapeout.quantize.store._STEP_WEIGHTS", 1 << 11)
+    model = load(make_model(hidden_size=256, intermediate_size=512))
     one = quantize(model, scheme, out=tmp_path / "one", threads=1)
     five = quantize(model, scheme, out=tmp_path / "five", threads=5)
     assert bytes_of(one) == bytes_of(five)
     assert one.digest == five.digest
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g64-asym", "nf4", "nf4-dq"])
-def test_stored_codes_are_those_of_the_whole_tensor(make_model: MakeModel, scheme: str) -> None:
+@pytest.mark.parametrize("rounding", ["rtn", "hqq"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("none", "w8a8-static")])
+def test_stored_codes_are_those_of_the_whole_tensor(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, scheme: str, rounding: str
+) -> None:
     """Rows are rounded a few at a time; the library that owns the format reads what one call on all rows gives."""
-    model = load(make_model(hidden_size=1024, intermediate_size=2048))
-    quant = quantize(model, scheme)
+    monkeypatch.setattr("tapeout.quantize.store._STEP_WEIGHTS", 5 * 256)
+    model = load(make_model(hidden_size=256, intermediate_size=512))
+    quant = quantize(model, scheme, rounding=rounding)
     source = model.checkpoint[Q_PROJ].float32()
-    expected = round_to_nearest(source, SCHEMES[scheme])
+    whole = lattice.tensor_scale(float(np.abs(source).max()), SCHEMES[scheme])
+    by = round_hqq if rounding == "hqq" else round_to_nearest
+    expected = by(source, SCHEMES[scheme], tensor_scale=whole)
     parts = load_file(tensor_path(quant.directory, Q_PROJ))
     tensor = quant[Q_PROJ]
     assert isinstance(tensor, QuantTensor)
     np.testing.assert_array_equal(tensor.codes(), expected.codes)
     np.testing.assert_array_equal(tensor.packed, parts["codes"])
-    if scheme != "nf4-dq":
-        np.testing.assert_array_equal(parts["scale"], expected.scale)
-    if expected.zero_point is not None:
-        np.testing.assert_array_equal(parts["zero_point"], expected.zero_point)
+    kept = dict(expected.grid.parts)
+    if scheme == "nf4-dq":
+        kept = lattice.quantize_scales(expected.grid.scale)
+    if whole is not None:
+        kept["scale_block"] = np.array([whole])
+    assert parts.keys() == {"codes", *kept}
+    for name, part in kept.items():
+        assert parts[name].dtype == part.dtype
+        np.testing.assert_array_equal(parts[name].reshape(part.shape), part)
 
 
 def test_roles_decide_the_default(make_model: MakeModel) -> None:
@@ -166,11 +182,22 @@ def test_a_store_edited_by_hand_is_refused(make_model: MakeModel) -> None:
         quantize(model, "int4-g32")
 
 
+def test_a_store_of_an_earlier_format_is_not_found(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scales were chosen otherwise; the format is part of what a store is named by."""
+    model = load(make_model())
+    with monkeypatch.context() as patch:
+        patch.setattr("tapeout.quantize.store.FORMAT_VERSION", 1)
+        earlier = quantize(model, "int4-g32").directory
+    assert quantize(model, "int4-g32").directory.name != earlier.name
+
+
 def test_a_store_of_a_newer_format_is_refused(make_model: MakeModel) -> None:
     model = load(make_model())
     index = quantize(model, "int4-g32").directory / "quantization.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 99}))
-    with pytest.raises(PackageError, match="format_version 99; this tapeout reads up to 1: upgrade it"):
+    with pytest.raises(PackageError, match="format_version 99; this tapeout reads up to 2: upgrade it"):
         quantize(model, "int4-g32")
 
 

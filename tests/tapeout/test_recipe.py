@@ -13,7 +13,7 @@ from tapeout import cli
 from tapeout.build import export, target
 from tapeout.errors import RecipeError, SchemeError
 from tapeout.models import load
-from tapeout.quantize import Quantized, quantize
+from tapeout.quantize import Calibration, Quantized, quantize
 from tapeout.recipe import Recipe
 from tapeout.validate import GateResult, Limits, Options, Report
 
@@ -28,6 +28,12 @@ tokens = 77
 [tensors]
 "*.down_proj" = "int8"
 lm_head = "none"
+
+[calibration]
+text = "texts/calibration.txt"
+sequences = 3
+length = 17
+seed = 5
 
 [limits]
 kl = 0.5
@@ -62,6 +68,7 @@ def test_every_key(read: Read) -> None:
         scheme="int4-g32",
         rounding="rtn",
         tensors={"*.down_proj": "int8", "lm_head": "none"},
+        calibration=Calibration(Path("texts/calibration.txt"), 3, 17, 5),
         limits=Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125),
         text=Path("texts/own.txt"),
         tokens=77,
@@ -87,7 +94,10 @@ def test_a_recipe_does_not_change() -> None:
     [
         ("shceme = 'int8'", "has an unknown key 'shceme'; did you mean 'scheme'"),
         ("limit = 1", "has an unknown key 'limit'; did you mean 'limits'"),
-        ("zzz = 1", "has an unknown key 'zzz'; \\(known: limits, rounding, scheme, tensors, text, tokens\\)"),
+        (
+            "zzz = 1",
+            "has an unknown key 'zzz'; \\(known: calibration, limits, rounding, scheme, tensors, text, tokens\\)",
+        ),
         ("[limits]\ntop_1 = 1", "has an unknown key 'limits.top_1'; did you mean 'top1'"),
         (
             "[limits]\nscheme = 1",
@@ -168,7 +178,9 @@ def test_a_glob_that_fits_nothing(
 def test_what_it_says_reaches_the_gates(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "recipe.toml").write_text(EVERY_KEY)
+    (tmp_path / "calibration.txt").write_text("Columns are weighted by what the layer is given here. " * 3)
+    text = EVERY_KEY.replace("texts/calibration.txt", str(tmp_path / "calibration.txt"))
+    (tmp_path / "recipe.toml").write_text(text)
     asked: list[Options] = []
 
     def judged(artifact: Any, model: Any, quant: Quantized, device: Any, options: Options) -> Report:
@@ -178,7 +190,7 @@ def test_what_it_says_reaches_the_gates(
         return Report(model.name, device.name, quant.scheme.name, (GateResult("codes", "passed"),))
 
     monkeypatch.setattr("tapeout.build.validate", judged)
-    recipe = cli._recipe(tmp_path / "recipe.toml", scheme="nf4", rounding=None)
+    recipe = cli._recipe(tmp_path / "recipe.toml", None, scheme="nf4", rounding=None)
     export(target("null"), make_model(), tmp_path / "out", recipe, require=frozenset({"task"}))
     (options,) = asked
     assert options.limits == Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125)

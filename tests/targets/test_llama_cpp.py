@@ -78,7 +78,7 @@ def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start:
     directory = make_model("llama", tie_word_embeddings=True)
     store = quantize(load(directory), scheme).directory
     arguments: dict[str, Any] = {"store": str(store), "layers": 1, "threads": 1}
-    rounded = reference.open_session(str(directory), arithmetic="q8_0", **arguments).prefill(IDS)
+    rounded = reference.open_session(str(directory), arithmetic="ggml", **arguments).prefill(IDS)
     exact = reference.open_session(str(directory), **arguments).prefill(IDS)
     device = start(directory, scheme, write={"layers": 1}, **EXACT).prefill(IDS)
     assert np.median(np.abs(rounded - device).max(1)) / rounded.std() < CLOSE

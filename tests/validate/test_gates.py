@@ -57,7 +57,7 @@ class Device(Null):
 class Rounding(Device):
     """Rounds the inputs of matmuls; its twin for the weights does not."""
 
-    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "q8_0"
+    arithmetic: ClassVar[Literal["float32", "ggml"]] = "ggml"
 
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         exact = Device().session(artifact)
@@ -508,11 +508,11 @@ def test_a_runtime_may_round_as_predicted_and_no_coarser(look: Look) -> None:
 class Liar(Rounding):
     """Rounds, and says that it does not."""
 
-    arithmetic: ClassVar[Literal["float32", "q8_0"]] = "float32"
+    arithmetic: ClassVar[Literal["float32", "ggml"]] = "float32"
 
     def session(self, artifact: Artifact) -> SessionSpec:
         spec = super().session(artifact)
-        return replace(spec, arguments={**spec.arguments, "arithmetic": "q8_0"})
+        return replace(spec, arguments={**spec.arguments, "arithmetic": "ggml"})
 
 
 @pytest.mark.parametrize(
@@ -701,10 +701,10 @@ def test_the_same_logits_pass_every_scheme_and_others_do_not_pass_none(scheme: s
     ids = random.integers(0, 50, 64).tolist()
     same = measured(logits, logits.copy(), ids, Limits(), scheme)
     assert {gate.status for gate in same.values()} == {"passed"}
-    # Noise of σ costs about σ²/2 nats: 2e-2 for 0.2. Above the limit of float and of 8 bits, below that of 4.
-    noisy = logits + random.normal(0, 0.2, logits.shape).astype(np.float32)
+    # Noise of σ costs about σ²/2 nats: 3.1e-2 for 0.25. Above the limits of float and of 5 bits and more, below that of 4.
+    noisy = logits + random.normal(0, 0.25, logits.shape).astype(np.float32)
     kl = measured(logits, noisy, ids, Limits(), scheme)["quality/kl"]
-    assert kl.status == ("passed" if SCHEMES[scheme].bits == 4 else "failed")
+    assert kl.status == ("passed" if 0 < SCHEMES[scheme].bits <= 4 else "failed")
 
 
 def test_limits_for_scheme() -> None:

@@ -124,7 +124,7 @@ def test_q8_0_rounds_the_inputs_of_quantized_matmuls(make_model: MakeModel, tied
     directory = make_model("llama", tie_word_embeddings=tied, num_hidden_layers=1)
     overrides = {"*.down_proj": "none"}
     quant = quantize(load(directory), "int4-g32", overrides=overrides)
-    session = reference.open_session(str(directory), store=str(quant.directory), arithmetic="q8_0")
+    session = reference.open_session(str(directory), store=str(quant.directory), arithmetic="ggml")
     seen: dict[str, int] = {}
     for name, module in session._network.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_an_error_by_name(make_model: MakeModel, tmp_path: 
     with pytest.raises(TapeoutError, match="no arithmetic 'int8'"):
         reference.open_session(directory, arithmetic="int8")  # type: ignore[arg-type]
     with pytest.raises(TapeoutError, match="needs a store"):
-        reference.open_session(directory, arithmetic="q8_0")
+        reference.open_session(directory, arithmetic="ggml")
     with pytest.raises(TapeoutError, match="has 2 layers; it cannot be cut to 3"):
         reference.open_session(directory, layers=3)
     with pytest.raises(PackageError, match="not a whole store"):
