@@ -62,7 +62,7 @@ def peers(model: Path, calibration: Path, work: Path) -> list[tuple[dict[str, An
 
 
 def _run(name: str, packages: tuple[str, ...], model: Path, calibration: Path, out: Path) -> None:
-    words = ["--model", model, "--calibration", calibration, "--out", out]
+    words: list[str | Path] = ["--model", model, "--calibration", calibration, "--out", out]
     # Scripts find one another from here, and are no module themselves: their names are those of what they import.
     environment = {"PYTHONPATH": str(_HERE), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     script = _HERE / "peers" / f"{name}.py"

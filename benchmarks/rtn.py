@@ -5,7 +5,8 @@
 Each side begins with its source in the page cache and runs in a process of its own; the best of the repeats counts, since the machine's
 bandwidth is a best one too. ``store``: all that ``quantize`` does, digests of source and codes too, into memory-backed files.
 ``memory``: rounding and packing alone, the codes kept nowhere. llama-quantize reads F16, as many bytes, and writes a file there too,
-embeddings and head as Q8_0 like ours. torchao quantizes modules that hold the same matrices, in memory; embeddings are no such module.
+embeddings and head as Q8_0 like ours. torchao quantizes modules that hold the same matrices, in memory; embeddings are no such module. What its
+Int4WeightOnlyConfig needs, it may not find on a CPU: the reason is kept, and IntxWeightOnlyConfig leaves a byte for each code.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ import sys, time
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from torchao import quantization as ao
 torch.set_num_threads(int(sys.argv[3]))
 model = torch.nn.Module()
 size = 0
@@ -89,14 +90,13 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
                 linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
                 model.add_module(name.replace(".", "_"), linear)
                 size += weight.nbytes
-kind = sys.argv[2]
-if kind == "int8":
-    config = Int8WeightOnlyConfig()
-else:
-    packing = {} if len(kind.split(":")) == 1 else {"int4_packing_format": kind.split(":")[1]}
-    config = Int4WeightOnlyConfig(group_size=32, **packing)
+config = {
+    "int8": lambda: ao.Int8WeightOnlyConfig(),
+    "int4-g32": lambda: ao.Int4WeightOnlyConfig(group_size=32),
+    "int4-g32 unpacked": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+}[sys.argv[2]]()
 begin = time.perf_counter()
-quantize_(model, config)
+ao.quantize_(model, config)
 print("seconds", time.perf_counter() - begin, "bytes", size)
 """
 
@@ -179,7 +179,7 @@ def torchao(model: Path, measure: Callable[..., dict[str, Any]]) -> dict[str, An
     """Weight-only configurations of torchao, or why there is none on this processor."""
     python = environment()
     found: dict[str, Any] = {}
-    for kind in ("int8", "int4:opaque", "int4:plain"):
+    for kind in ("int8", "int4-g32", "int4-g32 unpacked"):
         command = [str(python), "-W", "ignore", "-c", THEIRS, str(model), kind, str(common.cores())]
         try:
             found[kind] = measure(f"torchao {kind}", lambda _, command=command: child(command))

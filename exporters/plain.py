@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from safetensors.numpy import load_file, save_file
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact, Exact
 from tapeout.quantize import Quantized, QuantTensor, Scheme
+from tapeout.quantize.tensor import ScaleCodes
+
+_MINIMUM = ("codes", "codebook", "block")
 
 
 def carries(scheme: Scheme) -> Exact:
@@ -33,6 +37,8 @@ def write(quant: Quantized, directory: Path) -> Artifact:
             parts = {"codes": tensor.packed, "scale": tensor.scale, "codebook": tensor.codebook}
             if tensor.zero_point is not None:
                 parts["zero_point"] = tensor.zero_point
+            if tensor.minimum is not None:
+                parts |= {f"minimum_{part}": getattr(tensor.minimum, part) for part in _MINIMUM}
         else:
             parts = {"weight": tensor.float32()}
         save_file(
@@ -84,8 +90,16 @@ def _read(path: Path) -> QuantTensor | npt.NDArray[np.float32]:
         group=in_features // parts["scale"].shape[1],
         codebook=parts["codebook"],
         zero_point=parts.get("zero_point"),
+        minimum=_minimum(parts),
     )
 
 
 def _file(name: str) -> str:
     return f"{name}.safetensors"
+
+
+def _minimum(parts: dict[str, npt.NDArray[Any]]) -> ScaleCodes | None:
+    if "minimum_codes" not in parts:
+        return None
+    codes, codebook, block = (parts[f"minimum_{part}"] for part in _MINIMUM)
+    return ScaleCodes(codes, codebook, block, codes.size // block.size)

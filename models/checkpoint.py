@@ -112,7 +112,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
             for tensor in found.values():
                 if tensor.dtype not in FLOATS and not quantized:
                     raise ModelError(
-                        f"{tensor.name} in {tensor.file} is {tensor.dtype}; weights are expected as {', '.join(FLOATS)}."
+                        f"{tensor.name} in {tensor.file} is {tensor.dtype}; expected one of {', '.join(FLOATS)}."
                     )
             missing = sorted(names - found.keys())
             if missing:

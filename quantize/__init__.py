@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from tapeout.memory import keep_freed_memory
 from tapeout.models import Model, Role, SourceTensor
 from tapeout.models.checkpoint import read_header
 from tapeout.models.torch_decoder import one_core_each
-from tapeout.quantize import hqq, rtn, store
+from tapeout.quantize import foreign, hqq, rtn, store
 from tapeout.quantize.calibration import Calibration, digest
 from tapeout.quantize.lattice import ScaleOverflow
 from tapeout.quantize.scheme import SCHEMES, Scheme
@@ -98,7 +98,7 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
 
 def quantize(
     model: Model,
-    scheme: Scheme | str,
+    scheme: Scheme | str | None = None,
     *,
     rounding: str = "rtn",
     overrides: Mapping[str, str] | None = None,
@@ -114,7 +114,8 @@ def quantize(
 
     Args:
         model: what ``load`` gives.
-        scheme: for the linear layers; embeddings and head take int8 with any scheme but ``none``.
+        scheme: for the linear layers (None: int8, or what a quantized checkpoint has); embeddings and head take int8 with any
+            scheme but ``none``.
         rounding: how codes are chosen: ``rtn``, ``hqq``, or with calibration data ``gptq``, ``awq``, ``smoothquant``.
         overrides: scheme by glob over tensor names without ``.weight`` (``{"*.down_proj": "int8"}``); the last match wins.
         calibration: the text that ``gptq``, ``awq`` and ``smoothquant`` look at (None: the default one), and with which the others
@@ -128,13 +129,12 @@ def quantize(
         SchemeError: a group does not divide, an unknown scheme. ModelError: a weight is NaN or infinite.
         RecipeError: an override that matches nothing. OutputError: the store cannot be written.
     """
-    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    if rounding not in ROUNDINGS:
-        raise SchemeError(f"'{rounding}' is not a rounding{nearest(rounding, ROUNDINGS)}.")
-    schemes = assign(model, scheme, overrides or {})
+    plan = planned(model, scheme, rounding, overrides or {})
     keep_freed_memory()
-    tokens = None
-    if calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values()):
+    tokens, schemes = None, plan.schemes
+    if plan.foreign is None and (
+        calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
+    ):
         tokens = (calibration or Calibration()).tokens(model)
         one_core_each()
     prepare = one_core_each if tokens is not None else None
@@ -143,22 +143,69 @@ def quantize(
         recipe = {
             "format_version": store.FORMAT_VERSION,
             "source_sha256": source,
-            "scheme": scheme.name,
-            "rounding": rounding,
+            "scheme": plan.scheme.name,
+            "rounding": plan.rounding,
             "schemes": {name: s.name for name, s in schemes.items()},
             "calibration": None if tokens is None else digest(tokens),
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, schemes, recipe, tokens, pool, progress)
+                _fill(partial, model, plan, recipe, tokens, pool, progress)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
-        directory = cache_directory() / "store" / f"{model.name}-{scheme}-{key[:16]}"
+        directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
                 return open_store(directory, model, pool)
-            _fill(directory, model, schemes, recipe, tokens, pool, progress)
+            _fill(directory, model, plan, recipe, tokens, pool, progress)
         return open_store(directory, model)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's codes will be chosen.
+
+    Attributes:
+        scheme: of its linear layers. schemes: of every tensor.
+        foreign: the reader of a checkpoint that is quantized already; None: the weights are floats.
+    """
+
+    scheme: Scheme
+    schemes: Mapping[str, Scheme]
+    rounding: str
+    foreign: foreign.Foreign | None = None
+
+
+def planned(model: Model, scheme: Scheme | str | None, rounding: str, overrides: Mapping[str, str]) -> Plan:
+    """Give each tensor its scheme before any work is done; see ``quantize`` for the arguments and what it raises.
+
+    A checkpoint that is quantized already keeps its own codes, and refuses to be given others.
+    """
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if model.quantization is None:
+        if rounding not in ROUNDINGS:
+            raise SchemeError(f"'{rounding}' is not a rounding{nearest(rounding, ROUNDINGS)}.")
+        scheme = scheme or SCHEMES["int8"]
+        return Plan(scheme, assign(model, scheme, overrides), rounding)
+    found = foreign.read(model)
+    other = {
+        name
+        for pattern, wanted in overrides.items()
+        for name in _matched(found.schemes, pattern)
+        if found.schemes[name].name != wanted
+    }
+    if other or rounding not in ("rtn", "imported") or scheme not in (None, found.scheme):
+        raise SchemeError(
+            f"{model.name} is quantized already, by {found.method} as {found.scheme}; its codes are carried as they are: leave out "
+            "scheme, rounding and recipe, or give the original model."
+        )
+    return Plan(found.scheme, found.schemes, "imported", found)
+
+
+def _matched(names: Iterable[str], pattern: str) -> list[str]:
+    """The tensors that a recipe's glob means."""
+    wanted = pattern.removesuffix(".weight")
+    return [name for name in names if fnmatch.fnmatchcase(name.removesuffix(".weight"), wanted)]
 
 
 def assign(model: Model, scheme: Scheme, overrides: Mapping[str, str]) -> dict[str, Scheme]:
@@ -167,11 +214,7 @@ def assign(model: Model, scheme: Scheme, overrides: Mapping[str, str]) -> dict[s
     by_role = {Role.LINEAR: scheme, Role.EMBEDDING: wide, Role.HEAD: wide}
     schemes = {name: by_role.get(spec.role, NONE) for name, spec in model.specs.items()}
     for pattern, wanted in overrides.items():
-        matched = [
-            n
-            for n in schemes
-            if fnmatch.fnmatchcase(n.removesuffix(".weight"), pattern.removesuffix(".weight"))
-        ]
+        matched = _matched(schemes, pattern)
         if not matched:
             names = [n.removesuffix(".weight") for n in schemes]
             tied = " The head is tied to model.embed_tokens." if model.config.tie_word_embeddings else ""
@@ -194,7 +237,7 @@ def assign(model: Model, scheme: Scheme, overrides: Mapping[str, str]) -> dict[s
 def _fill(
     directory: Path,
     model: Model,
-    schemes: Mapping[str, Scheme],
+    plan: Plan,
     recipe: Mapping[str, Any],
     tokens: npt.NDArray[np.int32] | None,
     pool: ThreadPoolExecutor,
@@ -204,14 +247,16 @@ def _fill(
     from tapeout import __version__
 
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
-    simple = hqq.round_hqq if recipe["rounding"] == "hqq" else rtn.round_to_nearest
-    if tokens is None:
-        found = _plain(directory, model, schemes, simple, pool, progress)
+    simple = hqq.round_hqq if plan.rounding == "hqq" else rtn.round_to_nearest
+    if plan.foreign is not None:
+        found = plan.foreign.write(directory, pool, progress)
+    elif tokens is None:
+        found = _plain(directory, model, plan.schemes, simple, pool, progress)
     else:
         from tapeout.quantize.calibrated import Calibrated
 
         found = Calibrated(
-            model, schemes, recipe["rounding"], tokens, directory, pool, simple, progress
+            model, plan.schemes, plan.rounding, tokens, directory, pool, simple, progress
         ).run()
     index = {
         **recipe,
@@ -284,10 +329,10 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
             )
     return Quantized(
         model=model,
-        scheme=Scheme.parse(raw["scheme"]),
+        scheme=foreign.scheme_of(raw["scheme"]),
         rounding=raw["rounding"],
         directory=directory,
-        schemes={n: SCHEMES[entries[n]["scheme"]] if n in entries else NONE for n in model.specs},
+        schemes={n: foreign.scheme_of(entries[n]["scheme"]) if n in entries else NONE for n in model.specs},
         folded=frozenset(n for n, e in entries.items() if e["scheme"] == "none"),
         notes=tuple(raw["notes"]),
         fallbacks=raw["fallbacks"],

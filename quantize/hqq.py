@@ -43,12 +43,20 @@ def round_hqq(
     """Round rows of a weight [rows, in]; see ``lattice.fit`` for the arguments and what it raises."""
     weight = np.ascontiguousarray(weight)
     grid = best = lattice.fit(weight, scheme, importance, tensor_scale=tensor_scale)
+    if scheme.scales in ("e8m0", "e4m3"):  # rtn tried all scales near: another has a larger squared error
+        return Rounded(lattice.nearest(weight, scheme, grid), grid)
     h = np.ones(weight.shape[1], np.float32) if importance is None else lattice._positive(importance)
-    searched = scheme.scales not in ("float16", "double")
+    searched = scheme.scales == "super"
     target = np.empty_like(weight) if searched else np.empty((0, 0), np.float32)
-    least = squared = np.empty(0, np.float32)
+    sums = least = squared = np.empty(0, np.float32)
     beta = _BETA
     for iteration in range(1 + (_SEARCHES if searched else _ITERATIONS)):
+        if iteration:
+            grid = (
+                _searched(target, weight, scheme, importance)
+                if searched
+                else _closed_form(sums, scheme, grid)
+            )
         codes = lattice.nearest(weight, scheme, grid)
         sums = _measure(weight, codes, scheme, grid, h, beta, target)
         beta *= _KAPPA
@@ -59,11 +67,6 @@ def round_hqq(
             better = (error < least) & (square <= squared)
             least = np.where(better, error, least)
             best = _merged(better, grid, best)
-        grid = (
-            _searched(target, weight, scheme, importance, tensor_scale)
-            if searched
-            else _closed_form(sums, scheme, grid)
-        )
     return Rounded(lattice.nearest(weight, scheme, best), best)
 
 
@@ -203,19 +206,17 @@ def _closed_form(sums: Floats, scheme: Scheme, grid: Grid) -> Grid:
     return lattice._with_float16(scale, np.where(usable, zero, grid.zero_point).astype(np.uint8))
 
 
-def _searched(
-    target: Floats, weight: Floats, scheme: Scheme, importance: Floats | None, tensor_scale: np.float32 | None
-) -> Grid:
+def _searched(target: Floats, weight: Floats, scheme: Scheme, importance: Floats | None) -> Grid:
     """The grid that ``lattice.fit`` finds for the target; rows of which it does not fit are fitted as they are."""
     try:
-        return lattice.fit(target, scheme, importance, tensor_scale=tensor_scale)
+        return lattice.fit(target, scheme, importance)
     except lattice.ScaleOverflow:
         for row in range(len(target)):
             try:
-                lattice.fit(target[row : row + 1], scheme, importance, tensor_scale=tensor_scale)
+                lattice.fit(target[row : row + 1], scheme, importance)
             except lattice.ScaleOverflow:
                 target[row] = weight[row]
-        return lattice.fit(target, scheme, importance, tensor_scale=tensor_scale)
+        return lattice.fit(target, scheme, importance)
 
 
 def _merged(better: npt.NDArray[np.bool_], new: Grid, old: Grid) -> Grid:

@@ -198,8 +198,9 @@ def layout(scheme: Scheme, out: int, into: int) -> dict[str, tuple[str, tuple[in
     """The parts of a tensor [out, in] in a store: dtype and shape by name."""
     groups = into // (scheme.group or into)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {"codes": ("U8", (out, (into * scheme.bits + 7) // 8))}
-    if scheme.scales == "float16":
-        parts["scale"] = ("F16", (out, groups))
+    wide = {"float16": "F16", "float32": "F32"}.get(scheme.scales)
+    if wide:
+        parts["scale"] = (wide, (out, groups))
     else:
         parts["scale_codes"] = ("U8", (out, groups))
     if scheme.scales == "double":
@@ -208,7 +209,9 @@ def layout(scheme: Scheme, out: int, into: int) -> dict[str, tuple[str, tuple[in
         parts["scale_block"] = ("F32", (1,))
     if scheme.scales == "super":
         parts["scale_block"] = ("F16", (out, into // SUPER))
-    if scheme.kind == "affine":
+    if scheme.kind == "affine" and scheme.scales == "float16":
+        parts["minimum"] = ("F16", (out, groups))
+    elif scheme.kind == "affine":
         parts |= {"minimum_codes": ("U8", (out, groups)), "minimum_block": ("F16", (out, into // SUPER))}
     if scheme.kind == "asymmetric":
         parts["zero_point"] = ("U8", (out, groups))
@@ -229,6 +232,9 @@ def assemble(parts: Mapping[str, npt.NDArray[Any]], scheme: Scheme, in_features:
         scale_codes = ScaleCodes(parts["scale_codes"], codebook, block, per, offset)
         if scheme.kind == "affine":
             minimum = ScaleCodes(parts["minimum_codes"], codebook, parts["minimum_block"], per)
+    elif scheme.kind == "affine":  # plain numbers: codes that are all 1 under a block of one each
+        ones = np.ones(parts["minimum"].shape, np.uint8)
+        minimum = ScaleCodes(ones, np.ones(256, np.float32), parts["minimum"], 1)
     return QuantTensor(
         packed=parts["codes"],
         bits=scheme.bits,

@@ -36,6 +36,12 @@ NF4 = np.array(
 # E2M1, by its four bits: sign, two of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3). Code 8 is -0.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
+# llama.cpp's (``kvalues_iq4nl`` in ggml-common.h).
+IQ4_NL = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    np.float32,
+)
+
 
 def _e4m3() -> npt.NDArray[np.float32]:
     """E4M3 by its eight bits (OCP 8-bit Floating Point 1.0, section 5.1): bias 7, no infinity, 0x7F and 0xFF are NaN."""
@@ -49,7 +55,7 @@ def _e4m3() -> npt.NDArray[np.float32]:
 E4M3 = _e4m3()
 
 # A tensor's codes of 16 levels, and of 256.
-LEVELS: dict[str, npt.NDArray[np.float32]] = {"nf4": NF4, "e2m1": E2M1, "e4m3": E4M3}
+LEVELS: dict[str, npt.NDArray[np.float32]] = {"nf4": NF4, "e2m1": E2M1, "e4m3": E4M3, "iq4_nl": IQ4_NL}
 
 SUPER = 256  # weights of a super-block
 
@@ -68,7 +74,7 @@ class Scheme:
         levels: of a codebook: a name in LEVELS.
         scales: how a group's scale is kept: ``float16``; ``double`` (NF4's scales quantized once more as QLoRA does, blocks of
             256 scales); ``e8m0`` (a power of two); ``e4m3`` (under one float32 a tensor); ``super`` (integers under one float16
-            a super-block of 256 weights).
+            a super-block of 256 weights); ``float32`` (of checkpoints that others have quantized so; nothing is rounded to it).
         scale_bits: bits of an integer scale under a super-block.
         activations: what the runtime shall do to the inputs: ``int8`` (per token), ``int8-static`` (one calibrated scale a
             tensor), None: leave them.
@@ -79,7 +85,7 @@ class Scheme:
     group: int | None = None
     kind: Literal["none", "symmetric", "asymmetric", "codebook", "affine"] = "none"
     levels: str = ""
-    scales: Literal["float16", "double", "e8m0", "e4m3", "super"] = "float16"
+    scales: Literal["float16", "float32", "double", "e8m0", "e4m3", "super"] = "float16"
     scale_bits: int = 16
     activations: Literal["int8", "int8-static"] | None = None
 
@@ -137,9 +143,13 @@ class Scheme:
             raise SchemeError("scheme none has the checkpoint's own width.")
         group = self.group or in_features
         kept = 2 if self.kind == "affine" else 1  # a scale; and a minimum
-        scale = {"float16": 16.0, "double": 8 + 32 / 256, "e8m0": 8.0, "e4m3": 8.0}.get(
-            self.scales, kept * (self.scale_bits + 16 * group / SUPER)
-        )
+        scale = {
+            "float16": 16.0 * kept,
+            "float32": 32.0,
+            "double": 8 + 32 / 256,
+            "e8m0": 8.0,
+            "e4m3": 8.0,
+        }.get(self.scales, kept * (self.scale_bits + 16 * group / SUPER))
         return self.bits + (scale + (self.bits if self.kind == "asymmetric" else 0)) / group
 
 
@@ -151,8 +161,13 @@ def dynamic_map() -> npt.NDArray[np.float32]:
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = np.linspace(0.1, 1.0, 2**exponent + 1, dtype=np.float32).astype(np.float64)
-        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        count = 2**exponent
+        # In float32, as torch.linspace does it: from both ends to the middle, product and sum rounded together.
+        step = float((np.float32(1) - np.float32(0.1)) / np.float32(count))
+        up = float(np.float32(0.1)) + step * np.arange(count + 1)
+        down = 1.0 - step * np.arange(count, -1, -1)
+        edges = np.where(np.arange(count + 1) < (count + 1) / 2, up, down).astype(np.float32)
+        means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
         levels += [*means, *-means]
     return np.sort(np.array(levels, np.float32))
 

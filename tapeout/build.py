@@ -11,7 +11,7 @@ from tapeout import targets
 from tapeout.files import new_directory
 from tapeout.models import load
 from tapeout.pack import Package, pack
-from tapeout.quantize import quantize
+from tapeout.quantize import planned, quantize
 from tapeout.recipe import Recipe
 from tapeout.targets import Target, check_carries
 from tapeout.validate import Options, Report, validate
@@ -51,9 +51,11 @@ def export(
         TapeoutError: one of its kinds, with what to do.
     """
     recipe = recipe or Recipe()
-    check_carries(target, {recipe.scheme, *recipe.tensors.values()})
+    model = load(source)
+    check_carries(
+        target, set(planned(model, recipe.scheme_given, recipe.rounding, recipe.tensors).schemes.values())
+    )
     with new_directory(out, force=force) as directory:
-        model = load(source)
         quant = quantize(model, **recipe.rounds(), progress=progress)
         (directory / "artifact").mkdir()
         artifact = target.export(quant, directory / "artifact", progress)

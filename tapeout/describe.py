@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,8 @@ def _model(path: Path) -> dict[str, Any]:
         "kind": "model",
         "name": model.name,
         "family": config.family,
-        "parameters": sum(
-            tensor.nbytes // (4 if tensor.dtype == "F32" else 2) for tensor in model.checkpoint.values()
-        ),
+        "parameters": sum(math.prod(spec.shape) for spec in model.specs.values()),
+        "quantization": (model.quantization or {}).get("quant_method"),
         "dtypes": dict(Counter(tensor.dtype for tensor in model.checkpoint.values())),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,

@@ -52,10 +52,15 @@ class Recipe(BaseModel):
     text: Path | None = None
     tokens: int = Field(default=4096, gt=0)
 
+    @property
+    def scheme_given(self) -> str | None:
+        """The scheme where the recipe says one; a checkpoint that is quantized already has its own."""
+        return self.scheme if "scheme" in self.model_fields_set else None
+
     def rounds(self) -> dict[str, Any]:
         """The arguments of ``quantize`` that decide the codes."""
         return {
-            "scheme": self.scheme,
+            "scheme": self.scheme_given,
             "rounding": self.rounding,
             "overrides": self.tensors,
             "calibration": self.calibration,

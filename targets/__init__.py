@@ -69,11 +69,11 @@ def options(target: Target) -> dict[str, Any]:
     return {f.name: getattr(target, f.name) for f in fields(target) if getattr(target, f.name) != f.default}  # type: ignore[arg-type]
 
 
-def check_carries(target: Target | type[Target], schemes: set[str]) -> None:
+def check_carries(target: Target | type[Target], schemes: set[Scheme]) -> None:
     """Raise SchemeError when a target refuses one of the schemes, with the nearest that fits."""
-    for name in sorted(schemes):
-        carry = target.carries(Scheme.parse(name))
+    for scheme in sorted(schemes, key=str):
+        carry = target.carries(scheme)
         if isinstance(carry, Refused):
             raise SchemeError(
-                f"target {target.name} cannot carry {name}: {carry.reason} What fits: {carry.nearest}."
+                f"target {target.name} cannot carry {scheme}: {carry.reason} What fits: {carry.nearest}."
             )

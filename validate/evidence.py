@@ -172,7 +172,7 @@ class Evidence:
         """The reference with the weights that the codes are, or with the original ones."""
         arguments = {
             "model": str(self.model.directory),
-            "store": str(self.quant.directory) if quantized else None,
+            "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "layers": layers,
             "arithmetic": arithmetic,
         }

@@ -260,6 +260,13 @@ def _overturned(expected: Logits, other: Logits, explained: float) -> int:
 
 def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     """Compare the reference with dequantized weights with the original: what the choice of scheme costs."""
+    if evidence.model.quantization:
+        method = evidence.model.quantization["quant_method"]
+        return [
+            GateResult(
+                "quality", "skipped", reason=f"the model came quantized by {method}: there is no original."
+            )
+        ]
     limits = limits.for_scheme(evidence.quant.scheme)
     assert limits.kl is not None
     assert limits.top1 is not None

@@ -129,7 +129,7 @@ def open_session(
         model: what ``tapeout.models.load`` takes.
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
-        arithmetic: ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` does.
+        arithmetic: ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
 
@@ -145,6 +145,8 @@ def open_session(
     if layers is not None and not 1 <= layers <= depth:
         raise TapeoutError(f"{source.name} has {depth} layers; it cannot be cut to {layers}.")
     quant = open_store(Path(store), source) if store is not None else None
+    if source.quantization is not None and quant is None:
+        raise ModelError(f"{source.name} has no floats of its own: its reference needs a store.")
     if arithmetic == "ggml" and quant is None:
         raise TapeoutError("arithmetic ggml is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
@@ -233,6 +235,10 @@ def _network(source: Model, layers: int | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _cut(AutoConfig.from_pretrained(source.directory, local_files_only=True), layers)
+    if source.quantization is not None:  # its weights are codes: they come from the store
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     network, found = AutoModelForCausalLM.from_pretrained(
         source.directory,
         config=config,
@@ -252,7 +258,7 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
 
     parameters = dict(network.named_parameters())
     for name, scheme in quant.schemes.items():
-        changed = scheme.kind != "none" or name in quant.folded
+        changed = scheme.kind != "none" or name in quant.folded or quant.model.quantization is not None
         if not changed or (cut and name not in parameters):
             continue
         if name not in parameters:

@@ -51,7 +51,7 @@ def calibration_tokens(options: argparse.Namespace) -> NDArray[np.int64]:
 
 def checkpoint_tensors(model: Path) -> dict[str, Float]:
     """The original weights in float32."""
-    tensors = {}
+    tensors: dict[str, Float] = {}
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "numpy") as file:
             tensors |= {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118

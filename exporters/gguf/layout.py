@@ -64,7 +64,10 @@ def carries(scheme: Scheme) -> Carry:
         return Exact(_NONE)
     block = block_of(scheme)
     if block is None:
-        return Refused("GGUF has no 8-bit float type.", "int8")
+        reason = (
+            "GGUF has no 8-bit float type." if scheme.levels == "e4m3" else f"GGUF has no type for {scheme}."
+        )
+        return Refused(reason, "int8")
     if scheme.levels == "nf4":
         return Rounded(block.kind, nf4_added_error())
     if block is blocks.NARROW_AS_Q4_0:

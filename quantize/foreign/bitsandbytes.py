@@ -14,9 +14,9 @@ import numpy as np
 
 from tapeout.errors import ModelError
 from tapeout.models import SourceTensor
-from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, float16
+from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, with_scale
 from tapeout.quantize.scheme import NF4, SCHEMES, dynamic_map
-from tapeout.quantize.tensor import DOUBLE_BLOCK
+from tapeout.quantize.tensor import DOUBLE_BLOCK, ScaleCodes
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _SUFFIXES = (
@@ -69,22 +69,24 @@ def _layer(layer: Layer) -> Imported | None:
     scales, groups = (out, into // block), out * into // block
     if "nested_offset" not in state:
         absmax = layer.source("weight.absmax", ("F32",), (groups,)).float32()
-        return Imported(
-            SCHEMES["nf4"],
-            lambda: _packed(weight, out),
-            {"scale": float16(layer, absmax.reshape(scales))},
-        )
+        scheme, kept = with_scale(layer, SCHEMES["nf4"], absmax.reshape(scales))
+        return Imported(scheme, lambda: _packed(weight, out), {"scale": kept})
     if state.get("nested_blocksize") != DOUBLE_BLOCK:
         raise layer.refuse(
             f"its scales were quantized in blocks of {state.get('nested_blocksize')}; {DOUBLE_BLOCK} are carried"
         )
-    if not np.array_equal(layer.floats("weight.nested_quant_map", (256,)), dynamic_map()):
-        raise layer.refuse("its nested_quant_map is not bitsandbytes' dynamic map")
+    levels = layer.floats("weight.nested_quant_map", (256,))
     parts = {
         "scale_codes": layer.source("weight.absmax", ("U8",), (groups,)).bits().reshape(scales),
         "scale_block": layer.floats("weight.nested_absmax", (-(-groups // DOUBLE_BLOCK),)),
         "scale_offset": np.array([state["nested_offset"]], np.float32),
     }
+    if not np.array_equal(levels, dynamic_map()):  # another version's: then the scales that it means
+        means = ScaleCodes(
+            parts["scale_codes"], levels, parts["scale_block"], DOUBLE_BLOCK, state["nested_offset"]
+        )
+        scheme, kept = with_scale(layer, SCHEMES["nf4"], means.values())
+        return Imported(scheme, lambda: _packed(weight, out), {"scale": kept})
     return Imported(SCHEMES["nf4-dq"], lambda: _packed(weight, out), parts)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import FLOATS
 from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader
-from tapeout.quantize.foreign.schemes import named
+from tapeout.quantize.foreign.schemes import IQ4_NL, Q4_1, Q5_1, named
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import pack
 
@@ -86,6 +86,21 @@ def _d(blocks: Bytes) -> Parts:
 def _q4_0(blocks: Bytes) -> Bytes:
     """float16 d; 16 bytes of nibbles. Value: (nibble - 8) d."""
     return _fields(blocks[:, :, 2:], 16, 4)
+
+
+def _q4_1(blocks: Bytes) -> Bytes:
+    """float16 d, m; 16 bytes of nibbles. Value: q d + m."""
+    return _fields(blocks[:, :, 4:], 16, 4)
+
+
+def _q5_1(blocks: Bytes) -> Bytes:
+    """float16 d, m; uint32 of fifth bits; 16 bytes of nibbles. Value: q d + m."""
+    fifth = np.unpackbits(blocks[:, :, 4:8], axis=2, bitorder="little")
+    return _fields(blocks[:, :, 8:], 16, 4) | (fifth << np.uint8(4))
+
+
+def _d_and_m(blocks: Bytes) -> Parts:
+    return {"scale": _float16(blocks, 0), "minimum": -_float16(blocks, 2)}
 
 
 def _q5_0(blocks: Bytes) -> Bytes:
@@ -175,6 +190,9 @@ def _e8m0(blocks: Bytes) -> Parts:
 
 _KINDS = {
     "Q4_0": _Kind(SCHEMES["int4-g32"], 18, _q4_0, _d),
+    "Q4_1": _Kind(Q4_1, 20, _q4_1, _d_and_m),
+    "Q5_1": _Kind(Q5_1, 24, _q5_1, _d_and_m),
+    "IQ4_NL": _Kind(IQ4_NL, 18, _q4_0, _d),
     "Q5_0": _Kind(named(Scheme("", 5, 32, "symmetric")), 22, _q5_0, _d),
     "Q8_0": _Kind(SCHEMES["int8-g32"], 34, _q8_0, _d),
     "MXFP4": _Kind(SCHEMES["mxfp4"], 17, _mxfp4, _e8m0),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.models import Checkpoint, SourceTensor
 from tapeout.models.checkpoint import FLOATS
-from tapeout.quantize.foreign.schemes import FP8_TENSOR, named
+from tapeout.quantize.foreign.schemes import FP8_TENSOR, named, with_float32_scales
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import unpack
 
@@ -121,7 +121,8 @@ def integers(
     if group == into and bits == 8 and symmetric:
         group = None
     scheme = named(Scheme("", bits, group, "symmetric" if symmetric else "asymmetric"))
-    parts = {"scale": float16(layer, scale)}
+    scheme, kept = with_scale(layer, scheme, scale)
+    parts = {"scale": kept}
     if activations is not None and replace(activations, name=scheme.name, activations=None) == scheme:
         return Imported(activations, packed, {**parts, **(extra or {})})
     if not symmetric and zero_point is not None:
@@ -129,24 +130,20 @@ def integers(
     return Imported(scheme, packed, parts)
 
 
-def float16(layer: Layer, scale: Floats) -> npt.NDArray[np.float16]:
-    """Scales as float16, which canonical codes have by definition.
+def with_scale(layer: Layer, scheme: Scheme, scale: Floats) -> tuple[Scheme, npt.NDArray[Any]]:
+    """Scales as float16 where every one is exactly that, which canonical codes have otherwise; else as float32, and its scheme.
 
     Raises:
-        ModelError: one is not exactly a float16.
+        ModelError: one is NaN or infinite.
     """
+    if not np.isfinite(scale).all():
+        at = [int(i) for i in np.argwhere(~np.isfinite(scale))[0]]
+        raise layer.refuse(f"its scale at {at} is {scale[tuple(at)]}")
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
-    wrong = ~np.isfinite(half) | (half.astype(np.float32) != scale)
-    if wrong.any():
-        at = np.unravel_index(int(np.argmax(wrong)), scale.shape)
-        if not np.isfinite(scale[at]):
-            raise layer.refuse(f"its scale at {[int(i) for i in at]} is {scale[at]}")
-        raise layer.refuse(
-            f"{np.count_nonzero(wrong)} of its {scale.size} scales are no float16, such as {float(scale[at])!r} at "
-            f"{[int(i) for i in at]}, and canonical codes have float16 scales; quantize the original model instead"
-        )
-    return half
+    if np.array_equal(half.astype(np.float32), scale):
+        return scheme, half
+    return with_float32_scales(scheme), scale
 
 
 def words_as_packed(words: npt.NDArray[np.int32], in_features: int, bits: int) -> Bytes:
@@ -174,4 +171,5 @@ def e4m3(layer: Layer, scale: Floats, codes: Callable[[], Bytes]) -> Imported:
     if scale.size == 1:
         one = np.full((out, 1), _E4M3_ONE, np.uint8)
         return Imported(FP8_TENSOR, codes, {"scale_codes": one, "scale_block": scale.reshape(1)})
-    return Imported(SCHEMES["fp8"], codes, {"scale": float16(layer, scale.reshape(out, 1))})
+    scheme, kept = with_scale(layer, SCHEMES["fp8"], scale.reshape(out, 1))
+    return Imported(scheme, codes, {"scale": kept})

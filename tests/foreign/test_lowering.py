@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +11,13 @@ import numpy as np
 import pytest
 
 from tapeout.exporters.gguf import read_codes, write
-from tapeout.files import canonical_json
 from tapeout.generated import write_model
 from tapeout.models import Model, load
-from tapeout.quantize import Quantized, QuantTensor, foreign, open_store, quantize
-from tapeout.quantize.store import FORMAT_VERSION
+from tapeout.quantize import Quantized, QuantTensor, foreign, quantize
 
 
 def imported(model: Model, directory: Path) -> Quantized:
-    """What ``quantize`` does with a foreign model."""
-    found = foreign.read(model)
-    (directory / "tensors").mkdir(parents=True)
-    with ThreadPoolExecutor(2) as pool:
-        entries, source = found.write(directory, pool), model.checkpoint.sha256(pool)
-    index = {
-        "format_version": FORMAT_VERSION,
-        "source_sha256": source,
-        "scheme": found.scheme.name,
-        "rounding": "imported",
-        "schemes": {name: scheme.name for name, scheme in found.schemes.items()},
-        "calibration": None,
-        "tensors": {name: asdict(entry) for name, entry in entries.tensors.items()},
-        "fallbacks": {},
-        "notes": entries.notes,
-    }
-    (directory / "quantization.json").write_text(canonical_json(index))
-    return open_store(directory, model)
+    return quantize(model, out=directory)
 
 
 @pytest.mark.parametrize(

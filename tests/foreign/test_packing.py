@@ -15,10 +15,11 @@ import pytest
 
 from tapeout.errors import ModelError
 from tapeout.models import Checkpoint
+from tapeout.models.checkpoint import read_header
 from tapeout.quantize import foreign, lattice
 from tapeout.quantize.foreign import awq, bitsandbytes, compressed_tensors, gptq, modelopt
 from tapeout.quantize.foreign.layer import Layer
-from tapeout.quantize.scheme import NF4
+from tapeout.quantize.scheme import NF4, dynamic_map
 
 # Asymmetric, and no period: a swap of nibbles, of halves or of the axes gives other codes.
 ROWS = np.stack(
@@ -218,7 +219,22 @@ def test_modelopt_pairs_int4_rows(tmp_path: Path) -> None:
 
 
 def test_names_say_what_a_scheme_is() -> None:
-    for name in ("int2-g32-asym", "int5-g32", "int4-g256", "int8-g64-asym", "fp8-tensor", "q4_k"):
+    for name in (
+        "int2-g32-asym",
+        "int5-g32",
+        "int4-g256",
+        "int8-g64-asym",
+        "fp8-tensor",
+        "q4_k",
+        "int4-g64-f32",
+        "nf4-f32",
+    ):
         assert foreign.scheme_of(name).name == name
     assert foreign.scheme_of("int4-g256").group == 256
     assert foreign.scheme_of("int8-g64-asym").kind == "asymmetric"
+
+
+def test_the_map_of_scales_is_that_of_bitsandbytes() -> None:
+    header, _ = read_header(Path(__file__).parent / "data" / "bnb-nf4-dq" / "model.safetensors")
+    theirs = header["model.layers.0.self_attn.q_proj.weight.nested_quant_map"].float32()
+    np.testing.assert_array_equal(dynamic_map(), theirs)

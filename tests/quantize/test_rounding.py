@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapeout.errors import SchemeError
@@ -42,6 +42,7 @@ def values(scheme: Scheme, rounded: Rounded) -> npt.NDArray[np.float64]:
     return levels if grid.minimum is None else levels - grid.minimum.astype(np.float64)[:, :, None]
 
 
+@settings(deadline=None)  # the first call may compile
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     codes=hnp.arrays(
@@ -112,6 +113,7 @@ def test_error_is_what_the_scheme_promises(name: str, most: float) -> None:
 
 
 @pytest.mark.parametrize("scheme", QUANTIZING, ids=str)
+@settings(deadline=None)
 @given(weight=hnp.arrays(np.float32, (2, 256), elements=st.floats(-1000, 1000, width=32)))
 def test_the_error_of_a_weight_is_at_most_half_a_step_or_it_is_cut_off(
     scheme: Scheme, weight: Floats
