@@ -49,14 +49,18 @@ def run(*command: str | Path, environment: dict[str, str] | None = None) -> Ran:
 
 def checkpoint(shape: str, work: Path) -> Path:
     """A generated Llama checkpoint of that shape, bf16, in shards; made once."""
-    directory = work / f"llama-{shape}"
+    return generated(work / f"llama-{shape}", SHAPES[shape])
+
+
+def generated(directory: Path, fields: dict[str, Any]) -> Path:
+    """A generated Llama checkpoint with these fields, bf16, in shards; made once."""
     if not (directory / "whole").exists():
         # In a process of its own: a child's peak memory begins with that of the process that started it.
         code = (
             "import json, sys; from pathlib import Path; from tapeout.generated import write_model\n"
             "write_model(Path(sys.argv[1]), 'llama', json.loads(sys.argv[2]), dtype='BF16', shard_bytes=1 << 30)"
         )
-        run(sys.executable, "-c", code, directory, json.dumps(SHAPES[shape]))
+        run(sys.executable, "-c", code, directory, json.dumps(fields))
         (directory / "whole").touch()
     return directory
 

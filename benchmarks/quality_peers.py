@@ -1,13 +1,10 @@
-"""How much of a model other quantizers keep: mean KL, top-1, perplexity and exact bits, each peer in its own environment.
+"""Other quantizers on the same model, each in its own environment, and the judge that compares them with the original.
 
-    python benchmarks/quality_peers.py --calibration FILE [--model DIR] [--work DIR]
-
-The text measured on is the model's own heldout.txt. Environments are made once, under the cache; results are kept by content.
+Environments are made once, under the cache; results are kept by content.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -16,7 +13,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +61,15 @@ def peers(model: Path, calibration: Path, work: Path) -> list[tuple[dict[str, An
 def _run(name: str, packages: tuple[str, ...], model: Path, calibration: Path, out: Path) -> None:
     words: list[str | Path] = ["--model", model, "--calibration", calibration, "--out", out]
     # Scripts find one another from here, and are no module themselves: their names are those of what they import.
-    environment = {"PYTHONPATH": str(_HERE), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    variables = {"PYTHONPATH": str(_HERE), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     script = _HERE / "peers" / f"{name}.py"
-    python = _environment(name, packages)
+    python = environment(name, packages)
     common.run(
-        python, script, *words, "--samples", str(SAMPLES), "--length", str(LENGTH), environment=environment
+        python, script, *words, "--samples", str(SAMPLES), "--length", str(LENGTH), environment=variables
     )
 
 
-def _environment(name: str, packages: tuple[str, ...]) -> Path:
+def environment(name: str, packages: tuple[str, ...]) -> Path:
     """The Python that holds these packages; made on first use."""
     if not packages:
         return Path(sys.executable)
@@ -162,39 +159,3 @@ class Judge:
         return Quality(
             kl / (count * length), same / (count * length), math.exp(surprise / (count * (length - 1)))
         )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, default=_HERE.parent.parent / "shared" / "models" / "stdlib-llama-6m"
-    )
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=cache_directory() / "benchmarks" / "quality")
-    parser.add_argument("--heldout-bytes", type=int, default=120_000)
-    arguments = parser.parse_args()
-    # Before torch is loaded here: what a child starts with counts as its peak.
-    variants = peers(arguments.model, arguments.calibration, arguments.work)
-    text = (arguments.model / "heldout.txt").read_bytes()[: arguments.heldout_bytes].decode(errors="ignore")
-    judge = Judge(arguments.model, text)
-    rows = []
-    for facts, path in variants:
-        row = dict(facts)
-        if "failed" in facts:
-            print(f"{facts['peer']:24} {facts['variant']:20} failed: {facts['failed']}")
-        else:
-            whole, layers = judge.judge(path)
-            row["bits_per_weight"] = facts["bits"] / facts["weights"]
-            row["linear_bits_per_weight"] = facts["linear_bits"] / facts["linear_weights"]
-            row |= asdict(whole) | {"linear": asdict(layers)}
-            print(
-                f"{facts['peer']:24} {facts['variant']:20} {row['bits_per_weight']:7.4f} bits, KL {whole.mean_kl:.5f}, "
-                f"top-1 {whole.top1:.2%}, perplexity {whole.perplexity:.3f}; embedding and head kept: "
-                f"{row['linear_bits_per_weight']:.4f} bits, KL {layers.mean_kl:.5f}; {facts['wall_s']} s"
-            )
-        rows.append(row)
-    common.report({"benchmark": "quality_peers", "original_perplexity": judge.original(), "variants": rows})
-
-
-if __name__ == "__main__":
-    main()

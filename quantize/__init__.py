@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -281,20 +281,25 @@ def _plain(
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
     done, found = 0, store.Findings()
+    written: dict[str, Future[store.Written]] = {}
     for name, scheme in schemes.items():
         source = model.checkpoint[name]
         if scheme.kind != "none":
             try:
-                found.tensors[name] = store.write_tensor(directory, source, scheme, pool, simple)
+                store.write_tensor(directory, source, scheme, pool, simple)
+                written[name] = pool.submit(
+                    store.written, directory, name
+                )  # hashed while the next one is rounded
             except ScaleOverflow:
                 found.fallbacks[name] = (
                     f"a scale of {scheme} does not fit float16; the tensor stays {source.dtype}"
                 )
-        if name not in found.tensors:
+        if name not in written:
             store.check_finite(source, pool)
         done += int(np.prod(source.shape))
         if progress:
             progress("quantize", done, total)
+    found.tensors = {name: entry.result() for name, entry in written.items()}
     return found
 
 

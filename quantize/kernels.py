@@ -1,7 +1,7 @@
 """The inner loops of rounding, compiled by numba: groups of weights to scales, and weights to codes.
 
 A group is ``n`` consecutive weights; ``w`` holds groups one after the other, float32 [groups * n], and ``h`` the importance of
-each column, float32 [in], which repeats every ``in`` weights. Sixteen groups stand side by side in the inner loops, so that
+each column, float32 [in], which repeats every ``in`` weights, or [1] where all are alike. Sixteen groups stand side by side in the inner loops, so that
 each sum is taken in one order on every machine: the codes do not depend on the width of its vectors. No fastmath for the same
 reason.
 """
@@ -44,17 +44,21 @@ def _level(u, reach, base, edge):  # type: ignore[no-untyped-def]
 
 @inlined
 def _gather(w, h, n, first, lanes, x, hx):  # type: ignore[no-untyped-def]
-    """Sixteen groups side by side, x and hx [n, 16]; zeros where there are fewer."""
+    """Sixteen groups side by side, x and hx [n, 16]; zeros where there are fewer. One importance: hx stays as it is."""
     into = h.size
     if lanes < _LANES:
         x[:] = 0
         hx[:] = 0
     for lane in range(lanes):
         at = (first + lane) * n
-        column = at % into
         for i in range(n):
             x[i, lane] = w[at + i]
-            hx[i, lane] = h[column + i]
+        if into > 1:
+            column = at % into
+            for i in range(n):
+                hx[i, lane] = h[column + i]
+        elif lanes < _LANES:
+            hx[:, lane] = 1
 
 
 @compiled
@@ -68,7 +72,7 @@ def fit_symmetric(w, h, n, low, high, signed, factors, scale):  # type: ignore[n
     """
     groups = w.size // n
     x = np.empty((n, _LANES), np.float32)
-    hx = np.empty((n, _LANES), np.float32)
+    hx = np.ones((n, _LANES), np.float32)
     extreme = np.empty(_LANES, np.float32)
     inverse = np.empty(_LANES, np.float32)
     a = np.empty(_LANES, np.float32)
@@ -118,7 +122,7 @@ def fit_asymmetric(w, h, n, high, factors, scale, zero):  # type: ignore[no-unty
     """
     groups = w.size // n
     x = np.empty((n, _LANES), np.float32)
-    hx = np.empty((n, _LANES), np.float32)
+    hx = np.ones((n, _LANES), np.float32)
     least = np.empty(_LANES, np.float32)
     most = np.empty(_LANES, np.float32)
     inverse = np.empty(_LANES, np.float32)
@@ -175,7 +179,7 @@ def fit_affine(w, h, n, high, factors, scale, minimum):  # type: ignore[no-untyp
     """Scale and minimum (both ≥ 0) of weights ``scale * q - minimum``, q = 0 … ``high``: least squares over a grid."""
     groups = w.size // n
     x = np.empty((n, _LANES), np.float32)
-    hx = np.empty((n, _LANES), np.float32)
+    hx = np.ones((n, _LANES), np.float32)
     least = np.empty(_LANES, np.float32)
     most = np.empty(_LANES, np.float32)
     inverse = np.empty(_LANES, np.float32)
@@ -251,7 +255,7 @@ def choose_scale(w, h, n, reach, base, edge, levels, candidates, chosen):  # typ
     """
     groups, count = candidates.shape
     x = np.empty((n, _LANES), np.float32)
-    hx = np.empty((n, _LANES), np.float32)
+    hx = np.ones((n, _LANES), np.float32)
     inverse = np.empty(_LANES, np.float32)
     s = np.empty(_LANES, np.float32)
     error = np.empty(_LANES, np.float32)
@@ -378,13 +382,18 @@ def refine_affine(w, h, n, high, d, dmin, per, codes, minimums, most, new_d, new
 def round_integer(w, n, scale, minimum, zero, low, high, codes):  # type: ignore[no-untyped-def]
     """Codes ``round((w + minimum) / scale) + zero`` within ``low`` … ``high``, uint8; all three float32 [groups] or [1]."""
     groups = w.size // n
+    rounded = np.empty(n, np.float32)
+    bits = rounded.view(np.uint32)
     for g in range(groups):
         s = scale[g]
         inverse = _ONE / s if s != 0 else _F(0)
         m = minimum[g if minimum.size > 1 else 0]
         z = zero[g if zero.size > 1 else 0]
-        for i in range(g * n, (g + 1) * n):
-            codes[i] = np.uint8(_integer((w[i] + m) * inverse, low - z, high - z) + z)
+        for i in range(n):
+            q = _integer((w[g * n + i] + m) * inverse, low - z, high - z)
+            rounded[i] = q + z + _ROUND
+        for i in range(n):
+            codes[g * n + i] = np.uint8(bits[i])  # the low byte of an integer that stands in the last bits
 
 
 @compiled

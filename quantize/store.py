@@ -68,7 +68,7 @@ def tensor_path(store: Path, name: str) -> Path:
 
 def write_tensor(
     store: Path, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round = rtn.round_to_nearest
-) -> Written:
+) -> None:
     """Round one tensor into its file, streamed by rows, by ``simple``; does nothing when the file is there.
 
     Raises:
@@ -85,7 +85,6 @@ def write_tensor(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    return written(store, source.name)
 
 
 def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round) -> None:

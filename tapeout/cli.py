@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -22,6 +22,9 @@ from rich.text import Text
 from tapeout import __version__, targets
 from tapeout.errors import MissingToolchain, OutputError, PackageError, TapeoutError
 from tapeout.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tapeout.budget import Plan
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -57,6 +60,8 @@ def _register_export(kind: type[targets.Target]) -> None:
         rounding: str | None = None,
         calibration: Path | None = None,
         recipe: Path | None = None,
+        bits: float | None = None,
+        max_kl: float | None = None,
         out: Path | None = None,
         force: Annotated[bool, Flag] = False,
         require: Annotated[list[str] | None, Many] = None,
@@ -68,6 +73,8 @@ def _register_export(kind: type[targets.Target]) -> None:
         rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
         calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
         recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
+        bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
+        max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
         out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
         force: Replace what stands there.
         require: A gate that must run: skipped counts as failed. May be given several times.
@@ -76,8 +83,10 @@ def _register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
-        place = out or Path(f"{Path(model).name}-{settings.scheme}-{kind.name}")
+        place = out or Path(f"{Path(model).name}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
         with _progress() as progress:
+            if _mixed(bits, max_kl):
+                settings = _plan(model, kind, settings, bits, max_kl, progress).recipe
             package, report = run(
                 options or kind(),
                 model,
@@ -106,6 +115,8 @@ def quantize(
     rounding: str | None = None,
     calibration: Path | None = None,
     recipe: Path | None = None,
+    bits: float | None = None,
+    max_kl: float | None = None,
     out: Path,
     force: Annotated[bool, Flag] = False,
     json: Json = False,
@@ -119,6 +130,8 @@ def quantize(
         rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
         calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
         recipe: A TOML file: scheme, rounding, schemes by tensor.
+        bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
+        max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
         out: Where the store goes.
         force: Replace what stands there.
         json: Print a summary to stdout.
@@ -128,6 +141,8 @@ def quantize(
 
     settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
     with _progress() as progress:
+        if _mixed(bits, max_kl):
+            settings = _plan(model, None, settings, bits, max_kl, progress).recipe
         quant = run(
             load(model),
             **settings.rounds(),
@@ -148,6 +163,60 @@ def quantize(
     if json:
         _print_json(summary)
     stderr.print(f"{out}  {quant.scheme}, codes {quant.digest}", soft_wrap=True)
+    return 0
+
+
+@app.command
+def budget(
+    target: str,
+    model: ModelArgument,
+    *,
+    bits: float | None = None,
+    max_kl: float | None = None,
+    rounding: str | None = None,
+    calibration: Path | None = None,
+    recipe: Path | None = None,
+    out: Path | None = None,
+    plot: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Choose each tensor's scheme by a budget, as a recipe for a target, and show what each size would lose.
+
+    Measures once, tensor by tensor, how much of the model its rounding costs; then any budget is a matter of seconds.
+
+    Example: tapeout budget cpu arithmetic --bits 5 --out build/recipe.toml
+
+    Args:
+        target: What is to run the model: `tapeout targets` lists them. Only schemes that it carries exactly are chosen.
+        bits: Bits a weight, over all matrices, as the target's file takes them.
+        max_kl: As small as a predicted KL of this many nats a token allows.
+        rounding: Goes into the recipe. The KL is predicted for rtn, which the others stay below.
+        calibration: A text to measure on. Default: the model's own, or the one that ships with tapeout.
+        recipe: A TOML file without schemes: rounding, calibration, limits.
+        out: Where the recipe goes. Default: it is shown.
+        plot: Draw the size-quality curve to this file (.svg, .png, .pdf).
+        json: Print the mix and the curve to stdout.
+    """
+    from tapeout.budget import plot as draw
+    from tapeout.files import writing
+
+    settings = _recipe(recipe, calibration, rounding=rounding)
+    with _progress() as progress:
+        found = _plan(model, targets.get(target), settings, bits, max_kl, progress)
+    if plot:
+        draw(found, plot)
+    if out:
+        with writing(out):
+            out.write_text(found.toml(), encoding="utf-8")
+    if json:
+        _print_json(found.to_json())
+    table = Table(
+        "bits a weight", "predicted KL", title=f"what each size of {found.model} loses", title_justify="left"
+    )
+    for mix in found.curve:
+        table.add_row(f"{mix.bits:.2f}", f"{mix.kl:.3g}")
+    stderr.print(table)
+    stderr.print("\n".join(found.summary()) if out else Text(found.toml()), soft_wrap=True)
     return 0
 
 
@@ -365,6 +434,29 @@ def _recipe(path: Path | None, text: Path | None, **given: Any) -> Recipe:
     if text:
         given["calibration"] = replace(recipe.calibration or Calibration(), text=text)
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _mixed(bits: float | None, max_kl: float | None) -> str | None:
+    """What a mix by budget is called; None where no budget was given."""
+    if bits is None and max_kl is None:
+        return None
+    return f"{bits:g}bits" if bits is not None else f"kl{max_kl:g}"
+
+
+def _plan(
+    model: str,
+    kind: type[targets.Target] | None,
+    settings: Recipe,
+    bits: float | None,
+    max_kl: float | None,
+    progress: Callable[[str, int, int], None],
+) -> Plan:
+    from tapeout.budget import plan
+    from tapeout.models import load
+
+    found = plan(load(model), kind, settings, bits=bits, max_kl=max_kl, progress=progress)
+    stderr.print("\n".join(found.summary()), soft_wrap=True)
+    return found
 
 
 def _show(report: Any, *, as_json: bool) -> None:

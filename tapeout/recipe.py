@@ -18,7 +18,9 @@ kl = 0.05
 
 from __future__ import annotations
 
+import json
 import tomllib
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,22 @@ class Recipe(BaseModel):
             "calibration": self.calibration,
         }
 
+    def toml(self) -> str:
+        """What was set, as a recipe file; ``read`` gives the same back."""
+        values, tables = [], []
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if key not in self.model_fields_set or value is None:
+                continue
+            if is_dataclass(value) and not isinstance(value, type):
+                value = asdict(value)
+            if isinstance(value, dict):
+                rows = [f"{_toml(name)} = {_toml(each)}" for name, each in value.items() if each is not None]
+                tables.append("\n".join([f"\n[{key}]", *rows]))
+            else:
+                values.append(f"{key} = {_toml(value)}")
+        return "\n".join([*values, *tables]) + "\n"
+
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """Read a recipe file; RecipeError names the key that is wrong and the closest known one."""
@@ -95,3 +113,11 @@ class Recipe(BaseModel):
                     f"{source} has an unknown key '{key}'{nearest(str(first['loc'][-1]), known)}."
                 ) from None
             raise RecipeError(f"{source}: {key} is {first['input']!r}: {first['msg']}.") from None
+
+
+def _toml(value: Any) -> str:
+    """A TOML value, or a quoted key."""
+    if isinstance(value, int | float):
+        return repr(value)
+    # A JSON string is a TOML one but for this character.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -5,6 +5,7 @@ Logits go to mapped files, so that no two models and no text's logits need be in
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -161,10 +162,11 @@ class Evidence:
         return corpus.hostile([token["content"] for token in added][:32])
 
     def close(self) -> None:
-        """End what is still open."""
-        for session in (self._deployed, self._worker):
-            if session:
-                session.close()
+        """End what is still open; the reference's process is kept for the next validation."""
+        if self._deployed:
+            self._deployed.close()
+        if self._worker and not self._worker.ended:
+            _keep_referee(self._worker)
 
     def reference(
         self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
@@ -187,6 +189,8 @@ class Evidence:
     @contextmanager
     def _referee(self, spec: SessionSpec) -> Iterator[WorkerSession]:
         """The reference, one model after the other in one worker: importing torch takes longer than loading a small model."""
+        if self._worker is None:
+            self._worker = _referees.pop(spec.process, None)
         if self._worker is None:
             self._worker = open_session(spec)
         else:
@@ -257,6 +261,24 @@ class Evidence:
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(stage, done, total)
+
+
+_referees: dict[object, WorkerSession] = {}
+
+
+def _keep_referee(worker: WorkerSession) -> None:
+    """Keep a released worker for the next validation in this process: importing torch takes longer than a small model does."""
+    if not isinstance(worker, WorkerSession) or worker.process in _referees:
+        worker.close()
+        return
+    if not _referees:
+        atexit.register(_dismiss_referees)
+    _referees[worker.process] = worker
+
+
+def _dismiss_referees() -> None:
+    while _referees:
+        _referees.popitem()[1].close()
 
 
 def answer(session: Session, prompt: str, generation: Generation) -> str:

@@ -77,6 +77,15 @@ class Reference:
         tokenizer = self._load_tokenizer()
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def substitute(self, name: str, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
+        import torch
+
+        parameter = self._network.get_parameter(name)
+        before = parameter.data.numpy()
+        parameter.data = torch.from_numpy(weight)
+        return cast("npt.NDArray[np.float32]", before)
+
     def close(self) -> None:
         """Free the model."""
         self._network = self._cache = None

@@ -75,6 +75,11 @@ class SessionSpec:
     python: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def process(self) -> tuple[object, ...]:
+        """What a process must share to open another session of this kind."""
+        return self.factory, self.python, tuple(sorted(self.environment.items()))
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)

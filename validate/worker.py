@@ -53,6 +53,7 @@ class WorkerSession:
 
     def __init__(self, spec: SessionSpec) -> None:
         self._name = spec.factory
+        self.process = spec.process
         self._busy = False
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
         command = [spec.python or sys.executable, "-P", "-c", _MAIN]

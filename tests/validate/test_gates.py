@@ -648,6 +648,7 @@ def test_decode_without_a_runtime_and_with_a_dead_one(look: Look) -> None:
 
 def measured(original: Logits, dequantized: Logits, ids: list[int], limits: Limits, scheme: str) -> Any:
     evidence = SimpleNamespace(
+        model=SimpleNamespace(quantization=None),
         quant=SimpleNamespace(scheme=SCHEMES[scheme]),
         original=[original],
         dequantized=[dequantized],
