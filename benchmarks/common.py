@@ -61,6 +61,12 @@ def generated(directory: Path, fields: dict[str, Any]) -> Path:
             "write_model(Path(sys.argv[1]), 'llama', json.loads(sys.argv[2]), dtype='BF16', shard_bytes=1 << 30)"
         )
         run(sys.executable, "-c", code, directory, json.dumps(fields))
+        # llama.cpp refuses what its converter makes of a BPE without merges.
+        path = directory / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["model"]["vocab"]["ĠĠ"] = 300
+        tokenizer["model"]["merges"] = [["Ġ", "Ġ"]]
+        path.write_text(json.dumps(tokenizer))
         (directory / "whole").touch()
     return directory
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
@@ -32,6 +33,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
 }
 FLOATS = ("F32", "F16", "BF16")
+_PIECE = 1 << 24
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -62,7 +64,7 @@ class SourceTensor:
         if self.nbytes == 0:
             return np.zeros(shape, kind)
         # A mapping per tensor, so that dropping the array gives its pages back.
-        mapped = np.memmap(self.file, kind, "r", self.offset, shape)
+        mapped = np.memmap(os.fspath(self.file), kind, "r", self.offset, shape)
         if not self.heads:
             return mapped
         # The rows of a head: element i beside i + dim / 2 in the file, as two halves in Hugging Face's order.
@@ -76,7 +78,12 @@ class SourceTensor:
 
     def sha256(self) -> str:
         """Digest of the tensor's bytes."""
-        return hashlib.sha256(self.bits().data if self.nbytes else b"").hexdigest()
+        digest = hashlib.sha256()
+        # Piece by piece, so that no more of it is resident.
+        for at in range(0, self.nbytes, _PIECE):
+            size = min(_PIECE, self.nbytes - at)
+            digest.update(np.memmap(os.fspath(self.file), np.uint8, "r", self.offset + at, (size,)).data)
+        return digest.hexdigest()
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

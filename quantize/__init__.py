@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -281,25 +281,33 @@ def _plain(
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
     done, found = 0, store.Findings()
-    written: dict[str, Future[store.Written]] = {}
-    for name, scheme in schemes.items():
+
+    def tensor(name: str) -> store.Written | None:
+        """Round a tensor, or find that it stays float; None for the latter."""
         source = model.checkpoint[name]
-        if scheme.kind != "none":
+        if schemes[name].kind != "none":
             try:
-                store.write_tensor(directory, source, scheme, pool, simple)
-                written[name] = pool.submit(
-                    store.written, directory, name
-                )  # hashed while the next one is rounded
+                store.write_tensor(directory, source, schemes[name], pool, simple)
+                return store.written(directory, name)
             except ScaleOverflow:
                 found.fallbacks[name] = (
-                    f"a scale of {scheme} does not fit float16; the tensor stays {source.dtype}"
+                    f"a scale of {schemes[name]} does not fit float16; the tensor stays {source.dtype}"
                 )
-        if name not in written:
-            store.check_finite(source, pool)
-        done += int(np.prod(source.shape))
-        if progress:
-            progress("quantize", done, total)
-    found.tensors = {name: entry.result() for name, entry in written.items()}
+        store.check_finite(source, pool)
+        return None
+
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool.
+    with ThreadPoolExecutor(2) as feeders:
+        try:
+            for name, entry in zip(schemes, feeders.map(tensor, schemes), strict=True):
+                if entry is not None:
+                    found.tensors[name] = entry
+                done += int(np.prod(model.specs[name].shape))
+                if progress:
+                    progress("quantize", done, total)
+        except BaseException:
+            feeders.shutdown(wait=True, cancel_futures=True)
+            raise
     return found
 
 

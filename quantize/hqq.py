@@ -45,7 +45,7 @@ def round_hqq(
     grid = best = lattice.fit(weight, scheme, importance, tensor_scale=tensor_scale)
     if scheme.scales in ("e8m0", "e4m3"):  # rtn tried all scales near: another has a larger squared error
         return Rounded(lattice.nearest(weight, scheme, grid), grid)
-    h = np.ones(weight.shape[1], np.float32) if importance is None else lattice._positive(importance)
+    h = np.ones(weight.shape[1], np.float32) if importance is None else lattice.positive(importance)
     searched = scheme.scales == "super"
     target = np.empty_like(weight) if searched else np.empty((0, 0), np.float32)
     sums = least = squared = np.empty(0, np.float32)
@@ -202,8 +202,8 @@ def _closed_form(sums: Floats, scheme: Scheme, grid: Grid) -> Grid:
     if scheme.scales == "double":
         return Grid(scale, parts={"scale": scale})
     if grid.zero_point is None or zero is None:
-        return lattice._with_float16(scale)
-    return lattice._with_float16(scale, np.where(usable, zero, grid.zero_point).astype(np.uint8))
+        return lattice.with_float16(scale)
+    return lattice.with_float16(scale, np.where(usable, zero, grid.zero_point).astype(np.uint8))
 
 
 def _searched(target: Floats, weight: Floats, scheme: Scheme, importance: Floats | None) -> Grid:

@@ -397,6 +397,25 @@ def round_integer(w, n, scale, minimum, zero, low, high, codes):  # type: ignore
 
 
 @compiled
+def round_scales(bits, held, half):  # type: ignore[no-untyped-def]
+    """float32 scales as float16 holds them: bits uint32 to the bits of the float32 and the float16, ties to even.
+
+    What is below 2^-14, the smallest normal, becomes that. Returns how many did that were not zero, and whether all others fit.
+    """
+    clamped, largest = 0, np.uint32(0)
+    for i in range(bits.size):
+        sign, size = bits[i] & np.uint32(0x80000000), bits[i] & np.uint32(0x7FFFFFFF)
+        small = size < np.uint32(0x38800000)
+        clamped += small & (size > 0)
+        largest = max(largest, size)
+        near = (size + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+        near = np.uint32(0x38800000) if small else near
+        held[i] = sign | near
+        half[i] = np.uint16((sign >> np.uint32(16)) | ((near - np.uint32(0x38000000)) >> np.uint32(13)))
+    return clamped, largest <= np.uint32(0x477FE000)  # 65504
+
+
+@compiled
 def round_levels(w, n, scale, reach, base, edge, codes):  # type: ignore[no-untyped-def]
     """The index of the level of a codebook that is nearest to ``w / scale``, uint8."""
     groups = w.size // n

@@ -26,7 +26,7 @@ _INFINITY = np.uint32(0xFF000000)  # the key of infinity; NaNs lie above
 
 # How much of a group's range the codes span: below 1 they reach beyond its extreme, above 1 they clip it. The plain grid comes
 # first, so that it stays where others are as good.
-_FAST = np.array(
+_FAST = np.array([1.0, 1.08], np.float32)  # without data: within 1 % of what _FINE reaches, at a third of the time
     [1.0, 0.88, 1.1], np.float32
 )  # without data: within 0.2 % of what _FINE reaches, in half the time
 _FINE = np.array([1.0, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.14, 1.22], np.float32)
@@ -96,8 +96,8 @@ def fit(
     w = np.ascontiguousarray(weight).reshape(-1)
     if scheme.scales == "super":
         alike = np.ones(into, np.float32)
-        return _fit_super(w, alike if importance is None else _positive(importance), scheme, rows)
-    h = np.ones(1, np.float32) if importance is None else _positive(importance)
+        return _fit_super(w, alike if importance is None else positive(importance), scheme, rows)
+    h = np.ones(1, np.float32) if importance is None else positive(importance)
     fine = _FAST if importance is None else _FINE
     shape = (rows, into // n)
     if scheme.kind == "symmetric":
@@ -107,12 +107,12 @@ def fit(
         signed, middle = scheme.bits < 8, np.float32(2 ** (scheme.bits - 1))
         low, factors = (-middle, fine if scheme.bits == 4 else _WIDE) if signed else (1 - middle, _BYTE)
         _check(kernels.fit_symmetric(w, h, n, low, middle - 1, signed, factors, scale.reshape(-1)), w)
-        return _with_float16(scale)
+        return with_float16(scale)
     if scheme.kind == "asymmetric":
         scale, zero = np.empty(shape, np.float32), np.empty(shape, np.float32)
         high = np.float32(2**scheme.bits - 1)
         _check(kernels.fit_asymmetric(w, h, n, high, fine, scale.reshape(-1), zero.reshape(-1)), w)
-        return _with_float16(scale, zero.astype(np.uint8))
+        return with_float16(scale, zero.astype(np.uint8))
     return _fit_levels(w, h, n, scheme, shape, tensor_scale)
 
 
@@ -289,10 +289,10 @@ def _fit_levels(
     ):  # byte-equal to bitsandbytes, which searches nothing, and quantizes the scales afterwards
         return Grid(largest, parts={"scale": largest})
     if scheme.levels == "e4m3":  # as fine at any scale
-        return _with_float16(np.asarray(largest / np.float32(448), np.float32))
+        return with_float16(np.asarray(largest / np.float32(448), np.float32))
     table = _table(scheme.levels)
     if scheme.scales == "float16":
-        candidates = _to_float16(largest[..., None] * np.array([0.82, 0.88, 0.93, 0.97, 1.0], np.float32))
+        candidates, *_ = _to_float16(largest[..., None] * np.array([0.82, 0.88, 0.93, 0.97, 1.0], np.float32))
         codes = None
     elif scheme.scales == "e8m0":
         # OCP Microscaling Formats 1.0, section 6.3: the exponent of the largest magnitude less that of 6; and its neighbours.
@@ -311,7 +311,7 @@ def _fit_levels(
     scale = np.take_along_axis(flat, chosen[:, None], 1).reshape(shape)
     if codes is None:
         tiny = (largest != 0) & (largest < np.float32(_SMALLEST))
-        return replace(_with_float16(scale), clamped=int(np.count_nonzero(tiny)))
+        return replace(with_float16(scale), clamped=int(np.count_nonzero(tiny)))
     kept = np.take_along_axis(codes.reshape(largest.size, -1), chosen[:, None], 1).reshape(shape)
     return Grid(scale, parts={"scale_codes": kept.astype(np.uint8)})
 
@@ -375,7 +375,7 @@ def _finite16(values: Floats) -> Floats:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _positive(importance: Floats) -> Floats:
+def positive(importance: Floats) -> Floats:
     """Importance with a mean of 1 and none below a millionth of it: a column that no data reached still has a nearest code."""
     h = importance.astype(np.float64)
     mean = h.mean()
@@ -400,22 +400,24 @@ def _signed_extreme(grouped: Floats) -> Floats:
     return found
 
 
-def _to_float16(scale: Floats) -> Floats:
-    """Scales as float16 holds them, those below its normal range raised to the smallest normal."""
-    if scale.size and np.abs(scale).max() > _LARGEST:
+def _to_float16(scale: Floats) -> tuple[Floats, npt.NDArray[np.float16], int]:
+    """Scales as float16 holds them, in both types, those below its normal range raised to the smallest normal; and how many.
+
+    A group of zeros is exact under any scale, and is not counted.
+    """
+    scale = np.ascontiguousarray(scale)
+    held, half = np.empty(scale.shape, np.float32), np.empty(scale.shape, np.float16)
+    bits = [array.reshape(-1).view(f"u{array.itemsize}") for array in (scale, held, half)]
+    clamped, fits = kernels.round_scales(*bits)
+    if not fits:
         raise ScaleOverflow
-    rounded = scale.astype(np.float16)
-    small = np.abs(rounded) < _SMALLEST
-    if small.any():
-        rounded = np.where(small, np.copysign(_SMALLEST, rounded), rounded)
-    return rounded.astype(np.float32)
+    return held, half, clamped
 
 
-def _with_float16(scale: Floats, zero_point: npt.NDArray[np.uint8] | None = None) -> Grid:
-    """A grid of float16 scales; a group of zeros is exact under any, and is not counted as clamped."""
-    held = _to_float16(scale)
-    clamped = int(np.count_nonzero((np.abs(scale) < np.float32(_SMALLEST)) & (scale != 0)))
-    parts: dict[str, npt.NDArray[Any]] = {"scale": held.astype(np.float16)}
+def with_float16(scale: Floats, zero_point: npt.NDArray[np.uint8] | None = None) -> Grid:
+    """A grid of float16 scales."""
+    held, half, clamped = _to_float16(scale)
+    parts: dict[str, npt.NDArray[Any]] = {"scale": half}
     if zero_point is not None:
         parts["zero_point"] = zero_point
     return Grid(held, None, zero_point, parts, clamped)

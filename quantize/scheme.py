@@ -137,7 +137,8 @@ class Scheme:
     def bits_per_weight(self, in_features: int) -> float:
         """Bits that a weight takes in a row of ``in_features``, its share of scale, minimum and zero point counted.
 
-        What a tensor has once (the offset of double quantization, the float32 of e4m3 scales) is not.
+        What a tensor has once (the offset of double quantization, the float32 of e4m3 scales) is not. It is what a packed file
+        takes; the store spends a whole byte on a zero point and on a sub-scale.
         """
         if self.kind == "none":
             raise SchemeError("scheme none has the checkpoint's own width.")

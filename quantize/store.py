@@ -34,7 +34,7 @@ FORMAT_VERSION = 2
 Round = Callable[..., rtn.Rounded]
 """``rtn.round_to_nearest``, or what takes its arguments."""
 
-_TASK_WEIGHTS = 1 << 22  # weights that one task of the pool rounds
+_TASK_WEIGHTS = 1 << 21  # weights that one task of the pool rounds: few enough that no core waits long for the last one
 _STEP_WEIGHTS = 1 << 18  # weights in work at a time: a few float32 arrays of this size fit a core's cache
 
 
@@ -91,12 +91,11 @@ def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executo
     out, into = source.shape
     layout = lattice.layout(scheme, out, into)
     _, at = _lay_out(layout, scheme, 0)
-    bits = source.bits()
     task = max(1, _TASK_WEIGHTS // into)
     whole, scales = None, np.empty((0, 0), np.float32)
     if scheme.scales == "e4m3":
         largest = pool.map(
-            lambda row: np.abs(to_float32(bits[row : row + task], source.dtype)).max(initial=0.0),
+            lambda row: np.abs(source.float32(slice(row, row + task))).max(initial=0.0),
             range(0, out, task),
         )
         whole = lattice.tensor_scale(float(max(largest)), scheme)
@@ -110,6 +109,7 @@ def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executo
         clamped = 0
         step = max(1, _STEP_WEIGHTS // into)
         end = min(out, first + task)
+        bits = source.bits()  # a map a task: what it has read leaves memory with it
         for row in range(first, end, step):
             rows = slice(row, min(row + step, end))
             rounded = simple(to_float32(bits[rows], source.dtype), scheme, tensor_scale=whole)

@@ -1,9 +1,9 @@
-"""Fill in the parts of README.md that are generated, each between ``<!-- name -->`` and ``<!-- /name -->``.
+"""Fill in the parts of README.md and docs/ that are generated, each between ``<!-- name -->`` and ``<!-- /name -->``.
 
-    .venv/bin/python scripts/readme.py [--demo]
+    .venv/bin/python scripts/readme.py [--demo] [--plot]
 
-``carry`` comes from what the targets say that they carry; ``demo`` from a run of the demo's command (with --demo); ``figures``
-from the JSON lines under benchmarks/results/.
+``carry`` comes from what the targets say that they carry; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
+``curve`` from the JSON lines under benchmarks/results/, and with --plot (needs matplotlib) docs/curve.svg.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def demo() -> str:
 def figures() -> str:
     """One line for each figure that the benchmarks hold themselves to."""
     found = {path.stem: _result(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.txt"))}
-    rows = ["| what | tapeout | llama.cpp's tools | ratio |", "|---|---|---|---|"]
+    rows = ["| what | tapeout | peer | ratio |", "|---|---|---|---|"]
     for name, title in (("gguf_export", "1.1B checkpoint to"), ("gguf_export_7b", "7B checkpoint to")):
         for kind in ("Q4_0", "Q8_0"):
             one = found.get(name, {}).get(kind)
             if one:
                 ours = f"{one['wall_s']:.1f} s, {one['peak_rss_gb']:.2f} GB peak"
                 theirs = (
-                    f"{one['peer_wall_s']:.1f} s, {one['peer_peak_rss_gb']:.2f} GB"
+                    f"{one['peer_wall_s']:.1f} s, {one['peer_peak_rss_gb']:.2f} GB (llama.cpp)"
                     if "peer_wall_s" in one
                     else ""
                 )
@@ -63,7 +63,84 @@ def figures() -> str:
     if one := found.get("cpu_7b"):
         fraction = f"{one['roofline_fraction']:.0%} of {one['bandwidth_gb_per_s']:.1f} GB/s"
         rows.append(f"| 7B in INT4, decode | {one['decode_tokens_per_s']:.1f} tokens/s, {fraction} | | |")
+    for run in found.get("calibrate", {}).get("runs", []):
+        ours = f"{run['wall_s']:.0f} s, {run['peak_rss_gb']:.2f} GB peak"
+        theirs = (
+            f"{run['peer_wall_s']:.0f} s, {run['peer_peak_rss_gb']:.2f} GB (llm-compressor)"
+            if "speedup" in run
+            else ""
+        )
+        what = f"{run['rounding'].upper()} of a {run['depth']}-layer Llama, hidden {found['calibrate']['hidden']}"
+        rows.append(f"| {what} | {ours} | {theirs} | {_times(run.get('speedup'))} |")
+    if "quality" in found:
+        won = found["quality"]["comparisons"] - len(found["quality"]["lost"])
+        rows.append(
+            f"| mean KL at no more bits: [the curve](docs/quantization.md) | lower in {won} of {found['quality']['comparisons']} | "
+            "llama-quantize, llm-compressor, HQQ, bitsandbytes | |"
+        )
     return "\n".join(rows)
+
+
+def curve() -> str:
+    """Quality at each size: ours with calibrated rounding, and every peer's variant at no fewer bits."""
+    path = ROOT / "benchmarks" / "results" / "quality.txt"
+    if not path.exists():
+        return ""
+    result = _result(path)
+    rows = [
+        "![mean KL against bits a weight](curve.svg)",
+        "",
+        f"Measured on `{result['model']}` by `benchmarks/quality.py`: mean KL of the original to the dequantized model in nats, on text "
+        "that nothing was calibrated on; the bits are those of all weights, embedding included.",
+        "",
+        "| who | what | bits a weight | mean KL | same top-1 | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {row['peer']} | {row['variant']} | {row['bits_per_weight']:.3f} | {row['mean_kl']:.5f} | {row['top1']:.1%} | "
+        f"{row['perplexity']:.2f} |"
+        for row in result["variants"]
+    ]
+    won = result["comparisons"] - len(result["lost"])
+    rows += [
+        "",
+        f"Against each peer's variant stands our best of no more bits, as a whole and for the linear layers alone: ours is lower in {won} "
+        f"of {result['comparisons']} comparisons.",
+    ]
+    return "\n".join(rows)
+
+
+def plot(path: Path) -> None:
+    """The curve as a picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "tapeout"  # the same bytes each time
+    from matplotlib import pyplot
+
+    result = _result(ROOT / "benchmarks" / "results" / "quality.txt")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    peers = sorted({row["peer"] for row in result["variants"]}, key=lambda peer: peer != "tapeout")
+    for peer, marker in zip(peers, "osD^vP", strict=False):
+        rows = [row for row in result["variants"] if row["peer"] == peer]
+        axes.scatter(
+            [row["bits_per_weight"] for row in rows],
+            [row["mean_kl"] for row in rows],
+            label=peer,
+            marker=marker,
+            s=28,
+            zorder=3 if peer == "tapeout" else 2,
+        )
+    best: list[dict[str, Any]] = []
+    for row in result["variants"]:  # by bits, ascending
+        if row["peer"] == "tapeout" and (not best or row["mean_kl"] < best[-1]["mean_kl"]):
+            best.append(row)
+    axes.plot([row["bits_per_weight"] for row in best], [row["mean_kl"] for row in best], linewidth=1)
+    axes.set(yscale="log", xlabel="bits a weight, embedding included", ylabel="mean KL, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _times(ratio: float | None) -> str:
@@ -90,6 +167,10 @@ def main() -> None:
     if "--demo" in sys.argv[1:]:
         text = filled(text, "demo", demo())
     readme.write_text(text, encoding="utf-8")
+    guide = ROOT / "docs" / "quantization.md"
+    guide.write_text(filled(guide.read_text(encoding="utf-8"), "curve", curve()), encoding="utf-8")
+    if "--plot" in sys.argv[1:]:
+        plot(ROOT / "docs" / "curve.svg")
 
 
 if __name__ == "__main__":

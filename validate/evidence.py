@@ -111,6 +111,15 @@ class Evidence:
         spec = self.reference(arithmetic=self.device.arithmetic)
         return self.record("rounded", spec, [*self.sequences, self.probe])
 
+    @cached_property
+    def float_noise(self) -> float:
+        """How far float32 itself takes the reference from float64: largest logit difference / std."""
+        exact = self.record("float64", self.reference(arithmetic="float64"), self.sequences)
+        distance = Distance()
+        for mine, theirs in zip(exact, self.dequantized, strict=True):
+            distance.add(mine, theirs)
+        return distance.max
+
     @property
     def window(self) -> int | None:
         """The sliding window in tokens, where the artifact's context goes past it."""

@@ -112,7 +112,7 @@ class Reference:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        return cast(Logits, out.logits[0].numpy())
+        return cast(Logits, out.logits[0].float().numpy())
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
@@ -128,7 +128,7 @@ class Reference:
 def open_session(
     model: str,
     store: str | None = None,
-    arithmetic: Literal["float32", "ggml"] = "float32",
+    arithmetic: Literal["float32", "float64", "ggml"] = "float32",
     layers: int | None = None,
     threads: int | None = None,
 ) -> Reference:
@@ -138,7 +138,7 @@ def open_session(
         model: what ``tapeout.models.load`` takes.
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
-        arithmetic: ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
+        arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
 
@@ -147,8 +147,10 @@ def open_session(
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
     _prepare(threads)
-    if arithmetic not in ("float32", "ggml"):
-        raise TapeoutError(f"the reference has no arithmetic '{arithmetic}'; it has float32 and ggml.")
+    if arithmetic not in ("float32", "float64", "ggml"):
+        raise TapeoutError(
+            f"the reference has no arithmetic '{arithmetic}'; it has float32, float64 and ggml."
+        )
     source = load(model)
     depth = source.config.num_layers
     if layers is not None and not 1 <= layers <= depth:
@@ -162,6 +164,8 @@ def open_session(
     network = _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
+    if arithmetic == "float64":
+        network.double()
     if quant is not None and arithmetic == "ggml":
         _round_inputs(network, quant)
     facts = _facts(before, begin, source.config.max_position_embeddings)
