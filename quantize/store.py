@@ -34,7 +34,9 @@ FORMAT_VERSION = 2
 Round = Callable[..., rtn.Rounded]
 """``rtn.round_to_nearest``, or what takes its arguments."""
 
-_TASK_WEIGHTS = 1 << 21  # weights that one task of the pool rounds: few enough that no core waits long for the last one
+_TASK_WEIGHTS = (
+    1 << 21
+)  # weights that one task of the pool rounds: few enough that no core waits long for the last one
 _STEP_WEIGHTS = 1 << 18  # weights in work at a time: a few float32 arrays of this size fit a core's cache
 
 
