@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout import CalledByItsName
+from tapeout import CalledByItsName, __version__
 from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
 from tapeout.memory import keep_freed_memory
@@ -142,6 +142,7 @@ def quantize(
         source = model.checkpoint.sha256(pool)
         recipe = {
             "format_version": store.FORMAT_VERSION,
+            "tapeout": __version__,  # another version may choose better codes
             "source_sha256": source,
             "scheme": plan.scheme.name,
             "rounding": plan.rounding,
@@ -244,8 +245,6 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
-    from tapeout import __version__
-
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
     simple = hqq.round_hqq if plan.rounding == "hqq" else rtn.round_to_nearest
     if plan.foreign is not None:
@@ -260,7 +259,6 @@ def _fill(
         ).run()
     index = {
         **recipe,
-        "tapeout": __version__,
         "tensors": {name: asdict(entry) for name, entry in found.tensors.items()},
         "fallbacks": found.fallbacks,
         "notes": found.notes,

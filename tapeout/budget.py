@@ -140,7 +140,7 @@ def plan(
         MissingToolchain: torch or transformers is not installed.
     """
     recipe = recipe or Recipe()
-    _check(recipe, bits, max_kl)
+    _check(model, recipe, bits, max_kl)
     costs = measure(model, recipe.calibration, progress)
     options = {name: choices(model, name, costs[name], target) for name in costs}
     weights = [math.prod(model.specs[name].shape) for name in options]
@@ -168,20 +168,26 @@ def plan(
         who = f"the target {target.name} carries exactly" if target else "there is"
         raise RecipeError(f"No mix of what {who} keeps {model.name} within {budget}: {closest}.")
     chosen = mix(*found)
-    first = math.ceil(least.bits / _STEP) * _STEP
-    sizes = np.arange(first, min(most.bits, 9.0) + _STEP / 2, _STEP)
-    curve = [mix(*at) for each in sizes if (at := allocate(loss, size, float(each))) is not None]
+    curve = [least]
+    for each in np.arange(math.ceil(least.bits / _STEP) * _STEP, min(most.bits, 9.0) + _STEP / 2, _STEP):
+        at = allocate(loss, size, float(each))
+        if at is not None and (next_one := mix(*at)).kl < curve[-1].kl:
+            curve.append(next_one)
     return Plan(
         model=model.name,
         target=target.name if target else None,
         budget=budget,
         mix=chosen,
-        curve=(least, *curve),
+        curve=tuple(curve),
         recipe=as_recipe(model, chosen, recipe, max_kl),
     )
 
 
-def _check(recipe: Recipe, bits: float | None, max_kl: float | None) -> None:
+def _check(model: Model, recipe: Recipe, bits: float | None, max_kl: float | None) -> None:
+    if model.quantization is not None:
+        raise RecipeError(
+            f"{model.name} is quantized already: its codes are carried as they are, and a budget has nothing to choose."
+        )
     if (bits is None) == (max_kl is None):
         raise RecipeError("A budget is either --bits, bits a weight, or --max-kl, nats a token.")
     given = bits if bits is not None else max_kl
@@ -389,7 +395,7 @@ def as_recipe(model: Model, mix: Mix, recipe: Recipe, max_kl: float | None = Non
 
     Limits that ``recipe`` does not set: the KL is ``max_kl``, or one and a half times what is predicted where the most frequent
     scheme's own is less; log perplexity grows by no more than that, and three standard deviations over ``recipe.tokens`` (a log
-    ratio of probabilities varies by about twice the KL).
+    ratio of probabilities varies by about twice the KL). Nothing that was not asked for is stricter than for that scheme.
     """
     coded = Counter(scheme for scheme in mix.schemes.values() if scheme != "none")
     scheme = coded.most_common(1)[0][0] if coded else "none"
@@ -407,15 +413,18 @@ def as_recipe(model: Model, mix: Mix, recipe: Recipe, max_kl: float | None = Non
             tensors[name.removesuffix(".weight")] = chosen
     own, usual = recipe.limits, recipe.limits.for_scheme(Scheme.parse(scheme))
     assert usual.kl is not None
+    assert usual.top1 is not None
     assert usual.perplexity is not None
-    kl = max(1.5 * mix.kl, usual.kl) if max_kl is None else max_kl
-    if own.kl is not None:
-        kl = own.kl
-    perplexity = max(math.exp(kl + 3 * math.sqrt(2 * kl / recipe.tokens)), usual.perplexity)
+    kl = own.kl if own.kl is not None else max_kl
+    if kl is None:
+        kl = _rounded_up(max(1.5 * mix.kl, usual.kl))
+    spread = kl + 3 * math.sqrt(2 * kl / recipe.tokens)
     limits = Limits(
-        kl=_rounded_up(kl) if kl != max_kl else kl,
-        top1=own.top1,
-        perplexity=own.perplexity if own.perplexity is not None else _rounded_up(perplexity),
+        kl=kl,
+        top1=own.top1 if own.top1 is not None else min(usual.top1, 1 - _rounded_up(math.sqrt(kl / 2))),
+        perplexity=own.perplexity
+        if own.perplexity is not None
+        else max(usual.perplexity, _rounded_up(math.exp(spread))),
         task=own.task,
     )
     raw = {name: getattr(recipe, name) for name in recipe.model_fields_set}

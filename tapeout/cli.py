@@ -207,16 +207,16 @@ def budget(
         draw(found, plot)
     if out:
         with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(found.toml(), encoding="utf-8")
+    else:
+        stderr.print(Text(found.recipe.toml()), soft_wrap=True)
     if json:
         _print_json(found.to_json())
-    table = Table(
-        "bits a weight", "predicted KL", title=f"what each size of {found.model} loses", title_justify="left"
-    )
+    table = Table("bits a weight", "predicted KL, nats a token")
     for mix in found.curve:
         table.add_row(f"{mix.bits:.2f}", f"{mix.kl:.3g}")
     stderr.print(table)
-    stderr.print("\n".join(found.summary()) if out else Text(found.toml()), soft_wrap=True)
     return 0
 
 
@@ -455,7 +455,7 @@ def _plan(
     from tapeout.models import load
 
     found = plan(load(model), kind, settings, bits=bits, max_kl=max_kl, progress=progress)
-    stderr.print("\n".join(found.summary()), soft_wrap=True)
+    stderr.print(Text("\n".join(found.summary())), soft_wrap=True)
     return found
 
 

@@ -19,6 +19,7 @@ kl = 0.05
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Recipe(BaseModel):
             if is_dataclass(value) and not isinstance(value, type):
                 value = asdict(value)
             if isinstance(value, dict):
-                rows = [f"{_toml(name)} = {_toml(each)}" for name, each in value.items() if each is not None]
+                rows = [f"{_key(name)} = {_toml(each)}" for name, each in value.items() if each is not None]
                 tables.append("\n".join([f"\n[{key}]", *rows]))
             else:
                 values.append(f"{key} = {_toml(value)}")
@@ -115,8 +116,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"{source}: {key} is {first['input']!r}: {first['msg']}.") from None
 
 
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
 def _toml(value: Any) -> str:
-    """A TOML value, or a quoted key."""
     if isinstance(value, int | float):
         return repr(value)
     # A JSON string is a TOML one but for this character.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,17 @@ MakeModel = Callable[..., Path]
 
 def pytest_configure() -> None:
     """A core for each worker of xdist: runtimes that wait for one another's threads on shared cores take ten times as long."""
+    os.environ["TAPEOUT_CACHE"] = tempfile.mkdtemp(
+        prefix="tapeout-tests-"
+    )  # what modules share; each test has its own
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TAPEOUT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import SchemeError
+from tapeout.errors import ModelError, SchemeError
 from tapeout.models import Model, SourceTensor, load
 from tapeout.quantize import SCHEMES, Scheme, store
 from tapeout.quantize.lattice import ScaleOverflow
@@ -30,6 +30,7 @@ __all__ = ["Cost", "SensitivitySession", "offered", "open_session"]
 
 # Bits a weight near which the KL is measured: where it still grows as the squared error does, and where no longer.
 _MEASURED = (4.5, 3.25)
+_ROWS = 128  # tokens whose logits are in work at a time
 
 
 @dataclass(frozen=True)
@@ -108,20 +109,28 @@ class Sensitivity:
 
     def _kl(self, name: str, weight: npt.NDArray[np.float32]) -> float:
         before = self._network.substitute(name, weight)
+        kl: list[npt.NDArray[np.float64]] = []
         try:
-            found = [self._prefill(ids) for ids in self._windows]
+            for ids, original in zip(self._windows, self._original, strict=True):
+                logits = self._prefill(ids)
+                pieces = [slice(at, at + _ROWS) for at in range(0, len(ids), _ROWS)]
+                kl += self._pool.map(
+                    _divergence, [original[rows] for rows in pieces], [logits[rows] for rows in pieces]
+                )
         finally:
             self._network.substitute(name, before)
-
-        def divergence(pair: tuple[Logits, Logits]) -> npt.NDArray[np.float64]:
-            return kl_divergence(pair[0].astype(np.float64), pair[1].astype(np.float64))
-
-        pairs = zip(self._original, found, strict=True)
-        return float(np.concatenate(list(self._pool.map(divergence, pairs))).mean())
+        mean = float(np.concatenate(kl).mean())
+        if not np.isfinite(mean):
+            raise ModelError(f"{self._model.name} gives NaN or infinite logits with {name} rounded.")
+        return mean
 
     def _prefill(self, ids: Sequence[int]) -> Logits:
         self._network.reset()
         return self._network.prefill(ids)
+
+
+def _divergence(original: Logits, rounded: Logits) -> npt.NDArray[np.float64]:
+    return kl_divergence(original.astype(np.float64), rounded.astype(np.float64))
 
 
 def open_session(model: str, windows: Sequence[Sequence[int]], threads: int | None = None) -> Sensitivity:

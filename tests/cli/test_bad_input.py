@@ -291,7 +291,7 @@ def test_a_runtime_that_is_not_installed(copied: Path, tmp_path: Path) -> None:
     gates = {gate["name"]: gate for gate in json.loads(validated.stdout)["gates"]}
     assert gates["decode"]["status"] == "skipped"
     assert "pip install" in gates["decode"]["reason"]
-    assert gates["codes"]["status"] == "passed"
+    assert gates["codes"]["status"] == "passed", gates["codes"]["reason"]
     required = tapeout("validate", copied, "--model", "arithmetic", "--require", "decode", env=environment)
     assert required.returncode == 1
 

@@ -150,8 +150,8 @@ def test_only_the_ratios_of_importance_count(scheme: Scheme) -> None:
     one, other = rtn(weight, scheme, importance), rtn(weight, scheme, importance * np.float32(2**20))
     np.testing.assert_array_equal(one.codes, other.codes)
     np.testing.assert_array_equal(one.grid.scale, other.grid.scale)
-    even, none = rtn(weight, scheme, np.full(256, 3, np.float32)), rtn(weight, scheme)
-    np.testing.assert_array_equal(even.grid.scale, none.grid.scale)
+    three, ones = (rtn(weight, scheme, np.full(256, each, np.float32)) for each in (3, 1))
+    np.testing.assert_array_equal(three.grid.scale, ones.grid.scale)
 
 
 @pytest.mark.parametrize("scheme", QUANTIZING, ids=str)
@@ -167,9 +167,10 @@ def test_columns_without_importance_still_get_their_nearest_code(scheme: Scheme,
     }
     rounded = rtn(weight, scheme, reached[importance].astype(np.float32))
     error = square_error(weight, scheme, rounded)
-    # Nothing is left to chance where no data reached: a group of columns that are all alike is fitted as without importance.
+    # Nothing is left to chance where no data reached: a group of columns that are all alike is fitted as if all columns were.
     if importance != "every other column" and scheme.scales != "super":
-        np.testing.assert_array_equal(error, square_error(weight, scheme, rtn(weight, scheme)))
+        alike = rtn(weight, scheme, np.ones(512, np.float32))
+        np.testing.assert_array_equal(error, square_error(weight, scheme, alike))
     levels = scheme.codebook()[None, None, None, :].astype(np.float64)
     if rounded.grid.zero_point is not None:
         levels = levels - rounded.grid.zero_point[:, :, None, None]

@@ -724,7 +724,11 @@ def test_limits_for_scheme() -> None:
 
 def test_quality_of_no_text() -> None:
     evidence = SimpleNamespace(
-        quant=SimpleNamespace(scheme=SCHEMES["int8"]), original=[], dequantized=[], sequences=[]
+        model=SimpleNamespace(quantization=None),
+        quant=SimpleNamespace(scheme=SCHEMES["int8"]),
+        original=[],
+        dequantized=[],
+        sequences=[],
     )
     result = only(gates.guarded("quality", lambda e: gates.quality(e, Limits()), cast(Evidence, evidence)))
     assert result.status == "failed"
