@@ -1,9 +1,9 @@
 """How much of a model its quantization keeps: tapeout against llama-quantize, llm-compressor, HQQ and bitsandbytes at equal bits.
 
-    python benchmarks/quality.py --model DIR [--no-peer] [--heldout-bytes 120000]
+    python benchmarks/quality.py --model DIR [--calibration FILE] [--no-peer] [--heldout-bytes 120000]
 
-DIR holds a Llama checkpoint and ``heldout.txt``, the text that is measured on; all that look at data look at tapeout's own
-calibration text, 128 windows of 512 tokens. Every variant is dequantized and run by transformers in float32: mean KL of the
+DIR holds a Llama checkpoint and ``heldout.txt``, the text that is measured on; all that look at data look at the same
+calibration text (default: tapeout's own), 128 windows of 512 tokens. Every variant is dequantized and run by transformers in float32: mean KL of the
 original to it, top-1, perplexity, and the exact bits of its weights. Peers that leave the embedding float are compared on the
 linear layers, with the original's embedding and head on both sides. Ends with a JSON line.
 """
@@ -57,11 +57,11 @@ OURS = [
 ]
 
 
-def ours(model: Path, work: Path, only: int | None) -> list[tuple[dict[str, Any], Path]]:
+def ours(model: Path, text: Path, work: Path, only: int | None) -> list[tuple[dict[str, Any], Path]]:
     """Our variants in the form of ``peers``."""
     found = []
     for scheme, ends, rounding in OURS[:only]:
-        data = Calibration(CALIBRATION, SAMPLES, LENGTH) if rounding in ("gptq", "awq") else None
+        data = Calibration(text, SAMPLES, LENGTH) if rounding in ("gptq", "awq") else None
         begin = time.perf_counter()
         store = work / "store"
         quant = quantize(
@@ -99,6 +99,7 @@ def ours(model: Path, work: Path, only: int | None) -> list[tuple[dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--heldout-bytes", type=int, default=120_000)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--only", type=int, help="the first few of our variants")
@@ -106,11 +107,11 @@ def main() -> None:
     place = cache_directory() / "benchmarks" / "quality"
     place.mkdir(parents=True, exist_ok=True)
     # Before torch is loaded here: what a child starts with counts as its peak.
-    theirs = [] if arguments.no_peer else peers(arguments.model, CALIBRATION, place)
+    theirs = [] if arguments.no_peer else peers(arguments.model, arguments.calibration, place)
     text = (arguments.model / "heldout.txt").read_bytes()[: arguments.heldout_bytes].decode(errors="ignore")
     rows = []
     with tempfile.TemporaryDirectory(dir=place) as work:
-        mine = ours(arguments.model, Path(work), arguments.only)
+        mine = ours(arguments.model, arguments.calibration, Path(work), arguments.only)
         judge = Judge(arguments.model, text)
         for facts, path in mine + theirs:
             row = dict(facts)
@@ -137,6 +138,7 @@ def main() -> None:
         {
             "benchmark": "quality",
             "model": arguments.model.name,
+            "calibration": arguments.calibration.name,
             "original_perplexity": judge.original(),
             "comparisons": len(verdicts),
             "lost": lost,
