@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tapeout import __version__
 from tapeout.errors import MissingToolchain, RecipeError
 from tapeout.exporters import Exact
 from tapeout.exporters.gguf.layout import block_of
@@ -259,6 +260,7 @@ def measure(
         source = model.checkpoint.sha256(pool)
     about = {
         "format_version": FORMAT_VERSION,
+        "tapeout": __version__,  # another version may round better
         "source_sha256": source,
         "tokens_sha256": digest(tokens),
         "schemes": list(SCHEMES),

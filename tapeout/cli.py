@@ -479,6 +479,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int) -> None:
+            if _stopped:  # Python drops an exception that is raised in a destructor or a callback
+                raise _Stopped
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -486,17 +488,22 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived: unwinds like Ctrl-C, so that nothing half-written stays."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM arrived: unwinds, so that nothing half-written stays."""
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+_stopped: list[signal.Signals] = []
+
+
+def _stop(number: int, _: object) -> None:
+    _stopped.append(signal.Signals(number))
+    raise _Stopped
 
 
 def main() -> None:
     """Run the command line; exit status 0 all gates pass, 1 a gate failed, 2 bad input or usage, 3 something is missing."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         for name in targets.names():
             _register_export(targets.get(name))
@@ -506,8 +513,8 @@ def main() -> None:
         status = error.status
     except cyclopts.CycloptsError:
         status = 2  # cyclopts has printed what is wrong
-    except (KeyboardInterrupt, _Terminated) as stop:
-        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+    except (KeyboardInterrupt, _Stopped):
+        number = _stopped[0] if _stopped else signal.SIGINT
         _say(
             f"stopped by {number.name}; nothing half-written was left. The same command goes on where it stopped."
         )
