@@ -449,13 +449,6 @@ def round_e4m3(w, n, scale, codes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def widen_bf16(bits, out):  # type: ignore[no-untyped-def]
-    """BF16 as uint16 to the bits of float32, uint32."""
-    for i in range(bits.size):
-        out[i] = np.uint32(bits[i]) << np.uint32(16)
-
-
-@compiled
 def pack_nibbles(codes, packed):  # type: ignore[no-untyped-def]
     """Codes below 16, uint8 [n], to uint8 [n / 2]: the even element low."""
     for i in range(packed.size):
