@@ -1,7 +1,7 @@
 """The inner loops of rounding, compiled by numba: groups of weights to scales, and weights to codes.
 
 A group is ``n`` consecutive weights; ``w`` holds groups one after the other, float32 [groups * n], and ``h`` the importance of
-each column, float32 [in], which repeats every ``in`` weights, or [1] where all are alike. Sixteen groups stand side by side in the inner loops, so that
+each column, float32 [in], which repeats every ``in`` weights, or [1] where all are alike. 64 groups stand side by side in the inner loops, so that
 each sum is taken in one order on every machine: the codes do not depend on the width of its vectors. No fastmath for the same
 reason.
 """
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-_LANES = 16
+_LANES = 64  # several vectors: each waits for its last sum, and the others work meanwhile
+_LONG = 256  # weights of a group from which on it is faster by itself
 _F = np.float32
 _ONE, _TWO = np.float32(1), np.float32(2)
 # What weights are divided by is no less: the reciprocal of a subnormal number is infinite.
@@ -44,7 +45,7 @@ def _level(u, reach, base, edge):  # type: ignore[no-untyped-def]
 
 @inlined
 def _gather(w, h, n, first, lanes, x, hx):  # type: ignore[no-untyped-def]
-    """Sixteen groups side by side, x and hx [n, 16]; zeros where there are fewer. One importance: hx stays as it is."""
+    """Groups side by side, x and hx [n, lanes]; zeros where there are fewer. One importance: hx stays as it is."""
     into = h.size
     if lanes < _LANES:
         x[:] = 0
@@ -61,48 +62,75 @@ def _gather(w, h, n, first, lanes, x, hx):  # type: ignore[no-untyped-def]
             hx[:, lane] = 1
 
 
+@inlined
+def _together(sums):  # type: ignore[no-untyped-def]
+    """Put into each lane's sum the sum of all, taken in one order."""
+    for half in (32, 16, 8, 4, 2, 1):
+        for lane in range(half):
+            sums[lane] += sums[lane + half]
+    sums[:] = sums[0]
+
+
 @compiled
 def fit_symmetric(w, h, n, low, high, signed, factors, scale):  # type: ignore[no-untyped-def]
     """Scales of codes ``low`` … ``high`` without an offset, float32 [groups]: least squares over a grid of clipping factors.
 
     For each factor the codes are rounded under ``extreme / low / factor`` (``signed``: of the weight of largest magnitude,
     with its sign, else ``amax / high / factor``), and the best scale for these codes has a closed form, Σhwq / Σhq².
+    A long group fills the lanes by itself.
 
     Returns whether every weight was finite; what the scales are when not is of no use.
     """
     groups = w.size // n
-    x = np.empty((n, _LANES), np.float32)
-    hx = np.ones((n, _LANES), np.float32)
-    extreme = np.empty(_LANES, np.float32)
-    inverse = np.empty(_LANES, np.float32)
+    alone = n >= _LONG and n % _LANES == 0
+    rows, width = (n // _LANES, 1) if alone else (n, _LANES)
+    x = np.empty((rows, _LANES), np.float32)
+    hx = np.ones((rows, _LANES), np.float32)
+    least = np.empty(_LANES, np.float32)
+    most = np.empty(_LANES, np.float32)
+    unit = np.empty(_LANES, np.float32)
     a = np.empty(_LANES, np.float32)
     b = np.empty(_LANES, np.float32)
     gain = np.empty(_LANES, np.float32)
     best = np.empty(_LANES, np.float32)
     finite = True
-    for first in range(0, groups, _LANES):
-        lanes = min(_LANES, groups - first)
-        _gather(w, h, n, first, lanes, x, hx)
+    for first in range(0, groups, width):
+        lanes = min(width, groups - first)
+        if alone:
+            x.reshape(-1)[:] = w[first * n : (first + 1) * n]
+            if h.size > 1:
+                column = first * n % h.size
+                hx.reshape(-1)[:] = h[column : column + n]
+        else:
+            _gather(w, h, n, first, lanes, x, hx)
         for lane in range(_LANES):
-            extreme[lane] = 0
+            least[lane] = 0
+            most[lane] = 0
             gain[lane] = -1
             best[lane] = 0
-        for i in range(n):
+        for i in range(rows):
             for lane in range(_LANES):
-                extreme[lane] = x[i, lane] if abs(x[i, lane]) > abs(extreme[lane]) else extreme[lane]
+                least[lane] = x[i, lane] if x[i, lane] < least[lane] else least[lane]
+                most[lane] = x[i, lane] if x[i, lane] > most[lane] else most[lane]
+        if alone:
+            least[:] = least.min()
+            most[:] = most.max()
+        for lane in range(_LANES):
+            size = max(most[lane], -least[lane], _SMALLEST)
+            unit[lane] = (-low if most[lane] > -least[lane] else low) / -size if signed else high / size
         for k in range(factors.size):
             for lane in range(_LANES):
-                size = max(abs(extreme[lane]), _SMALLEST)
-                unit = low / np.copysign(size, extreme[lane]) if signed else high / size
-                inverse[lane] = unit * factors[k]
                 a[lane] = 0
                 b[lane] = 0
-            for i in range(n):
+            for i in range(rows):
                 for lane in range(_LANES):
-                    q = _integer(x[i, lane] * inverse[lane], low, high)
+                    q = _integer(x[i, lane] * (unit[lane] * factors[k]), low, high)
                     hq = hx[i, lane] * q
                     a[lane] += x[i, lane] * hq
                     b[lane] += q * hq
+            if alone:
+                _together(a)
+                _together(b)
             for lane in range(_LANES):
                 reached = a[lane] * a[lane] / b[lane]
                 better = reached > gain[lane]

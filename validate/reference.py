@@ -77,6 +77,10 @@ class Reference:
         tokenizer = self._load_tokenizer()
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def twin(self) -> Reference:
+        """Another sequence on the same network."""
+        return Reference(self._directory, self._network, self.facts)
+
     def substitute(self, name: str, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
         import torch

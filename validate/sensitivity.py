@@ -66,10 +66,16 @@ class Sensitivity:
     def __init__(
         self, model: Model, network: reference.Reference, windows: Sequence[Sequence[int]], threads: int
     ) -> None:
+        import torch
+
         self.facts = network.facts
         self._model, self._network, self._windows = model, network, windows
-        self._pool = ThreadPoolExecutor(threads)
-        self._original = [self._prefill(ids) for ids in windows]
+        # Windows side by side, with no more threads than cores: threads of one operation that wait for each other on cores that
+        # others use take many times as long.
+        each = max(1, threads // len(windows))
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
+        self._sequences = [network.twin() for _ in windows]
+        self._original = list(self._pool.map(self._prefill, range(len(windows))))
 
     def measure(self, tensor: str) -> dict[str, dict[str, float]]:
         """The fields of ``Cost`` of one tensor."""
@@ -93,7 +99,8 @@ class Sensitivity:
     def close(self) -> None:
         """Free the model."""
         self._pool.shutdown()
-        self._network.close()
+        for sequence in (self._network, *self._sequences):
+            sequence.close()
         self._original.clear()
 
     def _rounded(self, source: SourceTensor, scheme: Scheme) -> npt.NDArray[np.float32] | None:
@@ -109,14 +116,8 @@ class Sensitivity:
 
     def _kl(self, name: str, weight: npt.NDArray[np.float32]) -> float:
         before = self._network.substitute(name, weight)
-        kl: list[npt.NDArray[np.float64]] = []
         try:
-            for ids, original in zip(self._windows, self._original, strict=True):
-                logits = self._prefill(ids)
-                pieces = [slice(at, at + _ROWS) for at in range(0, len(ids), _ROWS)]
-                kl += self._pool.map(
-                    _divergence, [original[rows] for rows in pieces], [logits[rows] for rows in pieces]
-                )
+            kl = list(self._pool.map(self._divergence, range(len(self._windows))))
         finally:
             self._network.substitute(name, before)
         mean = float(np.concatenate(kl).mean())
@@ -124,13 +125,19 @@ class Sensitivity:
             raise ModelError(f"{self._model.name} gives NaN or infinite logits with {name} rounded.")
         return mean
 
-    def _prefill(self, ids: Sequence[int]) -> Logits:
-        self._network.reset()
-        return self._network.prefill(ids)
+    def _divergence(self, window: int) -> npt.NDArray[np.float64]:
+        original, rounded = self._original[window], self._prefill(window)
+        pieces = [slice(at, at + _ROWS) for at in range(0, len(rounded), _ROWS)]
+        return np.concatenate(
+            [kl_divergence(original[r].astype(np.float64), rounded[r].astype(np.float64)) for r in pieces]
+        )
 
-
-def _divergence(original: Logits, rounded: Logits) -> npt.NDArray[np.float64]:
-    return kl_divergence(original.astype(np.float64), rounded.astype(np.float64))
+    def _prefill(self, window: int) -> Logits:
+        sequence = self._sequences[window]
+        sequence.reset()
+        logits = sequence.prefill(self._windows[window])
+        sequence.reset()
+        return logits
 
 
 def open_session(model: str, windows: Sequence[Sequence[int]], threads: int | None = None) -> Sensitivity:
