@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: safetensors shards, mapped and read row by row, never copied whole.
+"""Hugging Face checkpoints: safetensors shards, read row by row or mapped, never copied whole.
 
 A safetensors file is 8 bytes (little-endian length of the header), a JSON header that gives each tensor's dtype, shape
 and byte range, and the bytes. The library validates the header (overlaps, ranges, truncation); the bytes are mapped here.
@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
 }
 FLOATS = ("F32", "F16", "BF16")
-_PIECE = 1 << 24
+_PIECE = 1 << 20  # bytes read at a time: they stay in a core's cache
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -73,17 +74,52 @@ class SourceTensor:
 
     def float32(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return rows of the tensor as float32 [rows, ...] (exact: every source dtype fits)."""
-        bits = self.bits()
-        return to_float32(bits[rows] if self.shape else bits, self.dtype)
+        return to_float32(self.read(rows), self.dtype)
+
+    def read(self, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """Return rows of ``bits`` in memory of their own."""
+        if not self.shape:
+            return np.array(self.bits())
+        first, last, _ = rows.indices(self.shape[0])
+        for _, found in self.pieces(first, last, max(1, last - first)):
+            return found
+        return self.bits()[:0]
+
+    def pieces(self, first: int, last: int, step: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield rows ``first`` … ``last`` of ``bits`` by ``step``: the first's number and the rows, in a buffer used again.
+
+        What is looked at once is read faster than its pages are mapped.
+        """
+        if self.heads or self.dtype not in _DTYPES:
+            bits = self.bits()
+            for at in range(first, last, step):
+                yield at, np.array(bits[at : min(at + step, last)])
+            return
+        width = self.nbytes // max(1, self.shape[0])
+        with self.file.open("rb", 0) as file:
+            file.seek(self.offset + first * width)
+            buffer = np.empty((min(step, max(0, last - first)), *self.shape[1:]), _DTYPES[self.dtype])
+            for at in range(first, last, step):
+                found = buffer[: last - at]
+                self._fill(file, found.reshape(-1).view(np.uint8).data)
+                yield at, found
 
     def sha256(self) -> str:
         """Digest of the tensor's bytes."""
-        digest = hashlib.sha256()
-        # Piece by piece, so that no more of it is resident.
-        for at in range(0, self.nbytes, _PIECE):
-            size = min(_PIECE, self.nbytes - at)
-            digest.update(np.memmap(os.fspath(self.file), np.uint8, "r", self.offset + at, (size,)).data)
+        digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+        with self.file.open("rb", 0) as file:
+            file.seek(self.offset)
+            for at in range(0, self.nbytes, _PIECE):
+                part = piece[: min(_PIECE, self.nbytes - at)]
+                self._fill(file, part)
+                digest.update(part)
         return digest.hexdigest()
+
+    def _fill(self, file: FileIO, buffer: memoryview) -> None:
+        while buffer:  # a system call reads no more than 2 GB
+            if not (count := file.readinto(buffer)):
+                raise ModelError(f"{self.file} ended while {self.name} was read: it was changed.")
+            buffer = buffer[count:]
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

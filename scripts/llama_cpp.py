@@ -27,6 +27,10 @@ SETTINGS = [f"cmake.define.LLAMA_BUILD_{part}=OFF" for part in PARTS_OFF] + [
     "cmake.define.CMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
     "wheel.exclude=bin/**;include/**;llama_cpp/lib/cmake/**;llama_cpp/lib/pkgconfig/**",
 ]
+if platform.machine() in ("x86_64", "AMD64"):
+    # Its AMX kernels crash where the compiler drops the tile configuration (GCC 12 does; llama.cpp's pull request 26954).
+    NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    SETTINGS += [f"cmake.define.CMAKE_{language}_FLAGS={NO_AMX}" for language in ("C", "CXX")]
 CPU_FACTS = r"^(?:vendor_id|cpu family|model|flags|Features|isa|CPU (?:implementer|architecture|part))\s*:.*"
 LOADS = "import sys, llama_cpp as l; l.llama_backend_init(); sys.exit(l.__version__ != sys.argv[1])"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapeout.errors import RuntimeCrash
+from tapeout.errors import RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.models import Generation, Model
 from tapeout.quantize import Quantized
@@ -61,7 +61,6 @@ class Evidence:
     tokens: int = 4096
     progress: Progress | None = None
     _deployed: WorkerSession | None = None
-    _worker: WorkerSession | None = None
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -151,7 +150,7 @@ class Evidence:
     def deployed(self) -> WorkerSession:
         """The artifact as it is deployed; stays open until ``close``, and is opened again after it died."""
         if self._deployed is None or self._deployed.ended:
-            self._deployed = open_session(self.device.session(self.artifact))
+            self._deployed = _take(self.device.session(self.artifact))
         return self._deployed
 
     @cached_property
@@ -171,11 +170,10 @@ class Evidence:
         return corpus.hostile([token["content"] for token in added][:32])
 
     def close(self) -> None:
-        """End what is still open; the reference's process is kept for the next validation."""
+        """Close what is still open."""
         if self._deployed:
-            self._deployed.close()
-        if self._worker and not self._worker.ended:
-            _keep_referee(self._worker)
+            _give_back(self._deployed)
+            self._deployed = None
 
     def reference(
         self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
@@ -191,26 +189,8 @@ class Evidence:
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
-        referee = spec.factory == self.reference().factory
-        with self._referee(spec) if referee else open_session(spec) as session:
+        with _opened(spec) as session:
             return self.run(name, session, sequences)
-
-    @contextmanager
-    def _referee(self, spec: SessionSpec) -> Iterator[WorkerSession]:
-        """The reference, one model after the other in one worker: importing torch takes longer than loading a small model."""
-        if self._worker is None:
-            self._worker = _referees.pop(spec.process, None)
-        if self._worker is None:
-            self._worker = open_session(spec)
-        else:
-            self._worker.open(spec.arguments)
-        try:
-            yield self._worker
-            self._worker.release()
-        except BaseException:
-            self._worker.close()
-            self._worker = None
-            raise
 
     def run(self, name: str, session: Session, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
@@ -243,7 +223,7 @@ class Evidence:
 
     @cached_property
     def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
-        with self._referee(self.reference(quantized=False)) as session:
+        with _opened(self.reference(quantized=False)) as session:
             sequences = self._sequences(session)
             return sequences, self.run("original", session, sequences), self.say(session, "tasks")
 
@@ -272,22 +252,52 @@ class Evidence:
             self.progress(stage, done, total)
 
 
-_referees: dict[object, WorkerSession] = {}
+_idle: dict[object, WorkerSession] = {}
+"""Workers that hold no model, by what a process must share: importing a runtime takes longer than loading a small model."""
 
 
-def _keep_referee(worker: WorkerSession) -> None:
-    """Keep a released worker for the next validation in this process: importing torch takes longer than a small model does."""
-    if not isinstance(worker, WorkerSession) or worker.process in _referees:
+def _take(spec: SessionSpec) -> WorkerSession:
+    """Open a session in a worker that an earlier one left, or in a new one."""
+    worker = _idle.pop(spec.process, None)
+    if worker is None or worker.ended:
+        return open_session(spec)
+    try:
+        worker.open(spec.arguments)
+    except BaseException:
+        worker.close()
+        raise
+    return worker
+
+
+def _give_back(worker: WorkerSession) -> None:
+    """Free the model; its process is kept for the next session of its kind, in this validation or a later one."""
+    if not isinstance(worker, WorkerSession) or worker.ended or worker.process in _idle:
         worker.close()
         return
-    if not _referees:
-        atexit.register(_dismiss_referees)
-    _referees[worker.process] = worker
+    try:
+        worker.release()
+    except TapeoutError:  # what a dying runtime says is of no use to anyone by now
+        worker.close()
+        return
+    if not _idle:
+        atexit.register(_dismiss)
+    _idle[worker.process] = worker
 
 
-def _dismiss_referees() -> None:
-    while _referees:
-        _referees.popitem()[1].close()
+@contextmanager
+def _opened(spec: SessionSpec) -> Iterator[WorkerSession]:
+    session = _take(spec)
+    try:
+        yield session
+    except BaseException:
+        session.close()
+        raise
+    _give_back(session)
+
+
+def _dismiss() -> None:
+    while _idle:
+        _idle.popitem()[1].close()
 
 
 def answer(session: Session, prompt: str, generation: Generation) -> str:

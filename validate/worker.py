@@ -151,6 +151,8 @@ class WorkerSession:
     def _call(self, name: str, **arguments: Any) -> Any:
         if self._to.closed:
             raise RuntimeCrash(f"{self._name}: {name} was called after the worker had ended.")
+        if self._busy:  # an exception (Ctrl-C) left it there: the next reply is that call's
+            raise RuntimeCrash(f"{self._name}: {name} was called in the middle of another call.")
         self._busy = True
         try:
             _send(self._to, {"call": name, "arguments": arguments})

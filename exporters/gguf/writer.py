@@ -24,7 +24,7 @@ from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
 _TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
-_STEP_WEIGHTS = 1 << 18  # weights in work at a time: their codes and blocks fit a core's L2
+_STEP_WEIGHTS = 1 << 20  # weights in work at a time: enough that the packers, not Python, take the time
 
 
 def write(
