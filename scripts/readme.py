@@ -27,7 +27,10 @@ def carry() -> str:
     table = carry_table()
     names = list(table["targets"])
     rows = [["scheme", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
-    rows += [[f"`{scheme}`", *(cells[name] for name in names)] for scheme, cells in table["schemes"].items()]
+    rows += [
+        [f"`{scheme}`", *(cells[name] for name in names)]
+        for scheme, cells in {**table["schemes"], **table["kv_caches"]}.items()
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -417,7 +417,7 @@ def list_targets(*, json: Json = False) -> int:
     table = Table(
         "scheme", *(name for name in rows["targets"]), title="what each target carries", title_justify="left"
     )
-    for scheme, cells in rows["schemes"].items():
+    for scheme, cells in {**rows["schemes"], **rows["kv_caches"]}.items():
         table.add_row(scheme, *(cells[name] for name in rows["targets"]))
     stderr.print(table)
     for name, facts in rows["targets"].items():

@@ -52,40 +52,49 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A target, a scheme that it carries, and a small model."""
+    """A target, a scheme that it carries, a small model, and a cache that is not the target's default."""
 
     target: str
     scheme: str
     model: str
+    kv_cache: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.target}-{self.scheme}-{self.model}"
+        return "-".join(filter(None, (self.target, self.scheme, self.model, self.kv_cache)))
+
+    def make(self) -> targets.Target:
+        """The target with its options."""
+        options = {} if self.kv_cache is None else {"kv_cache": self.kv_cache}
+        return targets.get(self.target)(**options)
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every scheme that the target carries on the first model, and its first scheme on every model."""
+    """Every scheme that the target carries on the first model, its first scheme on every model, and with every cache on two."""
     kind = targets.get(target)
     carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
     first = next(iter(MODELS))
     yield from (Case(target, scheme, first) for scheme in carried)
+    usual = "int4-g32" if "int4-g32" in carried else carried[0]
+    yield from (Case(target, usual, model) for model in MODELS if model != first)
     yield from (
-        Case(target, "int4-g32" if "int4-g32" in carried else carried[0], model)
-        for model in MODELS
-        if model != first
+        Case(target, usual, model, cache)
+        for cache in kind.kv_caches()
+        if cache != kind().kv_cache
+        for model in (first, "mistral-window")
     )
 
 
 def check(case: Case, work: Path) -> None:
     """Export a small model twice and hold the packages to the contract; AssertionError says what is broken."""
-    kind = targets.get(case.target)
-    check_declarations(kind)
+    target = case.make()
+    check_declarations(type(target))
     family, fields = MODELS[case.model]
     model = write_model(work / case.model, family, fields, dtype="F32")
     # The model is random: what its quantization loses says nothing, so the quality gate only has to run.
     recipe = Recipe.of(
         {"scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}}
     )
-    package, report = export(kind(), model, work / "one", recipe)
+    package, report = export(target, model, work / "one", recipe)
     failed = [f"{gate.name}: {gate.reason}" for gate in report.gates if gate.status == "failed"]
     assert report.passed, f"{case}: {'; '.join(failed)}"
     ran = {gate.name.split("/")[0] for gate in report.gates if gate.status == "passed"}
@@ -95,10 +104,11 @@ def check(case: Case, work: Path) -> None:
     again = work / "two"
     (again / "artifact").mkdir(parents=True)
     quant = quantize(load(model), case.scheme, out=work / "codes")
-    repeated = pack(kind().export(quant, again / "artifact"), report, quant, kind())
+    repeated = pack(target.export(quant, again / "artifact"), report, quant, target)
+    assert package.target() == target, f"{case}: the package forgets its target's options"
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"
-    _check_that_damage_shows(kind(), case, model, package.artifact)
+    _check_that_damage_shows(target, case, model, package.artifact)
 
 
 def check_declarations(kind: type[targets.Target]) -> None:
@@ -111,6 +121,7 @@ def check_declarations(kind: type[targets.Target]) -> None:
             assert not isinstance(kind.carries(SCHEMES[carry.nearest]), Refused), (
                 f"{kind.name}: {carry.nearest} fits no better"
             )
+    assert kind().kv_cache in kind.kv_caches(), f"{kind.name} does not name its own cache"
     missing = kind.missing()
     assert missing is None or "install" in missing, f"{kind.name}: '{missing}' does not say how to install it"
     assert kind.summary.endswith("."), f"{kind.name}: the summary is a sentence"

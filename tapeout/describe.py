@@ -14,6 +14,7 @@ from tapeout.exporters import Carry, Exact, Rounded, gguf
 from tapeout.models import load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
+from tapeout.validate.session import KV_BITS
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def carry_table() -> dict[str, Any]:
-    """The table of targets and schemes, generated from what each target says that it carries."""
+    """The table of targets, schemes and caches, generated from what each target says that it carries."""
     kinds = {name: targets.get(name) for name in targets.names()}
     return {
         "targets": {
@@ -98,6 +99,10 @@ def carry_table() -> dict[str, Any]:
         "schemes": {
             scheme.name: {name: _cell(kind.carries(scheme)) for name, kind in kinds.items()}
             for scheme in SCHEMES.values()
+        },
+        "kv_caches": {
+            cache: {name: "yes" if cache in kind.kv_caches() else "no" for name, kind in kinds.items()}
+            for cache in KV_BITS
         },
     }
 

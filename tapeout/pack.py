@@ -24,6 +24,7 @@ from tapeout.models import Generation, Model
 from tapeout.quantize import Quantized
 from tapeout.targets import Target
 from tapeout.validate.report import Report
+from tapeout.validate.session import KV_BITS
 
 FORMAT_VERSION = 1
 MANIFEST = "tapeout.json"
@@ -170,7 +171,8 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
     window = min(artifact.context, config.sliding_window or artifact.context)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * window
+    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
+    cache = int(values * KV_BITS[target.kv_cache] / 8)
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Protocol
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, Refused
+from tapeout.models import Model
 from tapeout.quantize import Quantized, Scheme
-from tapeout.validate.session import Device, SessionSpec
+from tapeout.validate.session import Device, KvCache, SessionSpec
 
 Progress = Callable[[str, int, int], None]
 
-__all__ = ["SessionSpec", "Target", "check_carries", "get", "names"]
+__all__ = ["KvCache", "SessionSpec", "Target", "check_cache", "check_carries", "get", "names"]
 
 
 class Target(Device, Protocol):
@@ -38,6 +39,10 @@ class Target(Device, Protocol):
     @classmethod
     def carries(cls, scheme: Scheme) -> Carry:
         """Whether the artifact can hold codes of ``scheme``, and in what."""
+
+    @classmethod
+    def kv_caches(cls, head_dim: int | None = None) -> tuple[KvCache, ...]:
+        """What the runtime can keep keys and values in, for heads of that many elements; None: of some width."""
 
     @classmethod
     def missing(cls) -> str | None:
@@ -77,3 +82,13 @@ def check_carries(target: Target | type[Target], schemes: set[Scheme]) -> None:
             raise SchemeError(
                 f"target {target.name} cannot carry {scheme}: {carry.reason} What fits: {carry.nearest}."
             )
+
+
+def check_cache(target: Target, model: Model) -> None:
+    """Raise TapeoutError when the target's runtime cannot keep the model's keys and values as its option says."""
+    width = model.config.head_dim
+    if target.kv_cache not in (fitting := target.kv_caches(width)):
+        raise TapeoutError(
+            f"target {target.name} cannot keep keys and values of {model.name} as {target.kv_cache}: its heads of {width} elements "
+            f"are no whole blocks. What fits: {', '.join(fitting)}."
+        )

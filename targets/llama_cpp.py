@@ -9,17 +9,17 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import psutil
 
-from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
-from tapeout.validate.session import Facts, Logits
+from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError, nearest
+from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits
 
 __all__ = ["LlamaCpp", "open_session"]
 
-_GGML_TYPES = {"f32": 0, "f16": 1}
+_CACHE_TYPES: dict[KvCache, int] = {"kv-f32": 0, "kv-f16": 1, "kv-int8": 8, "kv-int4": 2}  # of ggml_type
 _WARNING, _CONTINUED = 3, 5  # of ggml_log_level
 _INT32_MIN = -(2**31)
 
@@ -158,7 +158,7 @@ def open_session(
     model: str,
     context: int | None = None,
     threads: int | None = None,
-    kv: Literal["f16", "f32"] = "f16",
+    kv_cache: KvCache = "kv-f16",
     flash_attention: bool | None = None,
     swa_full: bool = False,
     repack: bool = True,
@@ -172,8 +172,8 @@ def open_session(
         context: most tokens of a sequence; None: what the model was trained for. Less when their cache would take more than
             half of the free memory: ``facts.context`` says how many it is.
         threads: None: as many as this process has cores.
-        kv: type of the cache.
-        flash_attention: None: llama.cpp decides.
+        kv_cache: what keys and values are kept in; codes of 8 or 4 bits need heads of whole blocks of 32 elements.
+        flash_attention: None: llama.cpp decides (a cache of codes needs it).
         swa_full: keep the whole sequence in the cache of layers with a sliding window, not the window alone.
         repack: let llama.cpp store weights anew in the order that this CPU's kernels like.
         batch: most tokens given to llama.cpp at once.
@@ -184,8 +184,8 @@ def open_session(
         RuntimeCrash: llama.cpp refuses the file; in its own words.
     """
     llama = _library()
-    if kv not in _GGML_TYPES:
-        raise TapeoutError(f"the cache cannot be of type '{kv}'; it can be {', '.join(_GGML_TYPES)}.")
+    if kv_cache not in _CACHE_TYPES:
+        raise TapeoutError(f"'{kv_cache}' is not a cache of llama.cpp{nearest(kv_cache, _CACHE_TYPES)}.")
     if not Path(model).is_file():
         raise PackageError(f"{model} is absent; llama.cpp has nothing to load.")
     threads = threads or len(os.sched_getaffinity(0))
@@ -198,11 +198,11 @@ def open_session(
     if not loaded:
         raise RuntimeCrash(f"llama.cpp refuses {model}.{_log_tail()}")
     own = context or int(llama.llama_model_n_ctx_train(loaded))
-    length = min(own, _fits(loaded, kv))
+    length = min(own, _fits(loaded, kv_cache))
     given = llama.llama_context_default_params()
     given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
     given.n_threads = given.n_threads_batch = threads
-    given.type_k = given.type_v = _GGML_TYPES[kv]
+    given.type_k = given.type_v = _CACHE_TYPES[kv_cache]
     given.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
     given.swa_full = swa_full
     given.offload_kqv = given.op_offload = False
@@ -221,14 +221,14 @@ def open_session(
     return session
 
 
-def _fits(model: int, kv: str) -> int:
+def _fits(model: int, kv_cache: KvCache) -> int:
     """Tokens whose keys and values take half of the memory that is free: llama.cpp fills its whole cache at once."""
     llama = _library()
     heads, width = (
         llama.llama_model_n_head_kv(model),
         llama.llama_model_n_embd(model) // llama.llama_model_n_head(model),
     )
-    token = 2 * llama.llama_model_n_layer(model) * heads * width * {"f16": 2, "f32": 4}[kv]
+    token = 2 * llama.llama_model_n_layer(model) * heads * width * KV_BITS[kv_cache] / 8
     room = int(psutil.virtual_memory().available // 2 // token)
     return max(256, room // 256 * 256)
 

@@ -18,7 +18,7 @@ from tapeout.exporters import Artifact, Carry, plain
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
 from tapeout.validate.reference import Reference, open_weights
-from tapeout.validate.session import Lowering, SessionSpec
+from tapeout.validate.session import KvCache, Lowering, SessionSpec
 
 _FACTORY = "tapeout.targets.null:open_session"
 
@@ -35,6 +35,7 @@ class Null:
 
     name: ClassVar[str] = "null"
     arithmetic: ClassVar[Literal["float32", "ggml"]] = "float32"
+    kv_cache: ClassVar[KvCache] = "kv-f32"
     summary: ClassVar[str] = "No device: canonical codes in safetensors, run by transformers."
     needs: ClassVar[str] = "transformers and torch"
 
@@ -42,6 +43,11 @@ class Null:
     def carries(cls, scheme: Scheme) -> Carry:
         """Everything that has canonical codes."""
         return plain.carries(scheme)
+
+    @classmethod
+    def kv_caches(cls, head_dim: int | None = None) -> tuple[KvCache, ...]:
+        """Floats."""
+        return ("kv-f32",)
 
     @classmethod
     def missing(cls) -> str | None:

@@ -76,6 +76,7 @@ def validate(
                 *gates.guarded("lowering", gates.lowering, evidence),
                 *gates.guarded("decode", gates.decode, evidence),
                 *gates.guarded("quality", lambda e: gates.quality(e, options.limits), evidence),
+                *gates.guarded("quality/cache", lambda e: gates.cache(e, options.limits), evidence),
                 *gates.guarded("tokenizer", gates.tokenizer, evidence),
                 *gates.guarded("task", lambda e: gates.task(e, options.limits), evidence),
             ]
@@ -120,9 +121,9 @@ def _throughput(evidence: Evidence) -> Mapping[str, object]:
 
 
 def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
-    """Prompts, and the logits of the reference with the dequantized weights after each."""
+    """Prompts, and the logits after each of the reference with the dequantized weights and the chosen cache."""
     try:
-        pairs = list(zip(evidence.sequences, evidence.dequantized, strict=True))[:_GOLDEN_PROMPTS]
+        pairs = list(zip(evidence.sequences, evidence.cached, strict=True))[:_GOLDEN_PROMPTS]
     except TapeoutError:
         return ()
     found = []

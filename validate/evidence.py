@@ -23,7 +23,7 @@ from tapeout.quantize import Quantized
 from tapeout.validate import corpus
 from tapeout.validate.generate import generate
 from tapeout.validate.metrics import Distance
-from tapeout.validate.session import Device, Logits, Session, SessionSpec
+from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
 _REFERENCE = "tapeout.validate.reference:open_session"
@@ -84,7 +84,7 @@ class Evidence:
 
     @cached_property
     def predicted(self) -> Distance:
-        """What the runtime's rounding of matmul inputs does to the reference when it rounds the same."""
+        """What the runtime's rounding of matmul inputs and of its cache does to the reference when it rounds the same."""
         return self._predict(slice(None, -1))
 
     @cached_property
@@ -105,10 +105,25 @@ class Evidence:
 
     @cached_property
     def _rounded(self) -> list[Logits]:
-        if self.device.arithmetic == "float32":
+        if self.device.arithmetic == "float32" and not self.rounds_cache:
             return self._dequantized
-        spec = self.reference(arithmetic=self.device.arithmetic)
+        spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)
         return self.record("rounded", spec, [*self.sequences, self.probe])
+
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether the deployed session keeps keys and values as integer codes.
+
+        Float16 rounds too, by a three-hundredth of the variance that int8 costs: below what the bounds leave for float types.
+        """
+        return KV_BITS[self.device.kv_cache] < 16
+
+    @cached_property
+    def cached(self) -> list[Logits]:
+        """The reference's logits with the weights that the codes are, and its cache rounded as the deployed one is."""
+        if not self.rounds_cache:
+            return self.dequantized
+        return self.record("cache", self.reference(rounded_cache=True), self.sequences)
 
     @cached_property
     def float_noise(self) -> float:
@@ -176,7 +191,12 @@ class Evidence:
             self._deployed = None
 
     def reference(
-        self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
+        self,
+        *,
+        layers: int | None = None,
+        quantized: bool = True,
+        arithmetic: str = "float32",
+        rounded_cache: bool = False,
     ) -> SessionSpec:
         """The reference with the weights that the codes are, or with the original ones."""
         arguments = {
@@ -184,6 +204,7 @@ class Evidence:
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "layers": layers,
             "arithmetic": arithmetic,
+            "kv_cache": self.device.kv_cache if rounded_cache else None,
         }
         return SessionSpec(_REFERENCE, arguments)
 

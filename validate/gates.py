@@ -17,7 +17,7 @@ from tapeout.quantize import QuantTensor, Scheme
 from tapeout.validate.evidence import DECODED, Evidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
 from tapeout.validate.report import GateResult
-from tapeout.validate.session import Logits, Lowering
+from tapeout.validate.session import KV_BITS, Logits, Lowering
 
 Gate = Callable[[Evidence], list[GateResult]]
 
@@ -60,12 +60,17 @@ class Limits:
         round-to-nearest int4-g128; each limit is about one and a half times its anchor. The share of
         changed likeliest tokens is near sqrt(KL / 2), Pinsker's bound on the distance of the distributions.
         """
-        kl, perplexity = {
-            0: (1e-9, 1.0001), 8: (2e-3, 1.01), 6: (9e-3, 1.02), 5: (2e-2, 1.04), 3: (0.16, 1.2), 2: (0.6, 2.0),
-        }.get(scheme.bits, (0.1, 1.08))  # fmt: skip
+        kl, perplexity = _usual_loss(scheme.bits)
         kl = self.kl if self.kl is not None else kl
         top1 = self.top1 if self.top1 is not None else 1 - (kl / 2) ** 0.5
         return Limits(kl, top1, self.perplexity if self.perplexity is not None else perplexity, self.task)
+
+
+def _usual_loss(bits: int) -> tuple[float, float]:
+    """Mean KL in nats and perplexity over the original's that codes of ``bits`` bits may cost; see ``Limits.for_scheme``."""
+    return {
+        0: (1e-9, 1.0001), 8: (2e-3, 1.01), 6: (9e-3, 1.02), 5: (2e-2, 1.04), 3: (0.16, 1.2), 2: (0.6, 2.0),
+    }.get(bits, (0.1, 1.08))  # fmt: skip
 
 
 def guarded(name: str, gate: Gate, evidence: Evidence) -> list[GateResult]:
@@ -308,6 +313,20 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
             f"{after:.4g} against {before:.4g} on {what}.",
         ),
     ]
+
+
+def cache(evidence: Evidence, limits: Limits) -> list[GateResult]:
+    """What the choice of cache costs: the dequantized reference with its cache rounded, against itself with floats."""
+    if not evidence.rounds_cache:
+        return []
+    kind = evidence.device.kv_cache
+    distance = _distance(evidence.dequantized, evidence.cached)
+    limit = limits.kl if limits.kl is not None else _usual_loss(int(KV_BITS[kind]))[0]
+    reason = (
+        f"the {kind} cache costs {distance.kl:.2g} nats a token beside what the weights cost; it may cost what weights of as "
+        "many bits may."
+    )
+    return [_verdict("quality/cache", "mean KL, nats", distance.kl, limit, reason)]
 
 
 def tokenizer(evidence: Evidence) -> list[GateResult]:

@@ -7,7 +7,8 @@ they have no room for them (soft caps), and sum in an order that depends on the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from tapeout.errors import MissingToolchain, ModelError, TapeoutError
+from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.models import Model, load
 from tapeout.quantize import Quantized, open_store
 from tapeout.validate.session import Facts, Logits
@@ -24,7 +25,7 @@ from tapeout.validate.session import Facts, Logits
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reference", "open_session", "open_weights", "round_q8_0", "round_q8_k"]
+__all__ = ["Reference", "open_session", "open_weights", "round_q4_0", "round_q8_0", "round_q8_k"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -135,6 +136,7 @@ def open_session(
     arithmetic: Literal["float32", "float64", "ggml"] = "float32",
     layers: int | None = None,
     threads: int | None = None,
+    kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
 ) -> Reference:
     """Load the reference of a model.
 
@@ -145,6 +147,8 @@ def open_session(
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
+        kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
+            them.
 
     Raises:
         MissingToolchain: torch or transformers is not installed.
@@ -155,6 +159,8 @@ def open_session(
         raise TapeoutError(
             f"the reference has no arithmetic '{arithmetic}'; it has float32, float64 and ggml."
         )
+    if kv_cache is not None and kv_cache not in _CACHES:
+        raise TapeoutError(f"the reference has no cache '{kv_cache}'{nearest(kv_cache, _CACHES)}.")
     source = load(model)
     depth = source.config.num_layers
     if layers is not None and not 1 <= layers <= depth:
@@ -172,6 +178,8 @@ def open_session(
         network.double()
     if quant is not None and arithmetic == "ggml":
         _round_inputs(network, quant)
+    if kv_cache is not None:
+        _round_cache(network, kv_cache)
     facts = _facts(before, begin, source.config.max_position_embeddings)
     return Reference(source.directory, network, facts)
 
@@ -329,3 +337,76 @@ def round_q8_k(x: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(extreme != 0, torch.full_like(extreme, -127.0) / extreme, 0.0)
     scale = torch.where(extreme != 0, torch.ones_like(inverse) / inverse, 0.0)
     return (torch.round(blocks * inverse) * scale).flatten(-2)
+
+
+def round_q4_0(x: torch.Tensor) -> torch.Tensor:
+    """What ggml stores of a row as Q4_0 (``quantize_row_q4_0_ref``): float32 [..., in], ``in`` % 32 == 0.
+
+    Blocks of 32 along ``in``: the first element of largest magnitude, with its sign, becomes -8; codes -8 … 7, halves up; the
+    scale is kept as float16. The codes are chosen under the scale before that rounding.
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8.0
+    inverse = torch.where(scale != 0, torch.ones_like(scale) / scale, 0.0)
+    codes = torch.floor(blocks * inverse + 8.5).clamp(max=15) - 8
+    return (codes * scale.to(torch.float16).to(torch.float32)).flatten(-2)
+
+
+_CACHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"kv-int8": round_q8_0, "kv-int4": round_q4_0}
+
+
+def as_cached(
+    x: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor], *, rotary: bool
+) -> torch.Tensor:
+    """Round float32 heads [..., head_dim] in the basis in which llama.cpp's cache holds them.
+
+    Elements that RoPE turns together stand side by side there (``rotary``: keys and queries; its "norm" RoPE, which every
+    family that tapeout exports has). Heads of a multiple of 64 elements are turned by a Walsh-Hadamard matrix before they are
+    rounded, which spreads outliers: values 64 elements at a time, keys and queries as many as a power of two divides
+    (``llama_kv_cache::build_input_k_rot``).
+    """
+    width = x.shape[-1]
+    if rotary:
+        x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    if width % 64:
+        x = rounded(x)
+    else:
+        turn = _hadamard(width & -width if rotary else 64)
+        x = _turned(rounded(_turned(x, turn)), turn)  # it is its own inverse
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if rotary else x
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """The orthonormal Walsh-Hadamard matrix in Sylvester's order, float32 [size, size]; ``size`` is a power of two."""
+    import torch
+
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / size**0.5
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    return (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+
+
+def _round_cache(network: Any, kv_cache: str) -> None:
+    """Let attention see what a rounded cache gives back.
+
+    A query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    stored = _CACHES[kv_cache]
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        query, key = as_cached(query, round_q8_0, rotary=True), as_cached(key, stored, rotary=True)
+        return eager(module, query, key, as_cached(value, stored, rotary=False), mask, **settings)
+
+    AttentionInterface.register(kv_cache, attend)
+    AttentionMaskInterface.register(kv_cache, eager_mask)
+    network.set_attn_implementation(kv_cache)

@@ -15,6 +15,10 @@ from tapeout.quantize import Quantized, QuantTensor
 
 Logits = npt.NDArray[np.float32]
 
+KvCache = Literal["kv-f32", "kv-f16", "kv-int8", "kv-int4"]
+KV_BITS: Mapping[KvCache, float] = {"kv-f32": 32.0, "kv-f16": 16.0, "kv-int8": 8.5, "kv-int4": 4.5}
+"""What a runtime keeps keys and values in, with the bits of one: 32 integer codes share a float16 scale."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -110,10 +114,15 @@ class Device(Protocol):
     Attributes:
         arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to
             int8 in blocks of 32, or of 256 where weights lie in super-blocks.
+        kv_cache: what the deployed session keeps keys and values in.
     """
 
     name: ClassVar[str]
     arithmetic: ClassVar[Literal["float32", "ggml"]]
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """An option of the target, or its one kind."""
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""

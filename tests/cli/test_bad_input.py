@@ -72,6 +72,11 @@ def unknown_family(directory: Path) -> None:
         (lambda d: None, ["--scheme", "int4-32"], "did you mean 'int4-g32'"),
         (lambda d: None, ["--rounding", "rtm"], "did you mean 'rtn'"),
         (lambda d: None, ["--max-shard-size", "12Q"], "12Q"),
+        (
+            lambda d: None,
+            ["--kv-cache", "kv-int8"],
+            "its heads of 8 elements are no whole blocks. What fits: kv-f16.",
+        ),
     ],
 )
 def test_bad_models_and_arguments(

@@ -274,9 +274,13 @@ def test_targets() -> None:
     assert table["schemes"]["int4-g32"]["cpu"] == "exact (Q4_0)"
     assert table["schemes"]["nf4"]["null"] == "exact (u4)"
     assert all(cells.keys() == table["targets"].keys() for cells in table["schemes"].values())
+    assert [table["kv_caches"][cache]["cpu"] for cache in ("kv-f16", "kv-int8", "kv-int4")] == ["yes"] * 3
+    assert {cache: cells["null"] for cache, cells in table["kv_caches"].items()} == {
+        "kv-f32": "yes", "kv-f16": "no", "kv-int8": "no", "kv-int4": "no",
+    }  # fmt: skip
     said = told(tapeout("targets", COLUMNS="200"))
     assert "null: No device: canonical codes in safetensors, run by transformers. Runtime: installed" in said
-    assert all(scheme in said for scheme in table["schemes"])
+    assert all(name in said for name in {**table["schemes"], **table["kv_caches"]})
 
 
 @pytest.mark.parametrize("verb", VERBS)

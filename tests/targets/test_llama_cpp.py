@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ pytest.importorskip("transformers")
 MakeModel = Callable[..., Path]
 Open = Callable[..., llama_cpp.LlamaCpp]
 IDS = [(i * 37 + 11) % 256 for i in range(60)]
-EXACT: dict[str, Any] = {"kv": "f32", "flash_attention": False}
+EXACT: dict[str, Any] = {"kv_cache": "kv-f32", "flash_attention": False}
 # In units of the logits' standard deviation. float32 sums in another order: 2^-24 for each of some hundred terms, and
 # llama.cpp's own exp.
 CLOSE = 1e-4
@@ -85,6 +86,40 @@ def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start:
     assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
 
 
+@pytest.mark.parametrize("heads", [8, 4, 2])
+@pytest.mark.parametrize("kv_cache", ["kv-int8", "kv-int4"])
+def test_a_rounded_cache_of_one_layer_is_explained(
+    make_model: MakeModel, start: Open, kv_cache: Any, heads: int
+) -> None:
+    """Heads of 32 elements, and of 64 and 128, which llama.cpp turns before it rounds.
+
+    Float weights, so that nothing but the cache rounds. The median, as above.
+    """
+    fields = {"hidden_size": 256, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    directory = make_model("llama", **fields)
+    store = quantize(load(directory), "int4-g32").directory
+    arguments: dict[str, Any] = {"store": str(store), "layers": 1, "threads": 1}
+    rounded = reference.open_session(str(directory), kv_cache=kv_cache, **arguments).prefill(IDS)
+    floats = reference.open_session(str(directory), **arguments).prefill(IDS)
+    session = start(directory, write={"layers": 1, "as_float32": True}, kv_cache=kv_cache)
+    device = session.prefill(IDS)
+    assert np.median(np.abs(rounded - device).max(1)) / rounded.std() < CLOSE
+    assert np.median(np.abs(floats - device).max(1)) / rounded.std() > 50 * CLOSE
+    session.reset()
+    assert np.median(np.abs(device - [session.decode(token) for token in IDS]).max(1)) / rounded.std() < CLOSE
+
+
+def test_as_many_tokens_as_their_cache_leaves_room_for(
+    make_model: MakeModel, start: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 2 layers, 4 heads of 32 elements, keys and values: 512 elements a token. A MiB, half of which may be used.
+    monkeypatch.setattr(llama_cpp.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    directory = make_model("llama", hidden_size=256, max_position_embeddings=8192)
+    rooms = {"kv-f32": 256, "kv-f16": 512, "kv-int8": 768, "kv-int4": 1792}  # down to a multiple of 256
+    for kind, room in rooms.items():
+        assert start(directory, kv_cache=kind).facts.context == room
+
+
 def test_logits_are_ours(make_model: MakeModel, start: Open) -> None:
     """llama.cpp writes the next ones over its own."""
     session = start(make_model("llama"))
@@ -145,8 +180,10 @@ def test_refused_files(tmp_path: Path, make_model: MakeModel, start: Open) -> No
     (tmp_path / "cut.gguf").write_bytes(whole[:-1000])
     with pytest.raises(RuntimeCrash, match=r"refuses .*cut\.gguf\. Its log: .*tensor"):
         llama_cpp.open_session(str(tmp_path / "cut.gguf"))
-    with pytest.raises(TapeoutError, match="cannot be of type 'q4'"):
-        llama_cpp.open_session(str(tmp_path / "cut.gguf"), kv="q4")  # type: ignore[arg-type]
+    with pytest.raises(TapeoutError, match=r"'kv-int3' is not a cache of llama\.cpp; did you mean 'kv-int8'"):
+        llama_cpp.open_session(str(tmp_path / "cut.gguf"), kv_cache="kv-int3")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeCrash, match=r"no context of .* block size 32 does not divide n_embd_head_k=8"):
+        start(make_model("llama"), kv_cache="kv-int8")
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,12 +30,20 @@ class Toy:
     Every token takes the same road, so that prefill in any batches and decode give the same bits.
     """
 
-    def __init__(self, directory: str, weights: Weights, layers: int, arithmetic: str = "float32") -> None:
+    def __init__(
+        self,
+        directory: str,
+        weights: Weights,
+        layers: int,
+        arithmetic: str = "float32",
+        kv_cache: str | None = None,
+    ) -> None:
         config = json.loads((Path(directory) / "config.json").read_text())
         self.facts = Facts("toy 1", "numpy", 0.0, 0, config["max_position_embeddings"])
         self._weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
         self._layers = layers
         self._arithmetic = arithmetic
+        self._kv_cache = kv_cache
         self._tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
         self.reset()
 
@@ -65,6 +73,9 @@ class Toy:
             layer = f"model.layers.{k}"
             self._sums[k] = self._sums[k] + x
             mean = self._sums[k] / self._length
+            if self._kv_cache == "kv-int4":
+                unit = np.abs(mean).max() / 7
+                mean = np.round(mean / unit) * unit
             seen = self._rounded(mean * self._weights[f"{layer}.input_layernorm.weight"])
             inner = np.tanh(self._weights[f"{layer}.mlp.up_proj.weight"] @ seen)
             x = x + self._weights[f"{layer}.mlp.down_proj.weight"] @ inner
@@ -82,11 +93,18 @@ class Defective(Toy):
     """A Toy with the defect that ``defect`` names; ``cut`` when it is not the whole model."""
 
     def __init__(
-        self, directory: str, weights: Weights, layers: int, arithmetic: str, defect: str, cut: bool
+        self,
+        directory: str,
+        weights: Weights,
+        layers: int,
+        arithmetic: str,
+        kv_cache: str | None,
+        defect: str,
+        cut: bool,
     ) -> None:
         self._defect, self._flipped, self._calls = defect, False, 0
         self._cut = cut
-        super().__init__(directory, weights, layers, arithmetic)
+        super().__init__(directory, weights, layers, arithmetic, kv_cache)
 
     def reset(self) -> None:
         super().reset()
@@ -129,7 +147,9 @@ class Defective(Toy):
         return super()._rounded(x, steps, offset)
 
 
-def reference(model: str, store: str | None, layers: int | None, arithmetic: str) -> Toy:
+def reference(
+    model: str, store: str | None, layers: int | None, arithmetic: str, kv_cache: str | None
+) -> Toy:
     """What ``tapeout.validate.reference:open_session`` is for transformers."""
     source = load(model)
     if store is None:
@@ -137,13 +157,19 @@ def reference(model: str, store: str | None, layers: int | None, arithmetic: str
     else:
         quant = open_store(Path(store), source)
         weights = {name: quant.float32(name) for name in quant}
-    return Toy(model, weights, layers or source.config.num_layers, arithmetic)
+    return Toy(model, weights, layers or source.config.num_layers, arithmetic, kv_cache)
 
 
-def device(directory: str, defect: str = "", arithmetic: str = "float32", layers: int | None = None) -> Toy:
+def device(
+    directory: str,
+    defect: str = "",
+    arithmetic: str = "float32",
+    layers: int | None = None,
+    kv_cache: str | None = None,
+) -> Toy:
     """Run what the plain files of ``directory`` hold."""
     if defect == "not installed":
         raise MissingToolchain("the toy runtime is not installed: pip install toy")
     whole = json.loads((Path(directory) / "config.json").read_text())["num_hidden_layers"]
     weights = dict(plain.read_weights(Path(directory)))
-    return Defective(directory, weights, layers or whole, arithmetic, defect, layers is not None)
+    return Defective(directory, weights, layers or whole, arithmetic, kv_cache, defect, layers is not None)

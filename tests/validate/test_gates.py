@@ -25,7 +25,7 @@ from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
 from tapeout.targets.null import Null
 from tapeout.validate import GateResult, Limits, Options, gates
 from tapeout.validate.evidence import Evidence, Said
-from tapeout.validate.session import Logits, Lowering, SessionSpec
+from tapeout.validate.session import KvCache, Logits, Lowering, SessionSpec
 
 HERE = str(Path(__file__).parent)
 PATH = {"PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
@@ -49,6 +49,7 @@ class Device(Null):
             "directory": str(artifact.directory),
             "defect": self.defect,
             "arithmetic": self.arithmetic,
+            "kv_cache": self.kv_cache,
         }
         return SessionSpec("gate_sessions:device", arguments, environment=PATH)
 
@@ -70,10 +71,8 @@ class Rounding(Device):
 class ToyEvidence(Evidence):
     """Evidence whose reference is the toy network too: no worker has to import torch."""
 
-    def reference(
-        self, *, layers: int | None = None, quantized: bool = True, arithmetic: str = "float32"
-    ) -> SessionSpec:
-        spec = super().reference(layers=layers, quantized=quantized, arithmetic=arithmetic)
+    def reference(self, **arguments: Any) -> SessionSpec:
+        spec = super().reference(**arguments)
         return replace(spec, factory="gate_sessions:reference", environment=PATH)
 
 
@@ -513,6 +512,42 @@ class Liar(Rounding):
     def session(self, artifact: Artifact) -> SessionSpec:
         spec = super().session(artifact)
         return replace(spec, arguments={**spec.arguments, "arithmetic": "ggml"})
+
+
+class Cached(Rounding):
+    """Keeps its cache as codes of 4 bits."""
+
+    kv_cache: ClassVar[KvCache] = "kv-int4"
+
+
+class Coarse(Rounding):
+    """Keeps its cache as codes of 4 bits, and says that it keeps floats."""
+
+    def session(self, artifact: Artifact) -> SessionSpec:
+        return Cached(self.defect).session(artifact)
+
+
+def test_a_cache_may_round_as_it_was_chosen_to(look: Look) -> None:
+    evidence = look(Cached(defect="another draw"))
+    found = by_name(gates.lowering(evidence))
+    assert {name: gate.status for name, gate in found.items()} == {
+        "lowering/weights": "passed",
+        "lowering/runtime": "passed",
+    }
+    cache = only(gates.cache(evidence, Limits()))
+    assert cache.limit == 0.1  # as for weights of 4 bits
+    # Two sources of rounding, the cache's by far the coarser: 7 steps against 31.
+    assert cache.value == pytest.approx(evidence.predicted.kl, rel=0.3)
+    assert cache.value is not None
+    assert f"the kv-int4 cache costs {cache.value:.2g} nats a token" in cache.reason
+    assert only(gates.cache(evidence, Limits(kl=cache.value / 2))).status == "failed"
+    assert {gate.status for gate in gates.decode(evidence)} == {"passed"}
+
+
+def test_a_cache_that_rounds_and_should_not_is_told_apart(look: Look) -> None:
+    evidence = look(Coarse())
+    assert by_name(gates.lowering(evidence))["lowering/runtime"].status == "failed"
+    assert gates.cache(evidence, Limits()) == []
 
 
 @pytest.mark.parametrize(

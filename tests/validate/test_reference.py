@@ -119,6 +119,55 @@ def test_q8_0_is_gguf_q8_0_but_for_ties() -> None:
     ]
 
 
+def test_q4_0_is_gguf_q4_0() -> None:
+    gguf_quants = pytest.importorskip("gguf.quants")
+    kind = pytest.importorskip("gguf").GGMLQuantizationType.Q4_0
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((50, 256)) * 10.0 ** random.integers(-6, 3, (50, 1))).astype(np.float32)
+    x[0] = 0
+    x[1, :32] = np.arange(32) / 2 - 8  # halves of the step
+    x[2, :2] = 9, -9  # the first of the largest decides about the sign
+    x[3, :2] = -9, 9
+    expected = gguf_quants.dequantize(gguf_quants.quantize(x, kind), kind)
+    found = reference.round_q4_0(torch.from_numpy(x)).numpy()
+    assert np.array_equal(found, expected)
+    assert found[2:4, :2].tolist() == [[9.0, -7.875], [-9.0, 7.875]]
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("width", [32, 64, 128, 192])
+def test_the_basis_of_the_cache_loses_nothing_itself(width: int, rotary: bool) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, width)).astype(np.float32))
+    seen: list[torch.Tensor] = []
+
+    def store(stored: torch.Tensor) -> torch.Tensor:
+        seen.append(stored)
+        return stored
+
+    back = reference.as_cached(x, store, rotary=rotary)
+    torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[0].norm(dim=-1), x.norm(dim=-1))
+    # One element reaches as many others as it is turned with: none, or all of its 64 or 128.
+    one = torch.eye(width)[:1]
+    reference.as_cached(one, store, rotary=rotary)
+    turned = {32: 1, 64: 64, 128: 128 if rotary else 64, 192: 64}[width]
+    assert int((seen[-1] != 0).sum()) == turned
+
+
+def test_a_rounded_cache_rounds_attention_alone(make_model: MakeModel) -> None:
+    directory = str(make_model("mistral", hidden_size=256, sliding_window=24))
+    floats = reference.open_session(directory).prefill(IDS)
+    coarse = reference.open_session(directory, kv_cache="kv-int4")
+    fine = reference.open_session(directory, kv_cache="kv-int8").prefill(IDS)
+    logits = coarse.prefill(IDS)
+    # A step of 1/8 of the largest element against one of 1/127: about sixteen times the error.
+    assert 5 < np.std(logits - floats) / np.std(fine - floats) < 40
+    coarse.reset()
+    np.testing.assert_allclose([coarse.decode(token) for token in IDS], logits, atol=0.05 * floats.std())
+    with pytest.raises(TapeoutError, match="no cache 'kv-int3'; did you mean 'kv-int8'"):
+        reference.open_session(directory, kv_cache="kv-int3")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_q8_0_rounds_the_inputs_of_quantized_matmuls(make_model: MakeModel, tied: bool) -> None:
     directory = make_model("llama", tie_word_embeddings=tied, num_hidden_layers=1)
