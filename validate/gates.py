@@ -266,7 +266,10 @@ def _overturned(expected: Logits, other: Logits, explained: float) -> int:
 
 
 def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
-    """Compare the reference with dequantized weights with the original: what the choice of scheme costs."""
+    """Compare the reference with the original: what the choice of scheme costs, on any device that does what it says.
+
+    Weights are the dequantized ones; inputs are rounded where the scheme says so.
+    """
     if evidence.model.quantization:
         method = evidence.model.quantization["quant_method"]
         return [
@@ -278,7 +281,7 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.kl is not None
     assert limits.top1 is not None
     assert limits.perplexity is not None
-    distance = _distance(evidence.original, evidence.dequantized)
+    distance = _distance(evidence.original, evidence.quantized)
     tokens = max(1, sum(len(ids) - 1 for ids in evidence.sequences))
     loss = [
         sum(
@@ -286,12 +289,20 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
             for logits, ids in zip(each, evidence.sequences, strict=True)
         )
         / tokens
-        for each in (evidence.original, evidence.dequantized)
+        for each in (evidence.original, evidence.quantized)
     ]
     before, after = (float(np.exp(each)) for each in loss)
+    rounded = {str(scheme) for scheme in evidence.quant.schemes.values() if scheme.activations}
+    inputs = f", with inputs rounded as {' and '.join(sorted(rounded))} says," if rounded else ""
     what = f"{distance.tokens} tokens of {'the model’s tasks' if evidence.tasks and not evidence.text else 'text'}"
     return [
-        _verdict("quality/kl", "mean KL, nats", distance.kl, limits.kl, f"original ‖ dequantized on {what}."),
+        _verdict(
+            "quality/kl",
+            "mean KL, nats",
+            distance.kl,
+            limits.kl,
+            f"original ‖ dequantized{inputs} on {what}.",
+        ),
         _verdict(
             "quality/top1",
             "share of equal likeliest tokens",

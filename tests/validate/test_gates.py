@@ -646,12 +646,12 @@ def test_decode_without_a_runtime_and_with_a_dead_one(look: Look) -> None:
 # quality
 
 
-def measured(original: Logits, dequantized: Logits, ids: list[int], limits: Limits, scheme: str) -> Any:
+def measured(original: Logits, quantized: Logits, ids: list[int], limits: Limits, scheme: str) -> Any:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
-        quant=SimpleNamespace(scheme=SCHEMES[scheme]),
+        quant=SimpleNamespace(scheme=SCHEMES[scheme], schemes={"a": SCHEMES[scheme]}),
         original=[original],
-        dequantized=[dequantized],
+        quantized=[quantized],
         sequences=[ids],
         tasks=[],
         text=None,
@@ -673,7 +673,9 @@ def test_quality_by_hand() -> None:
     # Next tokens 0, 0, 1: (4/3 · 4/3 · 4)^(1/3) over 2.
     assert found["quality/perplexity"].value == pytest.approx((64 / 9) ** (1 / 3) / 2, abs=1e-6)
     assert {gate.status for gate in found.values()} == {"passed"}
-    assert "4 tokens of text" in found["quality/kl"].reason
+    assert found["quality/kl"].reason == "original ‖ dequantized on 4 tokens of text."
+    found = measured(EVEN, THREE, [0, 0, 0, 1], limits, "w8a8")
+    assert "dequantized, with inputs rounded as w8a8 says, on 4 tokens" in found["quality/kl"].reason
 
 
 @pytest.mark.parametrize(
@@ -725,9 +727,9 @@ def test_limits_for_scheme() -> None:
 def test_quality_of_no_text() -> None:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
-        quant=SimpleNamespace(scheme=SCHEMES["int8"]),
+        quant=SimpleNamespace(scheme=SCHEMES["int8"], schemes={}),
         original=[],
-        dequantized=[],
+        quantized=[],
         sequences=[],
     )
     result = only(gates.guarded("quality", lambda e: gates.quality(e, Limits()), cast(Evidence, evidence)))
