@@ -8,10 +8,11 @@ give ("true sequential" in GPTQ's code).
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError, SchemeError
+from tapeout.files import canonical_json
 from tapeout.models import Model
 from tapeout.models.torch_decoder import TorchDecoder, linear
 from tapeout.quantize import awq, gptq, lattice, rtn, store
@@ -30,10 +32,12 @@ from tapeout.quantize.store import Findings
 if TYPE_CHECKING:
     import torch
 
+_DONE = "done.json"
 _BATCH = 8  # sequences whose activations are in memory together
 _TILE = 256  # rows of a Hessian that one task adds to
 _SAMPLE = 512  # inputs that AWQ measures its error on
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_FOLDING = ("awq", "smoothquant")
 _STAGES = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 Progress = Callable[[str, int, int], None]
@@ -71,17 +75,12 @@ class Calibrated:
         (self.directory / "tensors").mkdir(exist_ok=True)
         decoder = TorchDecoder(config)
         steps = config.num_layers + 1
-        begin = max((int(path.stem[1:]) for path in place.glob("x*.f32")), default=None)
-        if begin is None:
-            self._embed(place)
-        for layer in range(config.num_layers):
-            if layer < (begin or 0):
-                self._adopt(layer)
-            else:
-                self._layer(decoder, layer, place)
+        for layer in range(self._resume(place), config.num_layers):
+            self._layer(decoder, layer, place)
             self._tell(layer + 1, steps)
         self._outside(decoder, place / f"x{config.num_layers}.f32")
         self._tell(steps, steps)
+        (place / _DONE).unlink()  # first: what it promises goes with the rest
         shutil.rmtree(place)
         return self.found
 
@@ -93,7 +92,7 @@ class Calibrated:
         context = self._map(place / "context.f32", "w+", self._context_width())
         after = self._map(place / "after.f32", "w+")
         w = self._weights(layer)
-        if self.rounding in ("awq", "smoothquant"):
+        if self.rounding in _FOLDING:
             self._fold(decoder, layer, w, x)
         calls: tuple[Callable[[int], torch.Tensor], ...] = (
             lambda i: decoder.norm(_tensor(x[i]), w["input_layernorm.weight"]),
@@ -128,6 +127,7 @@ class Calibrated:
                 store.check_finite(self.model.checkpoint[name], self.pool)
         after.flush()
         (place / "after.f32").rename(place / f"x{layer + 1}.f32")
+        self._commit(place, layer + 1)
         (place / f"x{layer}.f32").unlink()
 
     def _round(
@@ -182,6 +182,8 @@ class Calibrated:
                 rounded = rtn.Rounded(gptq.round_gptq(weight, scheme, factor, grid, self.pool), grid)
         except ScaleOverflow:
             self.found.fallbacks[name] = f"a scale of {scheme} does not fit float16; the tensor stays float"
+            if self.rounding in _FOLDING:  # it has taken up scales: it is not the checkpoint's
+                self._write_float(name, weight)
             return weight
         except lattice.NotFinite:
             raise store.not_finite(self.model.checkpoint[name]) from None
@@ -298,12 +300,23 @@ class Calibrated:
             x[i] = rows[at]
         x.flush()
         (place / "embedding.f32").rename(place / "x0.f32")
+        self._commit(place, 0)
 
-    def _adopt(self, layer: int) -> None:
-        """Take the tensors of a layer that an earlier run finished."""
-        for name in self.model.specs:
-            if name.startswith(f"model.layers.{layer}.") and store.tensor_path(self.directory, name).exists():
-                self.found.tensors[name] = store.written(self.directory, name)
+    def _commit(self, place: Path, layers: int) -> None:
+        """Say that so many layers are done, and what was found in them: there a run goes on after this one is killed."""
+        partial = place / f"{_DONE}.partial"
+        partial.write_text(canonical_json({"layers": layers, **asdict(self.found)}), encoding="utf-8")
+        partial.rename(place / _DONE)
+
+    def _resume(self, place: Path) -> int:
+        """Take over what an earlier run has done; the layer to go on with."""
+        if not (place / _DONE).exists():
+            self._embed(place)
+            return 0
+        done = json.loads((place / _DONE).read_text(encoding="utf-8"))
+        tensors = {name: store.Written(**entry) for name, entry in done["tensors"].items()}
+        self.found = Findings(tensors, done["fallbacks"], done["notes"])
+        return int(done["layers"])
 
     def _weights(self, layer: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."

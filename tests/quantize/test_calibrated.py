@@ -247,7 +247,7 @@ def test_static_activations_keep_the_range_of_their_inputs(tmp_path: Path, text:
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from tapeout.models import load
 from tapeout.quantize import Calibration, quantize, store
@@ -260,16 +260,20 @@ def counted(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*args)
 store.write_parts = counted
-print(quantize(load(sys.argv[1]), "int4-g32", rounding=sys.argv[3], calibration=Calibration(Path(sys.argv[2]), 4, 32)).digest)
+quant = quantize(load(sys.argv[1]), "int4-g32", rounding=sys.argv[3], calibration=Calibration(Path(sys.argv[2]), 4, 32))
+print(json.dumps([quant.digest, list(quant.notes), dict(quant.fallbacks)]))
 """
 
 
 # Before the n-th tensor that a run writes: in the first layer, then in the second, then at the head. AWQ writes norms as well.
-@pytest.mark.parametrize(("rounding", "points"), [("gptq", (2, 9, 9)), ("awq", (2, 12, 11))])
+@pytest.mark.parametrize(("rounding", "points"), [("gptq", (2, 9, 9)), ("awq", (2, 13, 11))])
 def test_a_killed_run_reaches_the_same_digest(
     tmp_path: Path, text: Calibration, rounding: str, points: tuple[int, ...]
 ) -> None:
-    model = write_model(tmp_path / "tiny", "llama")
+    model = write_model(tmp_path / "tiny", "llama", dtype="F32")
+    # Things to tell of the first layer, which the last of the killed runs does not see any more.
+    edit(model, "model.layers.0.input_layernorm.weight", lambda values: values.__setitem__(3, 0))
+    edit(model, "model.layers.0.self_attn.k_proj.weight", lambda values: values.__setitem__((5, 6), 1e7))
 
     def run(cache: str, kill_at: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-c", KILLED, model, text.text, rounding, kill_at]
@@ -282,11 +286,29 @@ def test_a_killed_run_reaches_the_same_digest(
             timeout=120,
         )
 
-    undisturbed = run("whole", 0).stdout.strip()
-    assert len(undisturbed) == 64
+    undisturbed = json.loads(run("whole", 0).stdout)
+    digest, notes, fallbacks = undisturbed
+    assert len(digest) == 64
+    assert fallbacks.keys() == {"model.layers.0.self_attn.k_proj.weight"}
+    dead = "model.layers.0.self_attn.q_proj: 1 of 64 input channels are zero on all calibration data"
+    assert (dead in notes) == (rounding == "gptq")
     for kill_at in points:
         assert run("cut", kill_at).returncode == -signal.SIGKILL
-    assert run("cut", 0).stdout.strip() == undisturbed
+    assert json.loads(run("cut", 0).stdout) == undisturbed
+
+
+def test_a_tensor_that_stays_float_keeps_the_scales_that_it_took_up(
+    tmp_path: Path, text: Calibration
+) -> None:
+    model = write_model(tmp_path / "tiny", "llama", dtype="F32")
+    # A gate of a channel that nothing reads.
+    edit(model, "model.layers.0.mlp.gate_proj.weight", lambda values: values.__setitem__((5, 6), 1e7))
+    edit(model, "model.layers.0.mlp.down_proj.weight", lambda values: values.__setitem__((slice(None), 5), 0))
+    quant = quantize(load(model), "int8-g32", rounding="awq", calibration=text)
+    assert quant.fallbacks.keys() == {"model.layers.0.mlp.gate_proj.weight"}
+    assert "model.layers.0.mlp.gate_proj.weight" in quant.folded
+    plain = quantize(load(model), "int8-g32")
+    assert distance(quant, text) < 4 * distance(plain, text)
 
 
 # Bad input
