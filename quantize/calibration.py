@@ -45,9 +45,7 @@ class Calibration:
             raise RecipeError(
                 f"calibration wants at least 1 sequence of 2 tokens; found {self.sequences} of {self.length}."
             )
-        path = self.text or model.directory / "calibration.txt"
-        if self.text is None and not path.exists():
-            path = Path(str(files("tapeout.quantize") / "data" / "calibration.txt"))
+        path = self._path(model)
         ids = _encode(model, _read(path))
         length = min(self.length, model.config.max_position_embeddings)
         count = len(ids) // length
@@ -65,6 +63,15 @@ class Calibration:
             chosen = np.random.default_rng(self.seed).choice(count, self.sequences, replace=False)
             windows = windows[np.sort(chosen)]
         return windows
+
+    def text_sha256(self, model: Model) -> str:
+        """SHA-256 of the text, as UTF-8; RecipeError when it cannot be read."""
+        return hashlib.sha256(_read(self._path(model)).encode()).hexdigest()
+
+    def _path(self, model: Model) -> Path:
+        own = model.directory / "calibration.txt"
+        ours = Path(str(files("tapeout.quantize") / "data" / "calibration.txt"))
+        return self.text or (own if own.exists() else ours)
 
 
 def digest(tokens: npt.NDArray[np.int32]) -> str:

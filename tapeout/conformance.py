@@ -95,7 +95,7 @@ def check(case: Case, work: Path) -> None:
     again = work / "two"
     (again / "artifact").mkdir(parents=True)
     quant = quantize(load(model), case.scheme, out=work / "codes")
-    repeated = pack(kind().export(quant, again / "artifact"), report, quant, kind())
+    repeated = pack(kind().export(quant, again / "artifact"), report, quant, kind(), recipe.kept(quant))
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"
     _check_that_damage_shows(kind(), case, model, package.artifact)
