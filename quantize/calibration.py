@@ -79,6 +79,20 @@ def digest(tokens: npt.NDArray[np.int32]) -> str:
     return hashlib.sha256(str(tokens.shape).encode() + tokens.tobytes()).hexdigest()
 
 
+def torch_device(device: str | None = None) -> tuple[str, str]:
+    """The torch device that calibration runs on, and what it is called: ``cpu``, or the GPU's own name.
+
+    None: the GPU that torch sees, else the CPU. Float32 is float32 there: no TF32.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return device, device
+    torch.set_float32_matmul_precision("highest")
+    return device, torch.cuda.get_device_name(device)
+
+
 def _read(path: Path) -> str:
     try:
         if path.is_dir():

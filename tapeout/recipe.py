@@ -79,7 +79,11 @@ class Recipe(BaseModel):
         calibration = None
         if quant.calibration_sha256 is not None:
             used = self.calibration or Calibration()
-            calibration = {**asdict(used), "text": used.text_sha256(quant.model)}
+            calibration = {
+                **asdict(used),
+                "text": used.text_sha256(quant.model),
+                "device": quant.device,
+            }
         return {
             "calibration": calibration,
             "limits": asdict(self.limits),

@@ -86,6 +86,11 @@ def revalidate(
             f"{source} makes other tokens of the calibration text than the model that {directory} was made from: its tokenizer is "
             "another, and the codes cannot be made again."
         )
+    if quant.device and quant.device != kept["calibration"]["device"]:
+        notes.append(
+            f"its codes were chosen on {kept['calibration']['device']}, those of the store that they are compared with on {quant.device}: "
+            "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
+        )
     options = Options(
         recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
     )
@@ -104,7 +109,7 @@ def _calibration(package: Package, model: Model, text: Path | None) -> Calibrati
         if text:
             raise RecipeError(f"{package.directory} was made without calibration text: leave out {text}.")
         return None
-    settings = Calibration(**{**kept, "text": text})
+    settings = Calibration(text, kept["sequences"], kept["length"], kept["seed"])
     if (found := settings.text_sha256(model)) != kept["text"]:
         here = f"{text} is another one" if text else f"the default text for {model.name} here is another one"
         raise RecipeError(

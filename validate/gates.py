@@ -134,8 +134,10 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
         if mine is not None and mine.shape != theirs.shape:
             return f"{part} is {list(mine.shape)} where {list(theirs.shape)} is expected"
         if mine is not None and not np.array_equal(_bits(mine), _bits(theirs)):
+            if part == "packed":
+                part, mine, theirs = "codes", found.codes(), expected.codes()
             changed = np.argwhere(_bits(mine) != _bits(theirs))
-            return f"{len(changed)} of {part} differ, the first at {changed[0].tolist()}"
+            return f"{len(changed)} of {mine.size} {part} differ, the first at {changed[0].tolist()}"
     return ""
 
 

@@ -319,16 +319,16 @@ def test_codes_of_a_sound_artifact(look: Look, sound: Sound) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "change", "told"),
     [
-        (UP, "codes", flip((5, 9), bit=4), f"{UP}: 1 of packed differ, the first at [5, 9]"),
-        (UP, "scale", flip((7, 1)), f"{UP}: 1 of scale differ, the first at [7, 1]"),
-        (UP, "scale", flip((7, 1), bit=15), f"{UP}: 1 of scale differ, the first at [7, 1]"),
-        (UP, "zero_point", flip((0, 0)), f"{UP}: 1 of zero_point differ, the first at [0, 0]"),
+        (UP, "codes", flip((5, 9), bit=4), f"{UP}: 1 of 8192 codes differ, the first at [5, 19]"),
+        (UP, "scale", flip((7, 1)), f"{UP}: 1 of 256 scale differ, the first at [7, 1]"),
+        (UP, "scale", flip((7, 1), bit=15), f"{UP}: 1 of 256 scale differ, the first at [7, 1]"),
+        (UP, "zero_point", flip((0, 0)), f"{UP}: 1 of 256 zero_point differ, the first at [0, 0]"),
         (NORM, "weight", flip((63,)), f"{NORM}: float values differ"),
-        ("lm_head.weight", "codes", flip((271, 63)), "lm_head.weight: 1 of packed differ"),
+        ("lm_head.weight", "codes", flip((271, 63)), "lm_head.weight: 1 of 17408 codes differ"),
         (UP, "codes", lambda codes: codes[:-1], f"{UP}: (127, 64) codes of 4 bits in groups of 32"),
         (UP, "codes", np.flipud, f"{UP}: "),
         pytest.param(
-            UP, "codebook", flip((3,)), f"{UP}: 1 of codebook differ, the first at [3]",
+            UP, "codebook", flip((3,)), f"{UP}: 1 of 16 codebook differ, the first at [3]",
         ),
         pytest.param(
             UP, "scale", lambda scale: scale[:-1], f"{UP}: scale",
