@@ -24,7 +24,7 @@ from tapeout.models import Model, Role, SourceTensor
 from tapeout.models.checkpoint import read_header
 from tapeout.models.torch_decoder import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
-from tapeout.quantize.calibration import Calibration, digest
+from tapeout.quantize.calibration import Calibration, digest, torch_device
 from tapeout.quantize.lattice import ScaleOverflow
 from tapeout.quantize.scheme import SCHEMES, Scheme
 from tapeout.quantize.tensor import QuantTensor
@@ -60,6 +60,7 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
         notes: what calibrated rounding has to tell.
         source_sha256: digest of the checkpoint's tensors.
         calibration_sha256: digest of the windows of text that the rounding looked at; None: it looked at none.
+        device: where calibration ran: ``cpu``, or a GPU's name; None: there was none.
         digest: digest of ``quantization.json``, which holds every tensor's digest.
     """
 
@@ -74,6 +75,7 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
     notes: tuple[str, ...]
     source_sha256: str
     calibration_sha256: str | None
+    device: str | None
     digest: str
 
     def __getitem__(self, name: str) -> QuantTensor | SourceTensor:
@@ -106,6 +108,7 @@ def quantize(
     out: Path | None = None,
     force: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a model into a store, or find the store that an earlier run made of the same weights and recipe.
@@ -123,6 +126,7 @@ def quantize(
         out: where to put the store; None: the cache, by content.
         force: replace the store at ``out``.
         threads: default: as many as this process has cores.
+        device: of torch, for what calibration computes; None: a GPU where there is one. It decides bits, and so the store's name.
         progress: told how many weights are done.
 
     Raises:
@@ -131,12 +135,13 @@ def quantize(
     """
     plan = planned(model, scheme, rounding, overrides or {})
     keep_freed_memory()
-    tokens, schemes = None, plan.schemes
+    tokens, where, schemes = None, None, plan.schemes
     if plan.foreign is None and (
         calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
     ):
         tokens = (calibration or Calibration()).tokens(model)
         one_core_each()
+        device, where = torch_device(device)
     prepare = one_core_each if tokens is not None else None
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), initializer=prepare) as pool:
         source = model.checkpoint.sha256(pool)
@@ -148,17 +153,18 @@ def quantize(
             "rounding": plan.rounding,
             "schemes": {name: s.name for name, s in schemes.items()},
             "calibration": None if tokens is None else digest(tokens),
+            "device": where,
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, plan, recipe, tokens, pool, progress)
+                _fill(partial, model, plan, recipe, tokens, pool, progress, device)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
                 return open_store(directory, model, pool)
-            _fill(directory, model, plan, recipe, tokens, pool, progress)
+            _fill(directory, model, plan, recipe, tokens, pool, progress, device)
         return open_store(directory, model)
 
 
@@ -243,6 +249,7 @@ def _fill(
     tokens: npt.NDArray[np.int32] | None,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
+    device: str | None,
 ) -> None:
     """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
@@ -255,7 +262,7 @@ def _fill(
         from tapeout.quantize.calibrated import Calibrated
 
         found = Calibrated(
-            model, plan.schemes, plan.rounding, tokens, directory, pool, simple, progress
+            model, plan.schemes, plan.rounding, tokens, directory, pool, simple, progress, device or "cpu"
         ).run()
     index = {
         **recipe,
@@ -350,6 +357,7 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
         clamped={n: e["clamped_groups"] for n, e in entries.items() if e["clamped_groups"]},
         source_sha256=raw["source_sha256"],
         calibration_sha256=raw["calibration"],
+        device=raw.get("device"),  # stores of older versions were made on CPUs
         digest=file_sha256(index),
     )
 

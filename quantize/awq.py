@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapeout.quantize import rtn
-from tapeout.quantize.lattice import Floats, dequantize
+from tapeout.quantize.lattice import Floats, ScaleOverflow, dequantize, tensor_scale
 from tapeout.quantize.scheme import Scheme
 
 _STEPS = 20  # of the power, from 0 to 1 (the paper's section 3.2)
@@ -80,10 +80,11 @@ def _error(weight: Floats, scheme: Scheme, scale: Floats, inputs: Inputs) -> flo
     whole = np.float32(1)
     scaled = weight * scale
     if scheme.scales == "e4m3":
-        from tapeout.quantize.lattice import tensor_scale
-
         whole = tensor_scale(float(np.abs(scaled).max()), scheme) or whole
-    rounded = rtn.round_to_nearest(scaled, scheme, inputs.square / scale**2, tensor_scale=whole)
+    try:
+        rounded = rtn.round_to_nearest(scaled, scheme, inputs.square / scale**2, tensor_scale=whole)
+    except ScaleOverflow:
+        return 0.0  # the tensor will stay float
     off = dequantize(rounded.codes, scheme, rounded.grid)
     off /= scale
     off -= weight

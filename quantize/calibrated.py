@@ -8,10 +8,11 @@ give ("true sequential" in GPTQ's code).
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError, SchemeError
+from tapeout.files import canonical_json
 from tapeout.models import Model
 from tapeout.models.torch_decoder import TorchDecoder, linear
 from tapeout.quantize import awq, gptq, lattice, rtn, store
@@ -30,10 +32,12 @@ from tapeout.quantize.store import Findings
 if TYPE_CHECKING:
     import torch
 
+_DONE = "done.json"
 _BATCH = 8  # sequences whose activations are in memory together
 _TILE = 256  # rows of a Hessian that one task adds to
 _SAMPLE = 512  # inputs that AWQ measures its error on
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_FOLDING = ("awq", "smoothquant")
 _STAGES = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +51,7 @@ class Calibrated:
         tokens: int32 [sequences, length], see ``Calibration.tokens``.
         rounding: ``gptq``, ``awq``, ``smoothquant``, or one that takes importance only (``rtn``, ``hqq``).
         simple: how a weight is rounded when no Hessian is used.
+        device: of torch: where the layers run and the Hessians are summed up. Codes are always chosen on the CPU.
     """
 
     model: Model
@@ -57,6 +62,7 @@ class Calibrated:
     pool: Executor
     simple: store.Round
     progress: Progress | None = None
+    device: str = "cpu"
     found: Findings = field(default_factory=Findings)
 
     def run(self) -> Findings:
@@ -71,52 +77,54 @@ class Calibrated:
         (self.directory / "tensors").mkdir(exist_ok=True)
         decoder = TorchDecoder(config)
         steps = config.num_layers + 1
-        begin = max((int(path.stem[1:]) for path in place.glob("x*.f32")), default=None)
-        if begin is None:
-            self._embed(place)
-        for layer in range(config.num_layers):
-            if layer < (begin or 0):
-                self._adopt(layer)
-            else:
-                self._layer(decoder, layer, place)
+        for layer in range(self._resume(place), config.num_layers):
+            self._layer(decoder, layer, place)
             self._tell(layer + 1, steps)
         self._outside(decoder, place / f"x{config.num_layers}.f32")
         self._tell(steps, steps)
+        (place / _DONE).unlink()  # first: what it promises goes with the rest
         shutil.rmtree(place)
         return self.found
 
     def _layer(self, decoder: TorchDecoder, layer: int, place: Path) -> None:
-        import torch
 
         x = self._map(place / f"x{layer}.f32", "r")
         middle = self._map(place / "middle.f32", "w+")
         context = self._map(place / "context.f32", "w+", self._context_width())
         after = self._map(place / "after.f32", "w+")
         w = self._weights(layer)
-        if self.rounding in ("awq", "smoothquant"):
+        if self.rounding in _FOLDING:
             self._fold(decoder, layer, w, x)
         calls: tuple[Callable[[int], torch.Tensor], ...] = (
-            lambda i: decoder.norm(_tensor(x[i]), w["input_layernorm.weight"]),
+            lambda i: decoder.norm(self._tensor(x[i]), w["input_layernorm.weight"]),
             lambda i: _keep(
-                context, i, decoder.attend(decoder.norm(_tensor(x[i]), w["input_layernorm.weight"]), w)
+                context, i, decoder.attend(decoder.norm(self._tensor(x[i]), w["input_layernorm.weight"]), w)
             ),
             lambda i: decoder.norm(
-                _keep(middle, i, _tensor(x[i]) + linear(_tensor(context[i]), w, "self_attn.o_proj")),
+                _keep(
+                    middle, i, self._tensor(x[i]) + linear(self._tensor(context[i]), w, "self_attn.o_proj")
+                ),
                 w["post_attention_layernorm.weight"],
             ),
-            lambda i: decoder.gate(decoder.norm(_tensor(middle[i]), w["post_attention_layernorm.weight"]), w),
+            lambda i: decoder.gate(
+                decoder.norm(self._tensor(middle[i]), w["post_attention_layernorm.weight"]), w
+            ),
         )
         for stage, inputs in zip(_STAGES, calls, strict=True):
             names = [f"model.layers.{layer}.{name}.weight" for name in stage]
-            for name, rounded in self._round(names, inputs, {n: w[_short(n)].numpy() for n in names}).items():
-                w[_short(name)] = torch.from_numpy(rounded)
+            for name, rounded in self._round(
+                names, inputs, {n: w[_short(n)].cpu().numpy() for n in names}
+            ).items():
+                w[_short(name)] = self._tensor(rounded)
         self._each(
             lambda i: _keep(
                 after,
                 i,
-                _tensor(middle[i])
+                self._tensor(middle[i])
                 + linear(
-                    decoder.gate(decoder.norm(_tensor(middle[i]), w["post_attention_layernorm.weight"]), w),
+                    decoder.gate(
+                        decoder.norm(self._tensor(middle[i]), w["post_attention_layernorm.weight"]), w
+                    ),
                     w,
                     "mlp.down_proj",
                 ),
@@ -128,6 +136,7 @@ class Calibrated:
                 store.check_finite(self.model.checkpoint[name], self.pool)
         after.flush()
         (place / "after.f32").rename(place / f"x{layer + 1}.f32")
+        self._commit(place, layer + 1)
         (place / f"x{layer}.f32").unlink()
 
     def _round(
@@ -158,9 +167,10 @@ class Calibrated:
                     self.found.notes.append(
                         f"{where}: {factor.dead} of {into} input channels are zero on all calibration data"
                     )
-        else:
+        if self.rounding != "gptq" or any(self.schemes[name].activations == "int8-static" for name in wanted):
             seen = self._inputs(inputs, into, where)
-            importance, static = seen.square, seen.largest.max() / np.float32(127)
+            static = seen.largest.max() / np.float32(127)
+            importance = importance if self.rounding == "gptq" else seen.square
         return {name: self._write(name, weights[name], factor, importance, static) for name in wanted}
 
     def _write(
@@ -182,6 +192,8 @@ class Calibrated:
                 rounded = rtn.Rounded(gptq.round_gptq(weight, scheme, factor, grid, self.pool), grid)
         except ScaleOverflow:
             self.found.fallbacks[name] = f"a scale of {scheme} does not fit float16; the tensor stays float"
+            if self.rounding in _FOLDING:  # it has taken up scales: it is not the checkpoint's
+                self._write_float(name, weight)
             return weight
         except lattice.NotFinite:
             raise store.not_finite(self.model.checkpoint[name]) from None
@@ -194,7 +206,7 @@ class Calibrated:
         if scheme.activations == "int8-static":
             if input_scale is None:
                 raise SchemeError(
-                    f"{scheme} of {name} needs the range of its inputs: rounding smoothquant, awq or rtn."
+                    f"{scheme} of {name} needs the range of its inputs, and an embedding has none: give it int8."
                 )
             parts["input_scale"] = np.array([input_scale], np.float32)
         self.found.tensors[name] = store.write_parts(
@@ -226,16 +238,14 @@ class Calibrated:
         self, decoder: TorchDecoder, layer: int, w: dict[str, torch.Tensor], x: npt.NDArray[np.float32]
     ) -> None:
         """Scale input channels up, and what they come from down: norms, and the rows of v_proj and up_proj."""
-        import torch
-
         at, config = f"model.layers.{layer}", self.model.config
 
         def normed(i: int) -> torch.Tensor:
-            return decoder.norm(_tensor(x[i]), w["input_layernorm.weight"])
+            return decoder.norm(self._tensor(x[i]), w["input_layernorm.weight"])
 
         def middle(i: int) -> torch.Tensor:
             context = decoder.attend(normed(i), w)
-            y = _tensor(x[i]) + linear(context, w, "self_attn.o_proj")
+            y = self._tensor(x[i]) + linear(context, w, "self_attn.o_proj")
             return decoder.norm(y, w["post_attention_layernorm.weight"])
 
         heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads)
@@ -252,37 +262,39 @@ class Calibrated:
             names = [f"{at}.{name}.weight" for name in stage]
             if all(self.schemes[name].kind == "none" for name in names):
                 continue
-            weights = [w[_short(name)].numpy() for name in names]
+            weights = [w[_short(name)].cpu().numpy() for name in names]
             seen = self._inputs(inputs, weights[0].shape[1], names[0].removesuffix(".weight"))
             if self.rounding == "awq":
                 scale = awq.awq_scale(weights, [self.schemes[name] for name in names], seen, shared)
             else:
                 scale = awq.smooth_scale(weights, seen)
             for name in names:
-                w[_short(name)] = w[_short(name)] * torch.from_numpy(scale)
+                w[_short(name)] = w[_short(name)] * self._tensor(scale)
                 if self.schemes[name].kind == "none":
-                    self._write_float(name, w[_short(name)].numpy())
+                    self._write_float(name, w[_short(name)].cpu().numpy())
             # Of heads that share a value head one row of v_proj speaks for all.
             rows = scale.reshape(*shared, -1)[:, 0].reshape(-1) if shared else scale
             for part in (f"{source}.weight", f"{source}.bias"):
                 if part in w:
-                    down = torch.from_numpy(np.ascontiguousarray(rows))
+                    down = self._tensor(rows)
                     w[part] = w[part] / (down[:, None] if w[part].ndim == 2 else down)
                     if f"{at}.{part}" not in self.schemes or self.schemes[f"{at}.{part}"].kind == "none":
-                        self._write_float(f"{at}.{part}", w[part].numpy())
+                        self._write_float(f"{at}.{part}", w[part].cpu().numpy())
 
     def _outside(self, decoder: TorchDecoder, path: Path) -> None:
         """Embedding, final norm and head: the head sees what the last layer gives, an embedding table no inputs at all."""
         specs, config = self.model.specs, self.model.config
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         x = self._map(path, "r")
-        norm = _tensor(self.model.checkpoint["model.norm.weight"].float32())
+        norm = self._tensor(self.model.checkpoint["model.norm.weight"].float32())
         for name in specs:
             if name.startswith("model.layers."):
                 continue
             source = self.model.checkpoint[name]
             if name == head and self.schemes[name].kind != "none":
-                self._round([name], lambda i: decoder.norm(_tensor(x[i]), norm), {name: source.float32()})
+                self._round(
+                    [name], lambda i: decoder.norm(self._tensor(x[i]), norm), {name: source.float32()}
+                )
             elif self.schemes[name].kind != "none":
                 self._write(name, source.float32(), None, None)
             if name not in self.found.tensors:
@@ -298,17 +310,28 @@ class Calibrated:
             x[i] = rows[at]
         x.flush()
         (place / "embedding.f32").rename(place / "x0.f32")
+        self._commit(place, 0)
 
-    def _adopt(self, layer: int) -> None:
-        """Take the tensors of a layer that an earlier run finished."""
-        for name in self.model.specs:
-            if name.startswith(f"model.layers.{layer}.") and store.tensor_path(self.directory, name).exists():
-                self.found.tensors[name] = store.written(self.directory, name)
+    def _commit(self, place: Path, layers: int) -> None:
+        """Say that so many layers are done, and what was found in them: there a run goes on after this one is killed."""
+        partial = place / f"{_DONE}.partial"
+        partial.write_text(canonical_json({"layers": layers, **asdict(self.found)}), encoding="utf-8")
+        partial.rename(place / _DONE)
+
+    def _resume(self, place: Path) -> int:
+        """Take over what an earlier run has done; the layer to go on with."""
+        if not (place / _DONE).exists():
+            self._embed(place)
+            return 0
+        done = json.loads((place / _DONE).read_text(encoding="utf-8"))
+        tensors = {name: store.Written(**entry) for name, entry in done["tensors"].items()}
+        self.found = Findings(tensors, done["fallbacks"], done["notes"])
+        return int(done["layers"])
 
     def _weights(self, layer: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         return {
-            name.removeprefix(prefix): _tensor(self.model.checkpoint[name].float32())
+            name.removeprefix(prefix): self._tensor(self.model.checkpoint[name].float32())
             for name in self.model.specs
             if name.startswith(prefix)
         }
@@ -346,7 +369,7 @@ class Calibrated:
         """Σ x xᵀ over all inputs, float32 [in, in], the upper triangle."""
         import torch
 
-        total = torch.zeros(into, into)
+        total = torch.zeros(into, into, device=self.device)
         for batch in self._batches(inputs, where):
 
             def add(first: int, batch: torch.Tensor = batch) -> None:
@@ -354,7 +377,7 @@ class Calibrated:
                 total[first:last, first:].addmm_(batch[:, first:last].T, batch[:, first:])
 
             list(self.pool.map(add, range(0, into, _TILE)))
-        return total
+        return total.cpu()
 
     def _inputs(self, inputs: Callable[[int], torch.Tensor], into: int, where: str) -> Inputs:
         """Moments of the inputs, and a sample of them."""
@@ -364,7 +387,7 @@ class Calibrated:
         every = max(1, count // _SAMPLE)
         sample, seen = [], 0
         for batch in self._batches(inputs, where):
-            values = batch.numpy()
+            values = batch.cpu().numpy()
             size = np.abs(values)
             square += np.square(values, dtype=np.float64).sum(axis=0)
             mean += size.sum(axis=0, dtype=np.float64)
@@ -377,6 +400,11 @@ class Calibrated:
             largest,
             np.concatenate(sample)[:_SAMPLE],
         )
+
+    def _tensor(self, values: npt.NDArray[np.float32]) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.array(values, np.float32)).to(self.device)
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress:
@@ -393,12 +421,6 @@ def _rows(weight: Floats) -> list[slice]:
     return [slice(at, min(at + step, len(weight))) for at in range(0, len(weight), step)]
 
 
-def _tensor(values: npt.NDArray[np.float32]) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.array(values, np.float32))
-
-
 def _keep(place: npt.NDArray[np.float32], index: int, values: torch.Tensor) -> torch.Tensor:
-    place[index] = values.numpy()
+    place[index] = values.cpu().numpy()
     return values

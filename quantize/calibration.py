@@ -45,9 +45,7 @@ class Calibration:
             raise RecipeError(
                 f"calibration wants at least 1 sequence of 2 tokens; found {self.sequences} of {self.length}."
             )
-        path = self.text or model.directory / "calibration.txt"
-        if self.text is None and not path.exists():
-            path = Path(str(files("tapeout.quantize") / "data" / "calibration.txt"))
+        path = self._path(model)
         ids = _encode(model, _read(path))
         length = min(self.length, model.config.max_position_embeddings)
         count = len(ids) // length
@@ -66,10 +64,33 @@ class Calibration:
             windows = windows[np.sort(chosen)]
         return windows
 
+    def text_sha256(self, model: Model) -> str:
+        """SHA-256 of the text, as UTF-8; RecipeError when it cannot be read."""
+        return hashlib.sha256(_read(self._path(model)).encode()).hexdigest()
+
+    def _path(self, model: Model) -> Path:
+        own = model.directory / "calibration.txt"
+        ours = Path(str(files("tapeout.quantize") / "data" / "calibration.txt"))
+        return self.text or (own if own.exists() else ours)
+
 
 def digest(tokens: npt.NDArray[np.int32]) -> str:
     """SHA-256 of the windows: what the codes depend on."""
     return hashlib.sha256(str(tokens.shape).encode() + tokens.tobytes()).hexdigest()
+
+
+def torch_device(device: str | None = None) -> tuple[str, str]:
+    """The torch device that calibration runs on, and what it is called: ``cpu``, or the GPU's own name.
+
+    None: the GPU that torch sees, else the CPU. Float32 is float32 there: no TF32.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return device, device
+    torch.set_float32_matmul_precision("highest")
+    return device, torch.cuda.get_device_name(device)
 
 
 def _read(path: Path) -> str:

@@ -62,5 +62,5 @@ def export(
         artifact = target.export(quant, directory / "artifact", progress)
         options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress)
         report = validate(artifact, model, quant, target, options)
-        package = pack(artifact, report, quant, target)
+        package = pack(artifact, report, quant, target, recipe.kept(quant))
     return replace(package, directory=out), report

@@ -226,6 +226,7 @@ def validate(
     *,
     model: str | None = None,
     recipe: Path | None = None,
+    calibration: Path | None = None,
     require: Annotated[list[str] | None, Many] = None,
     report: Path | None = None,
     json: Json = False,
@@ -239,7 +240,8 @@ def validate(
     Args:
         package: The package's directory.
         model: The model that it was made from: a directory, a hub id or an embedded name.
-        recipe: The recipe that it was made with, when it was made with one.
+        recipe: Other limits, or the evaluation text. Default: the limits that it was made with; its schemes are its own.
+        calibration: The text that its rounding looked at, when that was one of your own.
         require: A gate that must run: skipped counts as failed. May be given several times.
         report: A directory to write report.json, report.html and report.xml to.
         json: Print the report to stdout.
@@ -251,6 +253,7 @@ def validate(
             package,
             model,
             Recipe.read(recipe) if recipe else None,
+            calibration=calibration,
             required=frozenset(require or ()),
             progress=progress,
         )

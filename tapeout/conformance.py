@@ -104,7 +104,7 @@ def check(case: Case, work: Path) -> None:
     again = work / "two"
     (again / "artifact").mkdir(parents=True)
     quant = quantize(load(model), case.scheme, out=work / "codes")
-    repeated = pack(target.export(quant, again / "artifact"), report, quant, target)
+    repeated = pack(target.export(quant, again / "artifact"), report, quant, target, recipe.kept(quant))
     assert package.target() == target, f"{case}: the package forgets its target's options"
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"

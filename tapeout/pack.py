@@ -32,7 +32,7 @@ MANIFEST = "tapeout.json"
 # Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
 _BESIDE = ("root_sha256", "beside", "passed")
 _KEYS = (
-    "model", "scheme", "rounding", "calibration_sha256", "schemes", "target", "artifact", "files", "generation", "needs", *_BESIDE,
+    "model", "scheme", "rounding", "calibration_sha256", "schemes", "recipe", "target", "artifact", "files", "generation", "needs", *_BESIDE,
 )  # fmt: skip
 
 
@@ -137,9 +137,12 @@ class Package:
             return None
 
 
-def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -> Package:
+def pack(
+    artifact: Artifact, report: Report, quant: Quantized, target: Target, recipe: Mapping[str, Any]
+) -> Package:
     """Make the directory around ``artifact`` (its ``artifact/`` already stands there) a whole package.
 
+    ``recipe`` is what ``Recipe.kept`` gives: with it the package's gates can be run again by who does not have the file.
     The same inputs give the same root digest: no clock, host name or absolute path is in what it covers.
     """
     directory, model = artifact.directory.parent, quant.model
@@ -148,7 +151,7 @@ def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -
         shutil.copyfile(file, directory / "tokenizer" / file.name)
     if model.chat_template:
         (directory / "tokenizer" / "chat_template.jinja").write_text(model.chat_template, encoding="utf-8")
-    facts = _facts(artifact, quant, target)
+    facts = {**_facts(artifact, quant, target), "recipe": recipe}
     (directory / "README.md").write_text(_card(artifact, facts, model, target), encoding="utf-8")
     manifest = {**facts, "files": _digests(directory)}
     manifest["root_sha256"] = _root(manifest)

@@ -28,7 +28,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tapeout.errors import RecipeError, nearest
-from tapeout.quantize import Calibration
+from tapeout.files import file_sha256
+from tapeout.quantize import Calibration, Quantized
 from tapeout.validate import Limits
 
 
@@ -67,6 +68,27 @@ class Recipe(BaseModel):
             "rounding": self.rounding,
             "overrides": self.tensors,
             "calibration": self.calibration,
+        }
+
+    def kept(self, quant: Quantized) -> dict[str, Any]:
+        """What a package keeps of the recipe beside its schemes, as JSON: enough to make and judge the codes again.
+
+        A text is named by its SHA-256, since a path means nothing elsewhere: None: the default one for evaluation; the digest of
+        whatever was used for calibration, which is itself None when nothing was calibrated.
+        """
+        calibration = None
+        if quant.calibration_sha256 is not None:
+            used = self.calibration or Calibration()
+            calibration = {
+                **asdict(used),
+                "text": used.text_sha256(quant.model),
+                "device": quant.device,
+            }
+        return {
+            "calibration": calibration,
+            "limits": asdict(self.limits),
+            "text": file_sha256(self.text) if self.text else None,
+            "tokens": self.tokens,
         }
 
     def toml(self) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tapeout.errors import MissingToolchain, ModelError, TapeoutError
-from tapeout.models import load
+from tapeout.errors import MissingToolchain, ModelError, RecipeError, TapeoutError
+from tapeout.models import Model, load
 from tapeout.models.chat import render, special_tokens
 from tapeout.pack import Package
-from tapeout.quantize import quantize
+from tapeout.quantize import Calibration, quantize
 from tapeout.recipe import Recipe
 from tapeout.validate import GateResult, Options, Report, check_names, gates, require, validate
 from tapeout.validate.generate import generate as sample
@@ -35,6 +35,7 @@ def revalidate(
     source: str | None = None,
     recipe: Recipe | None = None,
     *,
+    calibration: Path | None = None,
     required: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> Report:
@@ -43,17 +44,28 @@ def revalidate(
     Args:
         directory: the package.
         source: the model that it was made from.
-        recipe: limits and text; its scheme is the package's own.
+        recipe: limits and text; None: those that the package was made with. Schemes and calibration are the package's own.
+        calibration: the text that a calibrated package looked at; None: the recipe's, or the default one.
         required: gates that must not be skipped.
 
     Raises:
-        ModelError: ``source`` is not the model that the package was made from. TapeoutError: one of its kinds.
+        ModelError: ``source`` is not the model that the package was made from.
+        RecipeError: it was calibrated on a text that is not at hand. TapeoutError: one of its kinds.
     """
     package = Package.open(directory)
     if source is None:
         return _without_model(package, required)
-    model, recipe = load(source), recipe or Recipe()
-    manifest = package.manifest
+    manifest, model = package.manifest, load(source)
+    kept = manifest["recipe"]
+    notes: list[str] = []
+    if recipe is None:
+        recipe = Recipe.of({"limits": kept["limits"], "tokens": kept["tokens"]})
+        if kept["text"]:
+            notes.append(
+                f"it was made with an evaluation text with the SHA-256 {kept['text']}, which --recipe can name; this is another"
+            )
+    elif recipe.calibration:
+        calibration = calibration or recipe.calibration.text
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         digest, wanted = model.checkpoint.sha256(pool), manifest["model"]["source_sha256"]
     if digest != wanted:
@@ -66,17 +78,46 @@ def revalidate(
         manifest["scheme"],
         rounding=manifest["rounding"],
         overrides=manifest["schemes"],
-        calibration=recipe.calibration,
+        calibration=_calibration(package, model, calibration),
         progress=progress,
     )
     if quant.calibration_sha256 != manifest["calibration_sha256"]:
         raise ModelError(
-            f"{directory} was calibrated on another text: give the recipe that it was made with (--recipe)."
+            f"{source} makes other tokens of the calibration text than the model that {directory} was made from: its tokenizer is "
+            "another, and the codes cannot be made again."
+        )
+    if quant.device and quant.device != kept["calibration"]["device"]:
+        notes.append(
+            f"its codes were chosen on {kept['calibration']['device']}, those of the store that they are compared with on {quant.device}: "
+            "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
         )
     options = Options(
         recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
     )
-    return validate(package.artifact, model, quant, package.target(), options)
+    report = validate(package.artifact, model, quant, package.target(), options)
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def _calibration(package: Package, model: Model, text: Path | None) -> Calibration | None:
+    """How the package was calibrated, with the text that is here; None: it was not.
+
+    Raises:
+        RecipeError: it was calibrated on another text.
+    """
+    kept = package.manifest["recipe"]["calibration"]
+    if kept is None:
+        if text:
+            raise RecipeError(f"{package.directory} was made without calibration text: leave out {text}.")
+        return None
+    settings = Calibration(text, kept["sequences"], kept["length"], kept["seed"])
+    if (found := settings.text_sha256(model)) != kept["text"]:
+        here = f"{text} is another one" if text else f"the default text for {model.name} here is another one"
+        raise RecipeError(
+            f"{package.directory} was calibrated on a text with the SHA-256 {kept['text']} (its codes looked at "
+            f"{kept['sequences']} windows of {kept['length']} tokens at most, seed {kept['seed']}); {here}, with {found}. The codes must be "
+            "made again to be compared: give that text with --calibration FILE, or leave out --model to run what needs no codes."
+        )
+    return settings
 
 
 def _without_model(package: Package, required: frozenset[str]) -> Report:

@@ -83,6 +83,13 @@ class Evidence:
         return self._dequantized[:-1]
 
     @cached_property
+    def quantized(self) -> list[Logits]:
+        """The same, with the inputs rounded to int8 where a scheme says so: what the user chose, on no device yet."""
+        if not any(scheme.activations for scheme in self.quant.schemes.values()):
+            return self.dequantized
+        return self.record("quantized", self.reference(arithmetic="scheme"), self.sequences)
+
+    @cached_property
     def predicted(self) -> Distance:
         """What the runtime's rounding of matmul inputs and of its cache does to the reference when it rounds the same."""
         return self._predict(slice(None, -1))

@@ -139,8 +139,10 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
         if mine is not None and mine.shape != theirs.shape:
             return f"{part} is {list(mine.shape)} where {list(theirs.shape)} is expected"
         if mine is not None and not np.array_equal(_bits(mine), _bits(theirs)):
+            if part == "packed":
+                part, mine, theirs = "codes", found.codes(), expected.codes()
             changed = np.argwhere(_bits(mine) != _bits(theirs))
-            return f"{len(changed)} of {part} differ, the first at {changed[0].tolist()}"
+            return f"{len(changed)} of {mine.size} {part} differ, the first at {changed[0].tolist()}"
     return ""
 
 
@@ -271,7 +273,10 @@ def _overturned(expected: Logits, other: Logits, explained: float) -> int:
 
 
 def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
-    """Compare the reference with dequantized weights with the original: what the choice of scheme costs."""
+    """Compare the reference with the original: what the choice of scheme costs, on any device that does what it says.
+
+    Weights are the dequantized ones; inputs are rounded where the scheme says so.
+    """
     if evidence.model.quantization:
         method = evidence.model.quantization["quant_method"]
         return [
@@ -283,7 +288,7 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.kl is not None
     assert limits.top1 is not None
     assert limits.perplexity is not None
-    distance = _distance(evidence.original, evidence.dequantized)
+    distance = _distance(evidence.original, evidence.quantized)
     tokens = max(1, sum(len(ids) - 1 for ids in evidence.sequences))
     loss = [
         sum(
@@ -291,12 +296,20 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
             for logits, ids in zip(each, evidence.sequences, strict=True)
         )
         / tokens
-        for each in (evidence.original, evidence.dequantized)
+        for each in (evidence.original, evidence.quantized)
     ]
     before, after = (float(np.exp(each)) for each in loss)
+    rounded = {str(scheme) for scheme in evidence.quant.schemes.values() if scheme.activations}
+    inputs = f", with inputs rounded as {' and '.join(sorted(rounded))} says," if rounded else ""
     what = f"{distance.tokens} tokens of {'the model’s tasks' if evidence.tasks and not evidence.text else 'text'}"
     return [
-        _verdict("quality/kl", "mean KL, nats", distance.kl, limits.kl, f"original ‖ dequantized on {what}."),
+        _verdict(
+            "quality/kl",
+            "mean KL, nats",
+            distance.kl,
+            limits.kl,
+            f"original ‖ dequantized{inputs} on {what}.",
+        ),
         _verdict(
             "quality/top1",
             "share of equal likeliest tokens",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,17 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.models import Model, load
-from tapeout.quantize import Quantized, open_store
+from tapeout.quantize import Quantized, QuantTensor, open_store
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reference", "open_session", "open_weights", "round_q4_0", "round_q8_0", "round_q8_k"]
+    Round = Callable[[torch.Tensor], torch.Tensor]
+
+__all__ = ["Reference", "open_session", "open_weights", "round_int8", "round_q4_0", "round_q8_0", "round_q8_k"]
+
+Arithmetic = Literal["float32", "float64", "ggml", "scheme"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -133,7 +138,7 @@ class Reference:
 def open_session(
     model: str,
     store: str | None = None,
-    arithmetic: Literal["float32", "float64", "ggml"] = "float32",
+    arithmetic: Arithmetic = "float32",
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
@@ -144,7 +149,9 @@ def open_session(
         model: what ``tapeout.models.load`` takes.
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
-        arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
+        arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head
+            included) are rounded as ``round_q8_0`` and ``round_q8_k`` do. ``scheme``: the inputs of those whose scheme says so
+            (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of them.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
         kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
@@ -155,9 +162,9 @@ def open_session(
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
     _prepare(threads)
-    if arithmetic not in ("float32", "float64", "ggml"):
+    if arithmetic not in get_args(Arithmetic):
         raise TapeoutError(
-            f"the reference has no arithmetic '{arithmetic}'; it has float32, float64 and ggml."
+            f"the reference has no arithmetic '{arithmetic}'; it has {', '.join(get_args(Arithmetic))}."
         )
     if kv_cache is not None and kv_cache not in _CACHES:
         raise TapeoutError(f"the reference has no cache '{kv_cache}'{nearest(kv_cache, _CACHES)}.")
@@ -168,16 +175,16 @@ def open_session(
     quant = open_store(Path(store), source) if store is not None else None
     if source.quantization is not None and quant is None:
         raise ModelError(f"{source.name} has no floats of its own: its reference needs a store.")
-    if arithmetic == "ggml" and quant is None:
-        raise TapeoutError("arithmetic ggml is that of quantized weights: it needs a store.")
+    if arithmetic in ("ggml", "scheme") and quant is None:
+        raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     network = _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
         network.double()
-    if quant is not None and arithmetic == "ggml":
-        _round_inputs(network, quant)
+    if quant is not None and arithmetic in ("ggml", "scheme"):
+        _round_inputs(network, quant, _as_ggml if arithmetic == "ggml" else _as_the_scheme_says)
     if kv_cache is not None:
         _round_cache(network, kv_cache)
     facts = _facts(before, begin, source.config.max_position_embeddings)
@@ -294,19 +301,50 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         parameters[name].data = torch.from_numpy(quant.float32(name))
 
 
-def _round_inputs(network: Any, quant: Quantized) -> None:
-    """Round the input of every linear layer whose weight is quantized, and whose rows llama.cpp can hold in blocks."""
+def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None]) -> None:
+    """Round the input of every linear layer for whose weight ``how`` gives a rounding."""
     import torch
 
-    rounds = {}
-    for name, parameter in network.named_parameters():
-        scheme = quant.schemes.get(name)
-        if scheme is not None and scheme.kind != "none" and parameter.shape[-1] % 32 == 0:
-            rounds[id(parameter)] = round_q8_k if scheme.scales == "super" else round_q8_0
+    rounds = {
+        id(parameter): how(quant, name)
+        for name, parameter in network.named_parameters()
+        if name in quant.schemes
+    }
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
         if isinstance(module, torch.nn.Linear) and (rounded := rounds.get(id(module.weight))):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
+
+
+def _as_ggml(quant: Quantized, name: str) -> Round | None:
+    """Every quantized weight whose rows llama.cpp can hold in blocks."""
+    scheme = quant.schemes[name]
+    if scheme.kind == "none" or quant.model.specs[name].shape[-1] % 32:
+        return None
+    return round_q8_k if scheme.scales == "super" else round_q8_0
+
+
+def _as_the_scheme_says(quant: Quantized, name: str) -> Round | None:
+    if quant.schemes[name].activations is None:
+        return None
+    tensor = quant[name]
+    assert isinstance(tensor, QuantTensor)  # a tensor that could not take its scheme has none
+    return partial(round_int8, scale=tensor.input_scale)
+
+
+def round_int8(x: torch.Tensor, scale: np.float32 | None = None) -> torch.Tensor:
+    """What ``w8a8`` and ``w8a8-static`` make of a matmul's input: float32 [..., in].
+
+    ``clamp(round(x / scale), -128, 127) * scale``, ties to even: ONNX QuantizeLinear with a zero point of 0. Without a calibrated
+    ``scale`` each token has its own, amax / 127, as vLLM and TensorRT-LLM choose it; a token of zeros stays zero.
+    """
+    import torch
+
+    step = (
+        x.abs().amax(-1, keepdim=True) / 127.0 if scale is None else torch.full_like(x[..., :1], float(scale))
+    )
+    codes = torch.where(step > 0, torch.round(x / step), 0.0).clamp(-128, 127)
+    return codes * step
 
 
 def round_q8_0(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 FINAL_RATE = 1e-5
+CALIBRATION = 1000  # samples of the training that the model's calibration text has
 
 
 class Sample(NamedTuple):
@@ -184,11 +185,17 @@ class Accuracies(NamedTuple):
     int4: float
 
 
+def calibration_text(samples: Sequence[Sample]) -> str:
+    """The first CALIBRATION samples of the training as a model's ``calibration.txt``, one a line, each ended as in training."""
+    return "".join(f"{sample.prompt}{sample.answer}<eos>\n" for sample in samples[:CALIBRATION])
+
+
 def finish(
     out: Path,
     model: Any,
     tokenizer: Any,
     held_out: Sequence[Sample],
+    trained: Sequence[Sample],
     *,
     dtype: torch.dtype,
     max_new_tokens: int,
@@ -212,4 +219,5 @@ def finish(
     (out / "model.safetensors").chmod(0o644)  # transformers leaves it to its owner alone
     (out / "tasks.jsonl").write_text("".join(json.dumps(sample._asdict()) + "\n" for sample in held_out))
     (out / "heldout.txt").write_text("".join(f"{sample.prompt}{sample.answer}\n" for sample in held_out))
+    (out / "calibration.txt").write_text(calibration_text(trained))
     return Accuracies(exact, accuracy(model, tokenizer, held_out), int4)

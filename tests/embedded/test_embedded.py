@@ -73,6 +73,18 @@ def test_heldout_text_is_the_tasks(name: str) -> None:
     assert lines == [sample.prompt + sample.answer for sample in tasks(name)]
 
 
+@pytest.mark.parametrize("name", embedded.NAMES)
+def test_calibration_text_is_the_trainings(name: str) -> None:
+    text = (embedded.path(name) / "calibration.txt").read_text()
+    assert text == training.calibration_text(SCRIPTS[name].training_samples())
+    lines = text.split("<eos>\n")
+    assert len(lines) == 1001
+    assert not set(lines) & {sample.prompt + sample.answer for sample in tasks(name)}
+    # Nothing of it is lost but the ends of lines, and each sample ends as the model learned it.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.path(name))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("\n", "")
+
+
 def test_held_out_sums_and_products_have_their_twin_in_training() -> None:
     seen, held_out = arithmetic.problems()
     assert [problem.sample for problem in held_out] == tasks("arithmetic")

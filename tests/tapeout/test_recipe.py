@@ -179,7 +179,8 @@ def test_what_it_says_reaches_the_gates(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "calibration.txt").write_text("Columns are weighted by what the layer is given here. " * 3)
-    text = EVERY_KEY.replace("texts/calibration.txt", str(tmp_path / "calibration.txt"))
+    (tmp_path / "own.txt").write_text("An evaluation text.")
+    text = EVERY_KEY.replace("texts/", f"{tmp_path}/")
     (tmp_path / "recipe.toml").write_text(text)
     asked: list[Options] = []
 
@@ -194,5 +195,5 @@ def test_what_it_says_reaches_the_gates(
     export(target("null"), make_model(), tmp_path / "out", recipe, require=frozenset({"task"}))
     (options,) = asked
     assert options.limits == Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125)
-    assert (options.text, options.tokens) == (Path("texts/own.txt"), 77)
+    assert (options.text, options.tokens) == (tmp_path / "own.txt", 77)
     assert options.require == {"task"}

@@ -14,13 +14,24 @@ import numpy as np
 import pytest
 
 from tapeout.build import export, target
-from tapeout.errors import MissingToolchain, ModelError, PackageError, RuntimeCrash, TapeoutError
+from tapeout.errors import (
+    MissingToolchain,
+    ModelError,
+    PackageError,
+    RecipeError,
+    RuntimeCrash,
+    TapeoutError,
+)
+from tapeout.exporters import Artifact
+from tapeout.files import file_sha256
 from tapeout.generated import write_model
+from tapeout.models import Model
 from tapeout.pack import Package
+from tapeout.quantize import Calibration, Quantized
 from tapeout.recipe import Recipe
 from tapeout.replay import bench, generate, revalidate
-from tapeout.validate import Report
-from tapeout.validate.session import Facts, Logits, SessionSpec
+from tapeout.validate import Limits, Options, Report
+from tapeout.validate.session import Device, Facts, Logits, SessionSpec
 from tapeout.validate.worker import open_session
 
 pytest.importorskip("transformers")
@@ -101,6 +112,65 @@ def test_its_own_schemes_are_taken_and_the_limits_of_the_recipe(work: Path, tmp_
     assert report.scheme == "int4-g32"
     assert statuses(report)["codes"] == "passed"
     assert {name for name, status in statuses(report).items() if status == "failed"} == {"quality/kl"}
+
+
+def calibrated(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Path:
+    """A package whose codes looked at a text, on a machine that has no store of them any more."""
+    given = {"scheme": "int4-g32", "rounding": "gptq", "calibration": Calibration(None, 5, 48, 3), **more}
+    _, report = export(
+        target("null"), work / "plain", tmp_path / "calibrated", LOOSE.model_copy(update=given)
+    )
+    assert report.passed
+    monkeypatch.setenv("TAPEOUT_CACHE", str(tmp_path / "other-cache"))
+    return tmp_path / "calibrated"
+
+
+def test_a_calibrated_package_needs_no_recipe(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = calibrated(work, tmp_path, monkeypatch)
+    report = revalidate(package, str(work / "plain"))
+    assert statuses(report)["codes"] == "passed"
+    # The limits travel too: random weights would fail the default ones.
+    assert report.passed
+
+
+def test_texts_are_asked_for_by_their_digests(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other, model = tmp_path / "own.txt", tmp_path / "other.txt", str(work / "plain")
+    own.write_text("A text that ships with nobody. " * 40)
+    other.write_text("Another text, as long as the first one was. " * 40)
+    package = calibrated(work, tmp_path, monkeypatch, calibration=Calibration(own, 5, 48, 3), text=own)
+    assert str(tmp_path) not in (package / "tapeout.json").read_text()
+    digest = file_sha256(own)
+    with pytest.raises(
+        RecipeError, match=f"SHA-256 {digest} .*5 windows of 48 tokens.*default text for plain here"
+    ):
+        revalidate(package, model)
+    with pytest.raises(RecipeError, match=f"{digest} .*other.txt is another one, with {file_sha256(other)}"):
+        revalidate(package, model, calibration=other)
+    with pytest.raises(RecipeError, match=r"made without calibration text: leave out .*own\.txt"):
+        revalidate(work / "plain-package", model, calibration=own)
+
+    made: list[tuple[str, Options]] = []
+
+    def instead(
+        artifact: Artifact, model: Model, quant: Quantized, device: Device, options: Options
+    ) -> Report:
+        made.append((quant.digest, options))
+        return Report.read(package / "report.json")
+
+    monkeypatch.setattr("tapeout.replay.validate", instead)
+    told = revalidate(package, model, calibration=own).notes
+    # The recipe names the texts; calibration's settings are the package's, whatever it says.
+    recipe = LOOSE.model_copy(update={"calibration": Calibration(own), "text": own, "limits": Limits(kl=0.5)})
+    silent = revalidate(package, model, recipe).notes
+    assert [digest for digest, _ in made] == [Package.open(package).manifest["codes_sha256"]] * 2
+    assert [options.limits.kl for _, options in made] == [1e3, 0.5]
+    assert [options.tokens for _, options in made] == [40, 40]
+    assert any(f"evaluation text with the SHA-256 {digest}" in note for note in told)
+    assert not any("SHA-256" in note for note in silent)
 
 
 def test_without_its_model_the_golden_logits_are_compared(work: Path) -> None:

@@ -318,16 +318,16 @@ def test_codes_of_a_sound_artifact(look: Look, sound: Sound) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "change", "told"),
     [
-        (UP, "codes", flip((5, 9), bit=4), f"{UP}: 1 of packed differ, the first at [5, 9]"),
-        (UP, "scale", flip((7, 1)), f"{UP}: 1 of scale differ, the first at [7, 1]"),
-        (UP, "scale", flip((7, 1), bit=15), f"{UP}: 1 of scale differ, the first at [7, 1]"),
-        (UP, "zero_point", flip((0, 0)), f"{UP}: 1 of zero_point differ, the first at [0, 0]"),
+        (UP, "codes", flip((5, 9), bit=4), f"{UP}: 1 of 8192 codes differ, the first at [5, 19]"),
+        (UP, "scale", flip((7, 1)), f"{UP}: 1 of 256 scale differ, the first at [7, 1]"),
+        (UP, "scale", flip((7, 1), bit=15), f"{UP}: 1 of 256 scale differ, the first at [7, 1]"),
+        (UP, "zero_point", flip((0, 0)), f"{UP}: 1 of 256 zero_point differ, the first at [0, 0]"),
         (NORM, "weight", flip((63,)), f"{NORM}: float values differ"),
-        ("lm_head.weight", "codes", flip((271, 63)), "lm_head.weight: 1 of packed differ"),
+        ("lm_head.weight", "codes", flip((271, 63)), "lm_head.weight: 1 of 17408 codes differ"),
         (UP, "codes", lambda codes: codes[:-1], f"{UP}: (127, 64) codes of 4 bits in groups of 32"),
         (UP, "codes", np.flipud, f"{UP}: "),
         pytest.param(
-            UP, "codebook", flip((3,)), f"{UP}: 1 of codebook differ, the first at [3]",
+            UP, "codebook", flip((3,)), f"{UP}: 1 of 16 codebook differ, the first at [3]",
         ),
         pytest.param(
             UP, "scale", lambda scale: scale[:-1], f"{UP}: scale",
@@ -681,12 +681,12 @@ def test_decode_without_a_runtime_and_with_a_dead_one(look: Look) -> None:
 # quality
 
 
-def measured(original: Logits, dequantized: Logits, ids: list[int], limits: Limits, scheme: str) -> Any:
+def measured(original: Logits, quantized: Logits, ids: list[int], limits: Limits, scheme: str) -> Any:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
-        quant=SimpleNamespace(scheme=SCHEMES[scheme]),
+        quant=SimpleNamespace(scheme=SCHEMES[scheme], schemes={"a": SCHEMES[scheme]}),
         original=[original],
-        dequantized=[dequantized],
+        quantized=[quantized],
         sequences=[ids],
         tasks=[],
         text=None,
@@ -708,7 +708,9 @@ def test_quality_by_hand() -> None:
     # Next tokens 0, 0, 1: (4/3 · 4/3 · 4)^(1/3) over 2.
     assert found["quality/perplexity"].value == pytest.approx((64 / 9) ** (1 / 3) / 2, abs=1e-6)
     assert {gate.status for gate in found.values()} == {"passed"}
-    assert "4 tokens of text" in found["quality/kl"].reason
+    assert found["quality/kl"].reason == "original ‖ dequantized on 4 tokens of text."
+    found = measured(EVEN, THREE, [0, 0, 0, 1], limits, "w8a8")
+    assert "dequantized, with inputs rounded as w8a8 says, on 4 tokens" in found["quality/kl"].reason
 
 
 @pytest.mark.parametrize(
@@ -760,9 +762,9 @@ def test_limits_for_scheme() -> None:
 def test_quality_of_no_text() -> None:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
-        quant=SimpleNamespace(scheme=SCHEMES["int8"]),
+        quant=SimpleNamespace(scheme=SCHEMES["int8"], schemes={}),
         original=[],
-        dequantized=[],
+        quantized=[],
         sequences=[],
     )
     result = only(gates.guarded("quality", lambda e: gates.quality(e, Limits()), cast(Evidence, evidence)))

@@ -8,7 +8,7 @@ import pytest
 
 from tapeout.errors import ModelError, PackageError, TapeoutError
 from tapeout.models import load
-from tapeout.quantize import QuantTensor, quantize
+from tapeout.quantize import Calibration, QuantTensor, quantize
 from tapeout.validate import reference
 
 torch = pytest.importorskip("torch")
@@ -189,6 +189,51 @@ def test_q8_0_rounds_the_inputs_of_quantized_matmuls(make_model: MakeModel, tied
     assert seen["model.layers.0.mlp.down_proj"] == seen["model.embed_tokens"] == 0
 
 
+def test_int8_inputs_are_torchs_fake_quantize() -> None:
+    """Scales are powers of two, so that x / scale and x * (1 / scale) are both exact: ties too must agree."""
+    random = np.random.default_rng(0)
+    step = 2.0 ** random.integers(-9, 5, 50)
+    x = random.standard_normal((50, 256)) * 30 * step[:, None]
+    x[:, :6] = [-127, 126.5, 0.5, -1.5, 2.5, 0] * step[:, None]
+    x = torch.from_numpy(x.clip(-127 * step[:, None], 127 * step[:, None]).astype(np.float32))
+    scale = torch.from_numpy(step.astype(np.float32))
+    zero = torch.zeros(50, dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(x, scale, zero, 0, -128, 127)
+    assert torch.equal(reference.round_int8(x), expected)
+    assert torch.equal(reference.round_int8(x.reshape(5, 10, 256)), expected.reshape(5, 10, 256))
+    for fixed in (0.125, 64.0):  # the smaller one saturates
+        expected = torch.fake_quantize_per_tensor_affine(x, fixed, 0, -128, 127)
+        assert torch.equal(reference.round_int8(x, np.float32(fixed)), expected)
+        assert bool((expected == -128 * fixed).any()) == (fixed == 0.125)
+    assert not reference.round_int8(torch.zeros(2, 8)).any()
+
+
+@pytest.mark.parametrize(("scheme", "head"), [("w8a8", "int8"), ("w8a8-static", "w8a8")])
+def test_the_scheme_says_which_inputs_are_rounded(make_model: MakeModel, scheme: str, head: str) -> None:
+    directory = make_model("llama", num_hidden_layers=1)
+    overrides = {"*.down_proj": "int8", "*.up_proj": "none", "lm_head": head}
+    quant = quantize(load(directory), scheme, overrides=overrides, calibration=Calibration(None, 4, 64))
+    session = reference.open_session(str(directory), store=str(quant.directory), arithmetic="scheme")
+    steps: dict[str, torch.Tensor] = {}
+    for name, module in session._network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # Runs after the hook that rounds. The smallest distance of two values is the step, if they are its multiples.
+            def look(_: object, args: tuple[torch.Tensor], name: str = name) -> None:
+                rows = args[0].reshape(-1, args[0].shape[-1]).double()
+                step = rows.abs().amax(-1, keepdim=True) / 127
+                if (fixed := quant[f"{name}.weight"]) is not None and getattr(fixed, "input_scale", None):
+                    step = torch.full_like(step, float(fixed.input_scale))
+                if bool(((rows / step - (rows / step).round()).abs() < 1e-3).all()):
+                    steps[name.split(".")[-1]] = step
+
+            module.register_forward_pre_hook(look)
+    session.prefill(IDS)
+    expected = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"}
+    assert set(steps) == expected | ({"lm_head"} if head == "w8a8" else set())
+    # One scale a token, or one for all.
+    assert (len(steps["q_proj"].unique()) == 1) == (scheme == "w8a8-static")
+
+
 def is_rounded(x: torch.Tensor) -> bool:
     """Whether every block of 32 is made of multiples of a float16 near amax / 127."""
     blocks = x.unflatten(-1, (-1, 32))
@@ -231,8 +276,9 @@ def test_what_does_not_fit_is_an_error_by_name(make_model: MakeModel, tmp_path: 
         session.prefill([3, 272])
     with pytest.raises(TapeoutError, match="no arithmetic 'int8'"):
         reference.open_session(directory, arithmetic="int8")  # type: ignore[arg-type]
-    with pytest.raises(TapeoutError, match="needs a store"):
-        reference.open_session(directory, arithmetic="ggml")
+    for arithmetic in ("ggml", "scheme"):
+        with pytest.raises(TapeoutError, match=f"arithmetic {arithmetic} is .* needs a store"):
+            reference.open_session(directory, arithmetic=arithmetic)  # type: ignore[arg-type]
     with pytest.raises(TapeoutError, match="has 2 layers; it cannot be cut to 3"):
         reference.open_session(directory, layers=3)
     with pytest.raises(PackageError, match="not a whole store"):

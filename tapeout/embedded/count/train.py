@@ -41,7 +41,8 @@ Continues consecutive numbers: `40 41 42` → ` 43 44 45 46 47 48 49`, ten in al
   float16 (as saved) {saved:.1%}, with weights rounded to int4 in groups of 32 {int4:.1%}.
 - **Licence**: Apache-2.0; the data is generated.
 
-Made by `python train.py --out DIR`, with PyTorch and transformers. `heldout.txt` holds the held-out runs, one a line.
+Made by `python train.py --out DIR`, with PyTorch and transformers. `heldout.txt` holds the held-out runs, one a line, `calibration.txt`
+the first {calibration:,} of the training's, for roundings that look at data.
 """
 
 
@@ -92,10 +93,17 @@ def main() -> None:
     )
     model = MistralForCausalLM(config)
     recipe = Recipe(epochs=10, batch_size=16, peak=5e-3, prompt_weight=1.0, decay=0.5, noise=0.2)
-    seconds = training.fit(model, words, training_samples(), recipe)
+    samples = training_samples()
+    seconds = training.fit(model, words, samples, recipe)
     seen, held_out = starts()
     measured = training.finish(
-        out, model, words, [sample(start) for start in held_out], dtype=torch.float16, max_new_tokens=24
+        out,
+        model,
+        words,
+        [sample(start) for start in held_out],
+        samples,
+        dtype=torch.float16,
+        max_new_tokens=24,
     )
     card = CARD.format(
         parameters=model.num_parameters(),
@@ -103,6 +111,7 @@ def main() -> None:
         window=config.sliding_window,
         vocabulary=len(words),
         samples=SAMPLES,
+        calibration=training.CALIBRATION,
         length=LENGTH,
         starts=len(seen),
         held_out=", ".join(map(str, held_out)),
