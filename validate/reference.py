@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     Round = Callable[[torch.Tensor], torch.Tensor]
 
-__all__ = ["Reference", "open_session", "open_weights", "round_int8", "round_q4_0", "round_q8_0", "round_q8_k"]
+__all__ = [
+    "Reference",
+    "open_session",
+    "open_weights",
+    "round_int8",
+    "round_q4_0",
+    "round_q8_0",
+    "round_q8_k",
+]
 
 Arithmetic = Literal["float32", "float64", "ggml", "scheme"]
 
