@@ -152,7 +152,7 @@ def load(source: str | Path) -> Model:
     specs = kind.tensors(config)
     if quantization is None:
         checkpoint = Checkpoint(directory)
-        _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(n)})
+        _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(config, n)})
     elif quantization["quant_method"] == "gguf":
         checkpoint = Checkpoint(directory, gguf.tensors(Path(quantization["file"]), config, specs))
     else:

@@ -7,7 +7,6 @@ the sliding window of a Mistral, so it is none when it comes back.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Mapping
 from functools import cache
@@ -21,6 +20,7 @@ from tapeout.files import cache_directory, canonical_json, lock, writing
 from tapeout.models import gguf_tokenizer
 from tapeout.models.checkpoint import SourceTensor
 from tapeout.models.decoder import DecoderConfig, TensorSpec
+from tapeout.models.rope import Rope, divisors
 
 # llama.cpp's converter folds llama3's scaling into a table; what it was made from is one of these (Llama 3.1 and 3.2).
 _LLAMA3: list[dict[str, Any]] = [
@@ -187,7 +187,8 @@ def _rope_scaling(file: Path, header: Any, number: Any, head_dim: int) -> dict[s
         theta = number("rope.freq_base", 10000.0)
         for scaling in _LLAMA3:
             # Computed in float32 by llama.cpp's converter, in float64 here: apart by a few units in the last place.
-            if np.allclose(table[0], _llama3_factors(theta, head_dim, **scaling), rtol=1e-5, atol=0):
+            expected = divisors(Rope(theta, "llama3", scaling, dim=head_dim))
+            if np.allclose(table[0], expected, rtol=1e-5, atol=0):
                 return scaling
         raise ModelError(
             f"{file} has rope_freqs.weight, a table of factors that is none of Llama 3.1's and 3.2's: config.json could not "
@@ -200,23 +201,6 @@ def _rope_scaling(file: Path, header: Any, number: Any, head_dim: int) -> dict[s
             f"{file} scales RoPE by '{kind}', which is not handled; known: none, linear, llama3."
         )
     return None
-
-
-def _llama3_factors(
-    theta: float,
-    head_dim: int,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-    rope_type: str,
-) -> Any:
-    """What the rotary frequencies are divided by, [head_dim / 2] (transformers, ``_compute_llama3_parameters``)."""
-    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = original_max_position_embeddings * frequency / (2 * math.pi)
-    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
-    return 1 / ((1 - smooth) / factor + smooth)
 
 
 def _value(fields: Mapping[str, Any], name: str, default: Any = None) -> Any:

@@ -35,6 +35,40 @@ SMALL: dict[str, Any] = {
     "bos_token_id": None,
 }
 
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 8,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 24},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {"original_max_position_embeddings": 256, "pad_token_id": 256},
+    "qwen3": {"head_dim": 16},
+    "qwen2_moe": _MOE | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": _MOE | {"head_dim": 16, "norm_topk_prob": True},
+    "deepseek_v2": _DEEPSEEK | {"n_shared_experts": 2, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": _DEEPSEEK | {"n_shared_experts": 1},
+}
+"""Fields of small models that a family wants besides those of SMALL, or instead of them."""
+
 # The shapes of TinyLlama 1.1B and of LLaMA 2 7B.
 LLAMA_1B = SMALL | {
     "vocab_size": 32000,
@@ -68,7 +102,7 @@ def write_model(
     Args:
         directory: made when absent.
         model_type: a known family.
-        config: fields over those of SMALL.
+        config: fields over those of SMALL and of FAMILIES.
         dtype: F32, F16 or BF16 (truncated from float32).
         shard_bytes: begin a new file after this many bytes; None: one file.
         seed: the same seed gives the same bytes.
@@ -77,15 +111,17 @@ def write_model(
         ``directory``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    named = {"model_type": model_type, "architectures": [f"{model_type.title()}ForCausalLM"]}
-    raw = {**named, **SMALL, **(config or {})}
+    name = model_type.removesuffix("_text").title().replace("_", "")
+    named = {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
+    raw = {**named, **SMALL, **FAMILIES.get(model_type, {}), **(config or {})}
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
     (directory / "generation_config.json").write_text(
         json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})
     )
     kind = family(model_type)
     _write_tokenizer(directory)
-    shards = list(_shards(dict(kind.tensors(kind.config(ConfigReader(raw)))), dtype, shard_bytes))
+    decoder = kind.config(ConfigReader(raw))
+    shards = list(_shards(dict(kind.tensors(decoder)), dtype, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if shard_bytes is None:
         names = ["model.safetensors"]
@@ -96,7 +132,7 @@ def write_model(
         )
     random = np.random.default_rng(seed)
     for file, shard in zip(names, shards, strict=True):
-        arrays = {name: _data(spec, dtype, random) for name, spec in shard.items()}
+        arrays = {name: _data(spec, dtype, random, decoder.norm_offset) for name, spec in shard.items()}
         tensors = {
             name: safetensors.TensorSpec(
                 dtype=_SAFETENSORS_DTYPES[dtype], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
@@ -123,10 +159,10 @@ def _shards(
     yield shard
 
 
-def _data(spec: TensorSpec, dtype: str, random: np.random.Generator) -> npt.NDArray[Any]:
+def _data(spec: TensorSpec, dtype: str, random: np.random.Generator, norm_offset: float) -> npt.NDArray[Any]:
     values = random.standard_normal(spec.shape, np.float32)
     if spec.role is Role.NORM:
-        values = 1 + np.float32(0.2) * values
+        values = np.float32(1 - norm_offset) + np.float32(0.2) * values
     elif spec.role is Role.BIAS:
         values *= np.float32(0.2)
     else:

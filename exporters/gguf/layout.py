@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -16,7 +15,7 @@ from tapeout.errors import MissingToolchain, ModelError, SchemeError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
 from tapeout.exporters.gguf import blocks, k_blocks
 from tapeout.models import DecoderConfig, SourceTensor
-from tapeout.models.decoder import Rope
+from tapeout.models.rope import divisors
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4
 
@@ -184,7 +183,7 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
     names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, config.num_layers)
     entries = []
     if config.rope.kind == "llama3":
-        factors = rope_factors(config.rope, config.head_dim)
+        factors = divisors(config.rope).astype(np.float32)
         entries.append(Entry("rope_freqs.weight", None, factors.shape, "F32", values=factors))
     for source, spec in quant.model.specs.items():
         layer = int(source.split(".")[2]) if source.startswith("model.layers.") else -1
@@ -279,17 +278,3 @@ def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | 
     if why:
         return "F16", None, f"{name} is F16: {why}"
     return block.kind, block, _note(scheme, block)
-
-
-def rope_factors(rope: Rope, head_dim: int) -> npt.NDArray[np.float32]:
-    """What llama.cpp divides the rotary frequencies by for ``llama3`` scaling, float32 [head_dim / 2].
-
-    Long wavelengths are slowed by ``factor``, short ones are kept, those between are blended (transformers,
-    ``_compute_llama3_parameters``).
-    """
-    p: Mapping[str, Any] = rope.parameters
-    frequency = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
-    turns = float(p["original_max_position_embeddings"]) * frequency / (2 * math.pi)
-    low, high, factor = float(p["low_freq_factor"]), float(p["high_freq_factor"]), float(p["factor"])
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1 / ((1 - smooth) / factor + smooth), np.float32)

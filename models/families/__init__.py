@@ -23,7 +23,7 @@ class Family:
 
     config: Callable[[ConfigReader], DecoderConfig]
     tensors: Callable[[DecoderConfig], Mapping[str, TensorSpec]]
-    optional: Callable[[str], bool] = lambda name: False
+    optional: Callable[[DecoderConfig, str], bool] = lambda config, name: False
 
 
 def known() -> list[str]:
