@@ -164,11 +164,16 @@ class Evidence:
         return [(row["prompt"], row["answer"]) for row in rows]
 
     @cached_property
-    def strings(self) -> list[str]:
-        """The hostile corpus, with the model's own special tokens among it."""
+    def added_tokens(self) -> list[str]:
+        """The texts of the tokens that the model's tokenizer looks for before anything else."""
         path = self.model.directory / "tokenizer.json"
         added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path.exists() else []
-        return corpus.hostile([token["content"] for token in added][:32])
+        return [token["content"] for token in added]
+
+    @cached_property
+    def strings(self) -> list[str]:
+        """The hostile corpus, with the model's own special tokens among it."""
+        return corpus.hostile(self.added_tokens[:32])
 
     def close(self) -> None:
         """End what is still open; the reference's process is kept for the next validation."""
