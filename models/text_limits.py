@@ -89,6 +89,10 @@ LIMITS = {
         "spacing and enclosing marks: llama.cpp takes them for accents and strips them",
         _has("Mc", "Me"),
     ),
+    "next-line": Limit(
+        "U+0085, which sentencepiece's charsmap leaves: Hugging Face cuts there, llama.cpp does not",
+        lambda text, _: "\x85" in text,
+    ),
     "cluster": Limit(
         "characters with marks or joiners: Hugging Face's charsmap maps the cluster and may lose the marks",
         lambda text, _: any(

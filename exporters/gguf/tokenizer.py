@@ -183,6 +183,11 @@ def _load(model: Model) -> dict[str, Any]:
         raise ModelError(
             f"{path} is not a tokenizer that Hugging Face's tokenizers can read: {error}."
         ) from error
+    if raw["model"]["type"] == "BPE":
+        # The library writes one text for an id, and Gemma's vocabulary has two for the tab.
+        own = json.loads(path.read_text(encoding="utf-8"))["model"]
+        raw["model"]["vocab"] = own["vocab"]
+        raw["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in own["merges"]]
     for token in raw["added_tokens"]:
         if token["single_word"]:
             raise ModelError(
@@ -343,7 +348,7 @@ def _unigram(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
     return Vocabulary(
         "t5", "default", tokens, types,
         [_UNUSED_SCORE if kind is Type.UNUSED else scores.get(token, 0.0) for token, kind in zip(tokens, types, strict=True)],
-        None, add_space_prefix=True, limits=["cluster"], flags={"remove_extra_whitespaces": True}, charsmap=table,
+        None, add_space_prefix=True, limits=["cluster", "next-line"], flags={"remove_extra_whitespaces": True}, charsmap=table,
     )  # fmt: skip
 
 
