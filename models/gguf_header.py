@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+Parts = tuple[int, list[Any], list[int], list[Any]]
 
 if TYPE_CHECKING:
     import gguf
@@ -21,12 +24,12 @@ def read(path: Path) -> gguf.GGUFReader:
 
     string, array = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 
-    class Reader(gguf.GGUFReader):
-        def _get_field_parts(
-            self, orig_offs: int, raw_type: int
-        ) -> tuple[int, list[Any], list[int], list[Any]]:
+    owners: Callable[..., Parts] = gguf.GGUFReader._get_field_parts
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Parts:
             if raw_type != array or self.byte_order == "S":
-                return super()._get_field_parts(orig_offs, raw_type)
+                return owners(self, orig_offs, raw_type)
             data = self.data.view(np.ndarray)
             kind, length = struct.unpack_from("<IQ", data, orig_offs)
             kind, at = gguf.GGUFValueType(kind), orig_offs + 12
@@ -41,7 +44,7 @@ def read(path: Path) -> gguf.GGUFReader:
                     at = end
                 indices = list(range(3, 3 + 2 * length, 2))
             elif kind == array:
-                return super()._get_field_parts(orig_offs, raw_type)
+                return owners(self, orig_offs, raw_type)
             else:
                 dtype = np.dtype(self.gguf_scalar_to_np[kind])
                 end = at + dtype.itemsize * length

@@ -174,24 +174,38 @@ def _sentencepiece(
 ) -> dict[str, Any]:
     ids = {text: index for index, text in enumerate(tokens)}
     aside = {text for text, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL, _UNUSED)}
+    known = {text: text not in aside for text in tokens} | _characters_of_bytes(tokens)
     merges: list[tuple[float, list[str]]] = []
     for text, score in zip(tokens, scores, strict=True):
         if text in aside:
             continue
         # llama.cpp joins whatever two tokens give a token, those of the highest score first.
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-        pairs = [pair for pair in pairs if all(part in ids and part not in aside for part in pair)]
-        merges += [
-            (score, list(pair)) for pair in sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        ]
+        pairs = [pair for pair in pairs if known.get(pair[0]) and known.get(pair[1])]
+        pairs.sort(key=lambda pair: (ids.get(pair[0], -1), ids.get(pair[1], -1)))
+        merges += [(score, list(pair)) for pair in pairs]
     merges.sort(key=lambda merge: -merge[0])
     return _plain(tokens, types, [pair for _, pair in merges], special, prefix)
+
+
+def _characters_of_bytes(tokens: list[str]) -> dict[str, bool]:
+    """ASCII characters that have a byte's token alone and are joined all the same: Gemma's tab, by its runs of tabs."""
+    known = set(tokens)
+    inside = {c for token in tokens if not token.isprintable() for c in token if c.isascii()}
+    return {c: True for c in inside - known if f"<0x{ord(c):02X}>" in known}
 
 
 def _plain(
     tokens: list[str], types: list[int], merges: list[list[str]], special: Mapping[str, str], prefix: bool
 ) -> dict[str, Any]:
     """Merges over the text itself, with ▁ for a space."""
+    model = _bpe(tokens, types, merges) | {
+        "unk_token": special.get("unk"),
+        "byte_fallback": True,
+        "fuse_unk": True,
+    }
+    for character in _characters_of_bytes(tokens):
+        model["vocab"][character] = model["vocab"][f"<0x{ord(character):02X}>"]
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
@@ -208,8 +222,7 @@ def _plain(
         },
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(tokens, types, merges)
-        | {"unk_token": special.get("unk"), "byte_fallback": True, "fuse_unk": True},
+        "model": model,
     }
 
 
@@ -221,7 +234,7 @@ def _wordpiece(
     for index, (text, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             vocab[text] = index
-        elif kind != _UNUSED or text != f"[PAD{index}]":
+        elif kind != _UNUSED or not text.startswith(f"[PAD{index}]"):
             vocab[text[1:] if text.startswith(_SPACE) else f"##{text}"] = index
     lowercase = value("ggml.normalizer.lowercase", True)
     return {
@@ -299,7 +312,7 @@ def _bpe(tokens: list[str], types: list[int], merges: list[list[str]]) -> dict[s
     vocab = {
         text: index
         for index, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind != _UNUSED or text != f"[PAD{index}]"
+        if kind != _UNUSED or not text.startswith(f"[PAD{index}]")
     }
     return {
         "type": "BPE",

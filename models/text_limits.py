@@ -69,6 +69,10 @@ LIMITS = {
         "spaces other than ASCII's: llama.cpp's own regexes do not know them for this pre-tokenizer",
         lambda text, _: bool(re.search(f"[{_WIDE_SPACE}]", text)),
     ),
+    "escaped-space": Limit(
+        "the character ▁ itself: Hugging Face looks for added tokens of it, llama.cpp takes it for a space",
+        lambda text, _: "▁" in text,
+    ),
     "long-word": Limit(
         "words of more than 100 characters: unknown to Hugging Face, cut into pieces by llama.cpp",
         lambda text, _: any(len(word) > 100 for word in text.split()),

@@ -132,10 +132,10 @@ def read(model: Model) -> Vocabulary:
                     f"tokenizer.json puts the tokens {ids} {side} a text; llama.cpp puts {name} ({special.get(name)}) or none."
                 )
     once: set[str] = set()
-    for token in carried.tokens:
-        if token in once:
-            raise ModelError(f"tokenizer.json gives two ids to {token!r}; llama.cpp wants every token once.")
-        once.add(token)
+    for text in carried.tokens:
+        if text in once:
+            raise ModelError(f"tokenizer.json gives two ids to {text!r}; llama.cpp wants every token once.")
+        once.add(text)
     reasons = [f"{LIMITS[name].reason} (the tokenizer gate counts them apart)" for name in carried.limits]
     return replace(
         carried,
@@ -160,7 +160,11 @@ class _Read:
 
     def tokens(self) -> tuple[list[str], list[Type]]:
         """Text and type of every id; ids that the tokenizer does not have are ``[PAD123]``, unused."""
-        tokens = [f"[PAD{index}]" if text is None else text for index, text in enumerate(self.texts)]
+        known = {text for text in self.texts if text and text.startswith("[PAD")}
+        tokens = []
+        for index, text in enumerate(self.texts):
+            filler = f"[PAD{index}]"
+            tokens.append((filler + "_" if filler in known else filler) if text is None else text)
         types = [Type.UNUSED if text is None else Type.NORMAL for text in self.texts]
         for index, token in self.added.items():
             types[index] = Type.CONTROL if token["special"] else Type.USER_DEFINED
@@ -178,16 +182,27 @@ def _load(model: Model) -> dict[str, Any]:
             f"as T; T.from_pretrained('{model.directory}').save_pretrained('{model.directory}')\""
         )
     try:
-        raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+        whole = Tokenizer.from_file(str(path))
+        own = json.loads(path.read_text(encoding="utf-8"))
+        model_type = own["model"].get("type")
+        if model_type == "BPE":
+            # Its vocabulary stays as the file has it: Gemma's has two texts for the id of the tab, the library writes one.
+            flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            added = [
+                {"id": index, **{flag: getattr(token, flag) for flag in flags}}
+                for index, token in whole.get_added_tokens_decoder().items()
+            ]
+            empty = own["model"] | {"vocab": {}, "merges": []}
+            whole = Tokenizer.from_str(json.dumps(own | {"model": empty, "added_tokens": []}))
+        raw: dict[str, Any] = json.loads(whole.to_str())
     except Exception as error:  # the library raises nothing narrower
         raise ModelError(
             f"{path} is not a tokenizer that Hugging Face's tokenizers can read: {error}."
         ) from error
-    if raw["model"]["type"] == "BPE":
-        # The library writes one text for an id, and Gemma's vocabulary has two for the tab.
-        own = json.loads(path.read_text(encoding="utf-8"))["model"]
-        raw["model"]["vocab"] = own["vocab"]
-        raw["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in own["merges"]]
+    if model_type == "BPE":
+        raw["added_tokens"] = added
+        raw["model"]["vocab"] = own["model"]["vocab"]
+        raw["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in own["model"]["merges"]]
     for token in raw["added_tokens"]:
         if token["single_word"]:
             raise ModelError(
@@ -267,6 +282,7 @@ def _sentencepiece(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
     prefix, notes = spaces(raw, read.vocab)
     strips = strips_of(list(read.added.values()))
     tokens, types = read.tokens()
+    limits: list[str] = []
     apart = set()  # taken out of the text before anything is joined
     late = []
     for index, token in read.added.items():
@@ -276,20 +292,21 @@ def _sentencepiece(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
                 tokens[index] = text.replace(SPACE, " ")
             elif text in read.vocab:  # never found in a text, but joined: Gemma's runs of spaces
                 types[index] = Type.NORMAL
+                limits = ["escaped-space"]
                 continue
         apart.add(text)
         if normalized:
             late.append(text)
-    for token, index in read.vocab.items():
-        if token in BYTES and types[index] is Type.NORMAL:
-            types[index] = Type.BYTE
+    for byte in BYTES & read.vocab.keys():
+        if types[read.vocab[byte]] is Type.NORMAL:
+            types[read.vocab[byte]] = Type.BYTE
     if late:
         notes = [
             *notes,
             f"Hugging Face looks for {', '.join(late)} in the normalized text, llama.cpp in the text itself",
         ]
     merges = [tuple(pair) for pair in raw["model"]["merges"]]
-    limits = ["wide-space"] if strips else []
+    limits += ["wide-space"] if strips else []
     try:
         scores = scores_of(read.vocab, merges, apart)
     except ModelError as error:

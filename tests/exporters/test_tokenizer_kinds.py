@@ -28,6 +28,7 @@ from tokenizers import (
     trainers,
 )
 
+from tapeout.errors import ModelError
 from tapeout.exporters.gguf import pretokenizers, tokenizer
 from tapeout.exporters.gguf.tokenizer import Type, Vocabulary
 from tapeout.models import Model, gguf_header, gguf_tokenizer, load
@@ -35,6 +36,8 @@ from tapeout.models.text_limits import LIMITS
 from tapeout.validate import corpus
 
 SPACE = "▁"
+# What is written, llama.cpp with it, the tokenizer that is rebuilt from the file, and the one that was written.
+Passed = tuple[Vocabulary, "LlamaVocabulary", Tokenizer, Tokenizer]
 MIXED = [
     "用 tapeout 把模型量化到 4-bit，然后 export 成 GGUF；再 run 一遍。",
     "請用 Python 3.11 執行 `pip install .`，然後看 README。",
@@ -99,15 +102,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture
-def through(
-    base: Model, tmp_path: Path
-) -> Iterator[Callable[..., tuple[Vocabulary, LlamaVocabulary, Tokenizer]]]:
-    """``through(made)``: what is written of a tokenizer, llama.cpp with it, and the tokenizer that is rebuilt from the file."""
+def through(base: Model, tmp_path: Path) -> Iterator[Callable[..., Passed]]:
+    """``through(made)`` passes a tokenizer, or its JSON, through a file: see ``Passed``."""
     opened = []
 
     def pass_through(
         made: Tokenizer | dict[str, Any], *, more: int = 0, name: str = "some", **config: Any
-    ) -> tuple[Vocabulary, LlamaVocabulary, Tokenizer]:
+    ) -> Passed:
         raw = made if isinstance(made, dict) else json.loads(made.to_str())
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
         made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -124,7 +125,7 @@ def through(
         path = write_vocabulary(found, tmp_path / "vocabulary.gguf", name)
         opened.append(LlamaVocabulary(path))
         files = gguf_tokenizer.files(path, gguf_header.read(path).fields)
-        return found, opened[-1], Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+        return found, opened[-1], Tokenizer.from_str(json.dumps(files["tokenizer.json"])), made
 
     yield pass_through
     for runtime in opened:
@@ -137,14 +138,13 @@ def strings_of(made: Tokenizer) -> list[str]:
 
 
 def check(
-    made: Tokenizer,
-    passed: tuple[Vocabulary, LlamaVocabulary, Tokenizer],
+    passed: Passed,
     *,
     text_back: bool = True,
     texts: list[str] | None = None,
 ) -> dict[str, int]:
     """All three agree on every string outside of the declared classes; returns how many strings each class has."""
-    found, runtime, rebuilt = passed
+    found, runtime, rebuilt, made = passed
     added = [token.content for token in made.get_added_tokens_decoder().values()]
     strip = found.add_space_prefix
     texts = texts or strings_of(made)
@@ -213,7 +213,7 @@ def special(*texts: str) -> list[AddedToken]:
 @pytest.mark.parametrize(
     ("pre", "size", "tokens"),
     [
-        ("llama-bpe", 128_000, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"]),
+        ("llama-bpe", None, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"]),
         ("qwen2", 151_643, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
         ("deepseek-llm", None, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]),
         ("deepseek-v3", None, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"]),
@@ -229,7 +229,7 @@ def test_byte_level(through, pre: str, size: int | None, tokens: list[str]) -> N
     passed = through(made, more=300, bos_token=tokens[0])
     assert passed[0].pre == pre
     assert passed[0].types[-1] is Type.UNUSED
-    classes = check(made, passed)
+    classes = check(passed)
     known = {"qwen2": {"not-nfc"}, "deepseek-llm": {"space-beyond-ascii"}}
     assert classes.keys() == known.get(pre, set())
 
@@ -350,23 +350,24 @@ def test_llama_2_and_mistral(through) -> None:
     made.add_tokens([AddedToken("[INST]", normalized=False), AddedToken("def", normalized=False)])
     passed = through(made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     assert (passed[0].model, passed[0].add_space_prefix) == ("llama", True)
-    assert check(made, passed) == {}
+    assert check(passed) == {}
 
 
 def test_gemma(through) -> None:
-    made = spm(sentencepiece_bpe(256_000, runs=32), prefix=False, gemma=True)
+    made = spm(sentencepiece_bpe(runs=32), prefix=False, gemma=True)
     made.add_special_tokens(special("<start_of_turn>", "<end_of_turn>"))
     runs = [unit * n for unit in ("\n", SPACE) for n in range(2, 32)]
     made.add_tokens([AddedToken(run, normalized=False) for run in [*runs, "<table>", "</h1>"]])
     # The tab and its byte have one id, and merges of tabs; the library itself writes one of the two texts.
     raw = json.loads(made.to_str())
+    raw["model"]["vocab"], raw["model"]["merges"] = sentencepiece_bpe(256_000, runs=32)
     raw["model"]["vocab"]["\t"] = raw["model"]["vocab"]["<0x09>"]
-    tabs = [["\t" * cut, "\t" * (n - cut)] for n in range(2, 32) for cut in range(1, n)]
-    raw["model"]["merges"] = tabs + [pair for pair in raw["model"]["merges"] if pair not in tabs]
+    tabs = [("\t" * cut, "\t" * (n - cut)) for n in range(2, 32) for cut in range(1, n)]
+    raw["model"]["merges"] = tabs + [pair for pair in raw["model"]["merges"] if "".join(pair).strip("\t")]
     passed = through(raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     assert (passed[0].model, passed[0].add_space_prefix) == ("llama", False)
     assert len(passed[0].tokens) >= 256_000
-    assert check(Tokenizer.from_str(json.dumps(raw)), passed) == {}
+    assert check(passed).keys() == {"escaped-space"}
 
 
 def test_merges_that_no_scores_stand_for(through) -> None:
@@ -377,7 +378,7 @@ def test_merges_that_no_scores_stand_for(through) -> None:
     passed = through(made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     assert (passed[0].model, passed[0].pre) == ("gpt2", "sarvam-moe")
     assert any("apart in rank" in note or "would join" in note for note in passed[0].notes)
-    assert check(made, passed) == {}
+    assert check(passed) == {}
 
 
 def test_phi_3(through) -> None:
@@ -394,7 +395,7 @@ def test_phi_3(through) -> None:
     made = Tokenizer.from_str(json.dumps(raw))
     passed = through(made, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>")
     assert passed[0].named("some") == "some (phi3)"
-    assert check(made, passed).keys() == {"wide-space"}
+    assert check(passed).keys() == {"wide-space"}
     assert passed[1].encode("<|user|> \n\n hi") == passed[1].encode("<|user|>hi")
 
 
@@ -423,7 +424,7 @@ def test_t5(through, cuts: str) -> None:
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     passed = through(made, more=28, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     assert passed[0].model == "t5"
-    assert check(made, passed).keys() == {"cluster", "next-line"}
+    assert check(passed).keys() == {"cluster", "next-line"}
 
 
 # --- BERT -----------------------------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def test_bert(through, lowercase: bool, accents: bool | None) -> None:
     passed = through(made, more=3, **BERT)
     assert passed[0].model == "bert"
     stripped = {"hangul", "spacing-mark"} if (lowercase if accents is None else accents) else set()
-    classes = check(made, passed, text_back=False)
+    classes = check(passed, text_back=False)
     assert classes.keys() == {"long-word", "control-space", "new-character"} | stripped
 
 
@@ -489,7 +490,7 @@ def test_roberta(through, mask: bool) -> None:
     passed = through(made, **{f"{name}_token": text for name, text in names.items()})
     assert passed[0].pre == ("jina-v2-code" if mask else "roberta-bpe")
     assert (passed[0].add_bos, passed[0].add_eos) == (True, True)
-    assert check(made, passed).keys() == ({"wide-space"} if mask else set())
+    assert check(passed).keys() == ({"wide-space"} if mask else set())
 
 
 def test_a_header_is_read_as_the_owners_library_reads_it(through, tmp_path: Path) -> None:
@@ -501,3 +502,89 @@ def test_a_header_is_read_as_the_owners_library_reads_it(through, tmp_path: Path
         assert mine[name].contents() == field.contents()
         assert (mine[name].types, mine[name].data) == (field.types, field.data)
         assert [part.tobytes() for part in mine[name].parts] == [part.tobytes() for part in field.parts]
+
+
+# --- what is refused, and what is not silent ------------------------------------------------------------------------
+
+
+def refused(through, made: Tokenizer, change: Callable[[dict[str, Any]], object], **config: Any) -> str:
+    raw = json.loads(made.to_str())
+    change(raw)
+    with pytest.raises(ModelError) as caught:
+        through(raw, **config)
+    return str(caught.value)
+
+
+def test_wordpieces_that_llama_cpp_does_not_know(through) -> None:
+    made = Tokenizer.from_str(word_pieces(True))
+    of = functools.partial(refused, through, made)
+    assert "handle_chinese_chars" in of(lambda raw: raw["normalizer"].update(handle_chinese_chars=False))
+    assert "clean_text" in of(lambda raw: raw["normalizer"].update(clean_text=False))
+    assert "NoneType" not in of(lambda raw: raw.update(normalizer=None))
+    assert "Whitespace" in of(lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}))
+    assert "'@@'" in of(lambda raw: raw["model"].update(continuing_subword_prefix="@@"))
+    assert "max_input_chars_per_word = 50" in of(lambda raw: raw["model"].update(max_input_chars_per_word=50))
+    assert "one each" in of(lambda raw: raw.update(post_processor=None))
+    assert "##▁" in of(lambda raw: raw["model"]["vocab"].update({"##▁": 2500}))
+    twice = of(lambda raw: raw["model"]["vocab"].update({"##▁the": 2500}))
+    assert "two ids to '▁the'" in twice
+
+
+def test_unigrams_that_llama_cpp_does_not_know(through) -> None:
+    made = Tokenizer(
+        models.Unigram([("<unk>", 0.0), (SPACE, -2.0), ("a", -3.0)], unk_id=0, byte_fallback=False)
+    )
+    made.normalizer = normalizers.Precompiled(charsmap())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True)
+    of = functools.partial(refused, through, made)
+    assert "runs of spaces" in of(lambda raw: None)
+    assert "'a▁b'" in of(lambda raw: raw["model"]["vocab"].append(["a▁b", -4.0]))
+    assert "Lowercase" in of(lambda raw: raw.update(normalizer={"type": "Lowercase"}))
+    assert "first" in of(lambda raw: raw["pre_tokenizer"].update(prepend_scheme="first"))
+    assert "byte_fallback" in of(lambda raw: raw["model"].update(byte_fallback=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        ([AddedToken("<user>", rstrip=True)], "rstrip"),
+        ([AddedToken("<user>", lstrip=True)], "lstrip"),
+        ([AddedToken("<user>", single_word=True)], "single_word"),
+        ([AddedToken("<mask>", lstrip=True), AddedToken("<user>", rstrip=True)], "lstrip"),
+    ],
+)
+def test_tokens_that_take_spaces_llama_cpp_leaves(through, tokens: list[AddedToken], named: str) -> None:
+    made = byte_level("gpt-2")
+    made.add_tokens(tokens)
+    assert named in refused(through, made, lambda raw: None)
+
+
+def test_a_name_that_llama_cpp_reads_too_much_into(through) -> None:
+    made = spm(sentencepiece_bpe(), prefix=True)
+    passed = through(made, name="my-Phi-3-mini", bos_token="<s>", unk_token="<unk>")
+    assert passed[0].named("my-Phi-3-mini") == "my-Phi 3-mini"
+    assert passed[0].named("phi3") == "phi 3"
+    assert passed[0].named("a-modern-bert") == "a-modern bert"
+    assert check(passed, texts=["</s> \n x", "a  </s>  b"]) == {}
+
+
+def test_digits_that_deepseek_v2_would_not_cut(through) -> None:
+    made = byte_level("deepseek-llm")
+    assert "'12'" in refused(through, made, lambda raw: raw["model"]["vocab"].update({"12": 2000}))
+
+
+def test_long_tokens_and_tokens_that_are_words(through) -> None:
+    raw = json.loads(byte_level("llama-bpe").to_str())
+    vocab = raw["model"]["vocab"]
+    vocab["x" * 600] = len(vocab)  # no merges lead to it, but a word that is a token stays whole
+    vocab["[PAD2003]"] = len(vocab)
+    made = Tokenizer.from_str(json.dumps(raw))
+    made.add_tokens([AddedToken("y" * 700, normalized=False), AddedToken("print", normalized=False)])
+    passed = through(made, more=2)
+    assert (
+        check(
+            passed,
+            texts=["x" * 600, "x" * 601, " " + "x" * 600, "a" + "y" * 700 + "z", "y" * 699, "printer print"],
+        )
+        == {}
+    )
