@@ -825,6 +825,7 @@ def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
         said=found,
         strings=["a", "b"],
         added_tokens=[],
+        gives_text=True,
         artifact=SimpleNamespace(tokenizer_limits=()),
     )
     result = only(gates.tokenizer(cast(Evidence, evidence)))
