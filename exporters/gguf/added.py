@@ -8,7 +8,7 @@ Known to it are Phi-3 (every added token but ``<unk>``, ``<s>`` and ``<|endoftex
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from tapeout.errors import ModelError
@@ -17,6 +17,72 @@ Strips = Literal["phi3", "<mask>", "[MASK]"] | None
 
 # What llama.cpp looks for in the lower-cased name, and what it must not find there otherwise.
 _NAMES = {"phi3": r"phi-?3", "[MASK]": "modern-bert"}
+# Texts that llama.cpp takes for control tokens wherever they stand in a vocabulary ("auto-detect special tokens by text").
+_TAKEN = frozenset(
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<｜fim▁begin｜>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
+        "<|prefix|>",
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
+        "<|suffix|>",
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<｜fim▁end｜>",
+        "<MID>",
+        "▁<MID>",
+        "<|code_middle|>",
+        "<|middle|>",
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "[PAD]",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+        "<|file_sep|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|start|>",
+        "<|constrain|>",
+    ]
+)
 _KEEP = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -42,6 +108,38 @@ def strips_of(added: Sequence[Mapping[str, Any]]) -> Strips:
         f"tokenizer.json has {flag} for {', '.join(map(repr, sorted(tokens)[:3]))}, which GGUF cannot say: llama.cpp knows it of "
         "'<mask>' or '[MASK]' alone (lstrip), and of all tokens but '<unk>', '<s>' and '<|endoftext|>' (rstrip, Phi-3)."
     )
+
+
+def notes_of(added: Sequence[str], ordinary: Collection[str]) -> list[str]:
+    """Where llama.cpp finds other tokens in a text, before it is cut into words.
+
+    Args:
+        added: texts of the tokens that are looked for first.
+        ordinary: texts of the other tokens.
+    """
+    notes = []
+    if taken := sorted(_TAKEN.intersection(ordinary)):
+        notes.append(
+            f"llama.cpp takes {', '.join(taken)} for control tokens, of which the tokenizer makes ordinary ones"
+        )
+    begins: dict[str, list[str]] = {}
+    for token in added:
+        for length in range(1, len(token)):
+            begins.setdefault(token[:length], []).append(token)
+    overlaps = [
+        (first, later)
+        for first in added
+        for cut in range(1, len(first))
+        for later in begins.get(first[cut:], ())
+        # Runs of one character are cut alike: the longest one first is also the leftmost.
+        if len(later.encode()) > len(first.encode()) and len({*first, *later}) > 1
+    ]
+    if overlaps:
+        first, later = overlaps[0]
+        notes.append(
+            f"where the added tokens {first!r} and {later!r} overlap in a text, Hugging Face takes the first, llama.cpp the longer"
+        )
+    return notes
 
 
 def in_name(name: str, strips: Strips) -> str:

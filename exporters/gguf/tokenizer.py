@@ -15,6 +15,7 @@ from typing import Any
 
 from tapeout.errors import ModelError
 from tapeout.exporters.gguf import unigram, wordpiece
+from tapeout.exporters.gguf.added import notes_of as finding_notes
 from tapeout.exporters.gguf.added import strips_of
 from tapeout.exporters.gguf.around import around
 from tapeout.exporters.gguf.pretokenizers import notes_of, pre_of
@@ -67,6 +68,8 @@ def read(model: Model) -> Vocabulary:
         if text in once:
             raise ModelError(f"tokenizer.json gives two ids to {text!r}; llama.cpp wants every token once.")
         once.add(text)
+    ordinary = {t for t, kind in zip(carried.tokens, carried.types, strict=True) if kind is Type.NORMAL}
+    found = finding_notes([token["content"] for token in added.values()], ordinary)
     reasons = [f"{LIMITS[name].reason} (the tokenizer gate counts them apart)" for name in carried.limits]
     return replace(
         carried,
@@ -74,7 +77,7 @@ def read(model: Model) -> Vocabulary:
         add_bos=bool(before),
         add_eos=bool(after),
         chat_template=model.chat_template,
-        notes=(*carried.notes, *reasons),
+        notes=(*carried.notes, *found, *reasons),
     )
 
 

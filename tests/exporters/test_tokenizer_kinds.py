@@ -588,3 +588,19 @@ def test_long_tokens_and_tokens_that_are_words(through) -> None:
         )
         == {}
     )
+
+
+def test_what_llama_cpp_finds_otherwise_in_a_text_is_noted(through) -> None:
+    raw = json.loads(byte_level("gpt-2").to_str())
+    raw["model"]["vocab"]["<PAD>"] = 2000
+    made = Tokenizer.from_str(json.dumps(raw))
+    made.add_tokens([AddedToken("<ab", normalized=False), AddedToken("bcd>>", normalized=False)])
+    passed = through(made)
+    taken, overlap = passed[0].notes
+    assert "<PAD>" in taken
+    assert "'<ab' and 'bcd>>' overlap" in overlap
+    # So it is: both notes tell what really differs.
+    assert passed[1].encode("<abcd>>")[-1] == made.token_to_id("bcd>>")
+    assert made.encode("<abcd>>").ids[0] == made.token_to_id("<ab")
+    assert passed[1].encode("<PAD>") == [2000] != made.encode("<PAD>").ids
+    assert through(byte_level("gpt-2"))[0].notes == ()
