@@ -49,6 +49,7 @@ class Artifact:
         context: longest context that the artifact may be run with, in tokens.
         containers: which type of the format holds each tensor, by the tensor's Hugging Face name.
         notes: what a user has to know: a fallback, a clamp, an error added. Shown in the report.
+        tokenizer_limits: classes of strings (``models.text_limits``) that the runtime is known to cut otherwise.
     """
 
     format: str
@@ -58,3 +59,4 @@ class Artifact:
     bytes_per_token: int
     containers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tokenizer_limits: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ import numpy as np
 
 from tapeout.errors import MissingToolchain, ModelError
 from tapeout.files import cache_directory, canonical_json, lock, writing
-from tapeout.models import gguf_tokenizer
+from tapeout.models import gguf_header, gguf_tokenizer
 from tapeout.models.checkpoint import SourceTensor
 from tapeout.models.decoder import DecoderConfig, TensorSpec
 from tapeout.models.rope import Rope, divisors
@@ -93,11 +93,11 @@ def tensors(file: Path, config: DecoderConfig, specs: Mapping[str, TensorSpec]) 
 @cache
 def _open_at(file: Path, size: int, time: int) -> Any:
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError:
         raise MissingToolchain("GGUF files need the gguf library: pip install 'tapeout[cpu]'.") from None
     try:
-        header = gguf.GGUFReader(file)
+        header = gguf_header.read(file)
     # What a damaged file raises depends on where it is cut: numpy's errors, KeyError, …
     except Exception as error:
         raise ModelError(

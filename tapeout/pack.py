@@ -83,6 +83,7 @@ class Package:
             raw["bytes_per_token"],
             raw["containers"],
             tuple(raw["notes"]),
+            tuple(raw.get("tokenizer_limits", ())),
         )
 
     @property
@@ -202,6 +203,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             "bytes_per_token": artifact.bytes_per_token,
             "containers": artifact.containers,
             "notes": artifact.notes,
+            **({"tokenizer_limits": artifact.tokenizer_limits} if artifact.tokenizer_limits else {}),
         },
         "generation": asdict(quant.model.generation),
         "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},

@@ -35,9 +35,10 @@ class LlamaCpp:
         self._model, self._context = model, context
         self._vocab = llama.llama_model_get_vocab(model)
         self._vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
-        self._space_prefix = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_SPM and (
-            _metadata(model, b"tokenizer.ggml.add_space_prefix") != "false"
-        )
+        self._space_prefix = llama.llama_vocab_type(self._vocab) in (
+            llama.LLAMA_VOCAB_TYPE_SPM,
+            llama.LLAMA_VOCAB_TYPE_UGM,
+        ) and (_metadata(model, b"tokenizer.ggml.add_space_prefix") != "false")
         self._length = 0
         self._batch_size = batch_size
         self._batch = llama.llama_batch_init(batch_size, 0, 1)

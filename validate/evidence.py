@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -185,11 +186,25 @@ class Evidence:
         return [(row["prompt"], row["answer"]) for row in rows]
 
     @cached_property
+    def _tokenizer(self) -> dict[str, Any]:
+        path = self.model.directory / "tokenizer.json"
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return raw
+
+    @cached_property
+    def added_tokens(self) -> list[str]:
+        """The texts of the tokens that the model's tokenizer looks for before anything else."""
+        return [token["content"] for token in self._tokenizer.get("added_tokens", [])]
+
+    @property
+    def gives_text(self) -> bool:
+        """Whether ids become text again: WordPiece, of encoders, has lost spaces and case."""
+        return bool(self._tokenizer.get("model", {}).get("type") != "WordPiece")
+
+    @cached_property
     def strings(self) -> list[str]:
         """The hostile corpus, with the model's own special tokens among it."""
-        path = self.model.directory / "tokenizer.json"
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path.exists() else []
-        return corpus.hostile([token["content"] for token in added][:32])
+        return corpus.hostile(self.added_tokens[:32])
 
     def close(self) -> None:
         """Close what is still open."""

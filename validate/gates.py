@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
+from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.validate.evidence import DECODED, Evidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
@@ -343,22 +344,52 @@ def cache(evidence: Evidence, limits: Limits) -> list[GateResult]:
 
 
 def tokenizer(evidence: Evidence) -> list[GateResult]:
-    """Compare the artifact's tokenizer with the source's on the hostile corpus, and the text that its ids become again."""
-    expected, found = evidence.expected, evidence.said
+    """Compare the artifact's tokenizer with the source's on the hostile corpus, and the text that its ids become again.
+
+    Strings of the classes that the artifact's format is known to cut otherwise are counted apart.
+    """
+    strings, expected, found = evidence.strings, evidence.expected, evidence.said
     changed = [i for i, (a, b) in enumerate(zip(expected.ids, found.ids, strict=True)) if a != b]
+    known = set(changed)
     back = [
         i
         for i, (a, b) in enumerate(zip(expected.texts, found.texts, strict=True))
-        if a != b and i not in set(changed)
+        if a != b and i not in known and evidence.gives_text
     ]
-    reason = f"{len(expected.ids)} hostile strings give the same ids, and their ids the same text."
-    if changed:
-        i = changed[0]
-        reason = f"{evidence.strings[i][:60]!r} gives {found.ids[i][:12]} where the source gives {expected.ids[i][:12]}."
-    elif back:
-        i = back[0]
-        reason = f"the ids of {evidence.strings[i][:60]!r} become {found.texts[i][:60]!r}, not {expected.texts[i][:60]!r}."
-    return [_verdict("tokenizer", "strings that differ", len(changed) + len(back), 0, reason)]
+    classes = {
+        name: {i for i, text in enumerate(strings) if LIMITS[name].holds(text, evidence.added_tokens)}
+        for name in evidence.artifact.tokenizer_limits
+    }
+    apart = set().union(*classes.values())
+    wrong = [i for i in (*changed, *back) if i not in apart]
+    reason = f"{len(strings) - len(apart)} hostile strings give the same ids, and their ids the same text."
+    if wrong and wrong[0] in known:
+        i = wrong[0]
+        reason = (
+            f"{strings[i][:60]!r} gives {found.ids[i][:12]} where the source gives {expected.ids[i][:12]}."
+        )
+    elif wrong:
+        i = wrong[0]
+        reason = (
+            f"the ids of {strings[i][:60]!r} become {found.texts[i][:60]!r}, not {expected.texts[i][:60]!r}."
+        )
+    results = [_verdict("tokenizer", "strings that differ", len(wrong), 0, reason)]
+    if classes:
+        differ = {*changed, *back}
+        parts = [
+            f"{len(differ & members)} of {len(members)} with {LIMITS[name].reason}"
+            for name, members in classes.items()
+        ]
+        results.append(
+            _verdict(
+                "tokenizer/limits",
+                "strings that differ",
+                len(differ & apart),
+                len(apart),
+                "; ".join(parts) + ".",
+            )
+        )
+    return results
 
 
 def task(evidence: Evidence, limits: Limits) -> list[GateResult]:

@@ -142,10 +142,13 @@ class Reference:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+            # transformers 5 rebuilds Llama's, Gemma's and T5's from their vocabulary and drops the file's own normalizer.
+            as_written = (Path(self._directory) / "tokenizer.json").exists()
+            kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
+                self._tokenizer = kind.from_pretrained(self._directory, local_files_only=True)
             except Exception as error:  # what it raises depends on which of its files is missing
                 raise ModelError(f"transformers finds no tokenizer in {self._directory}: {error}") from error
         return self._tokenizer

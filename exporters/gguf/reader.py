@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.exporters.gguf.layout import Entry, Layout, lay_out, library
+from tapeout.models import gguf_header
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -71,7 +72,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> Any:
     try:
-        return library().GGUFReader(path)
+        library()
+        return gguf_header.read(path)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error
     # What a damaged file raises depends on where it is cut: numpy's errors, KeyError, …

@@ -3,7 +3,8 @@
 Hugging Face joins the adjacent pair of lowest merge rank, llama.cpp the adjacent pair whose joined token has the highest
 score, both the leftmost first. These are the same when (a) all merges that give one token stand together in rank, so that
 the token's score can be minus that place, and (b) every pair of pieces that a token falls into is among the merges, since
-llama.cpp joins whatever gives a token. Vocabularies made by sentencepiece are so; others are refused.
+llama.cpp joins whatever gives a token. Vocabularies made by sentencepiece are so. Others keep their merges, under llama.cpp's
+pre-tokenizer ``sarvam-moe``, when no space goes before the text, and are refused when one does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from tapeout.errors import ModelError
 
 SPACE = "▁"  # what sentencepiece writes for a space
+# llama.cpp's pre-tokenizer for merges of such tokens as they are, without a space before the text (model ``gpt2``).
+MERGES = "sarvam-moe"
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -27,10 +30,12 @@ def steps_of(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def spaces(raw: Mapping[str, Any], vocab: Mapping[str, int]) -> tuple[bool, list[str]]:
     """Whether a space goes before the text, and where llama.cpp does it otherwise.
 
-    Known are: the normalizers Prepend and Replace, and the pre-tokenizer Metaspace.
+    Known are: the normalizers Prepend and Replace (with Gemma's Split), and the pre-tokenizer Metaspace.
     """
     normalizer, pre = raw["normalizer"], raw["pre_tokenizer"]
     steps = steps_of(normalizer)
+    if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "} and steps:
+        pre = None  # Gemma: no space is left to cut at
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     if pre is None and steps in ([prepend, replace], [replace]):
@@ -56,6 +61,11 @@ def spaces(raw: Mapping[str, Any], vocab: Mapping[str, int]) -> tuple[bool, list
     raise ModelError(
         f"tokenizer.json normalizes by {normalizer} and {pre}, which llama.cpp's SentencePiece tokens do not."
     )
+
+
+def has_lines_apart(vocab: Mapping[str, int]) -> bool:
+    """Whether no token has a line end and something else: the pre-tokenizer ``MERGES`` cuts there. And all bytes."""
+    return vocab.keys() >= BYTES and not any("\n" in token and token.strip("\n") for token in vocab)
 
 
 def scores_of(vocab: Mapping[str, int], merges: list[tuple[str, ...]], special: set[str]) -> dict[str, float]:

@@ -1,76 +1,41 @@
 """A Hugging Face tokenizer in llama.cpp's words: tokens, their types, merges or scores, and what is added around a text.
 
-Two kinds are carried. *Byte-level BPE* (GPT-2, Llama 3, Qwen) becomes model ``gpt2`` with the merges as they are.
-*SentencePiece-like BPE* (Llama 2, Mistral v0.1) becomes model ``llama``, which has scores in place of merges (``spm``).
+Four kinds are carried. *Byte-level BPE* (GPT-2, Llama 3, Qwen, DeepSeek, RoBERTa) becomes model ``gpt2`` with the merges as
+they are. *SentencePiece-like BPE* (Llama 2, Mistral v0.1, Phi-3, Gemma) becomes model ``llama``, which has scores in place of
+merges (``spm``). *WordPiece* (BERT) becomes model ``bert`` (``wordpiece``), *unigram* (T5) model ``t5`` (``unigram``).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tapeout.errors import ModelError
+from tapeout.exporters.gguf import unigram, wordpiece
+from tapeout.exporters.gguf.added import notes_of as finding_notes
+from tapeout.exporters.gguf.added import strips_of
+from tapeout.exporters.gguf.around import around
 from tapeout.exporters.gguf.pretokenizers import notes_of, pre_of
-from tapeout.exporters.gguf.spm import BYTES, SPACE, scores_of, spaces, steps_of
+from tapeout.exporters.gguf.spm import BYTES, MERGES, SPACE, has_lines_apart, scores_of, spaces, steps_of
+from tapeout.exporters.gguf.vocabulary import Type, Vocabulary
 from tapeout.models import Model
+from tapeout.models.text_limits import LIMITS
 
+__all__ = ["Type", "Vocabulary", "read"]
 
-class Type(IntEnum):
-    """``llama_token_type``."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the ``tokenizer.*`` keys of a file hold.
-
-    Attributes:
-        model: ``gpt2`` or ``llama``.
-        pre: how text is cut into words, for ``gpt2``.
-        special: token ids by llama.cpp's name: bos, eos, eot, eom, unknown, padding.
-        notes: where llama.cpp is known to give other ids.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[Type]
-    scores: list[float] | None
-    merges: list[str] | None
-    special: Mapping[str, int]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    chat_template: str | None
-    notes: tuple[str, ...]
-
-    def add_to(self, writer: Any) -> None:
-        """Add the keys to a ``gguf.GGUFWriter``."""
-        writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types([int(kind) for kind in self.types])
-        if self.scores is not None:
-            writer.add_token_scores(self.scores)
-        if self.merges is not None:
-            # llama.cpp wants the key, gguf writes no empty array: a merge that nothing leads to.
-            writer.add_token_merges(self.merges or ["[none] [none]"])
-        for name, token in self.special.items():
-            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-        writer.add_add_bos_token(self.add_bos)
-        writer.add_add_eos_token(self.add_eos)
-        writer.add_add_space_prefix(self.add_space_prefix)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
+# llama.cpp's names of special tokens (one is misspelt there) and tokenizer_config.json's.
+_SPECIAL = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "padding": "pad",
+    "seperator": "sep",
+    "mask": "mask",
+}
+_UNUSED_SCORE = -10000.0  # so that no text is made of them
 
 
 def read(model: Model) -> Vocabulary:
@@ -80,51 +45,64 @@ def read(model: Model) -> Vocabulary:
         ModelError: the tokenizer is absent, or does what llama.cpp does not.
     """
     raw = _load(model)
-    bpe = raw["model"]
-    if bpe["type"] != "BPE":
-        raise ModelError(f"tokenizer.json is a {bpe['type']} tokenizer; tapeout writes BPE ones to GGUF.")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if bpe[field]:
-            raise ModelError(f"tokenizer.json has {field} = {bpe[field]!r}, which llama.cpp does not know.")
+    kind, vocab = _kind(raw["model"])
     added = {token["id"]: token for token in raw["added_tokens"]}
-    special = _special(model, bpe["vocab"], added)
-    kind = "llama" if bpe["byte_fallback"] else "gpt2"
-    tokens, types = _tokens(model, bpe["vocab"], added, kind)
+    special = _special(model, vocab, added)
+    before, after = around(raw["post_processor"], model.tokenizer_config, special)
+    texts = _texts(model, vocab, added)
+    carry = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}[kind]
+    carried = carry(raw, _Read(vocab, added, texts, special, before, after))
     for name, token in special.items():
-        if types[token] is Type.NORMAL:
-            types[token] = Type.CONTROL
-        if name == "unknown" and kind == "llama":
-            types[token] = Type.UNKNOWN
-    merges = [tuple(pair) for pair in bpe["merges"]]
-    scores, space, pre = None, False, "default"
-    if kind == "llama":
-        space, notes = spaces(raw, bpe["vocab"])
-        by_token = scores_of(bpe["vocab"], merges, {token["content"] for token in added.values()})
-        scores = [by_token.get(token, 0.0) for token in tokens]
-        if late := [
-            token["content"] for token in added.values() if token["normalized"] and raw["normalizer"]
-        ]:
-            notes.append(
-                f"Hugging Face looks for {', '.join(late)} in the normalized text, llama.cpp in the text itself"
-            )
-    else:
-        pre = pre_of(raw["pre_tokenizer"], bpe["ignore_merges"])
-        notes = _normalizer_notes(raw["normalizer"]) + notes_of(pre) + _byte_notes(bpe["vocab"])
-    add_bos, add_eos = _added_around(model, raw["post_processor"], special)
-    return Vocabulary(
-        model=kind,
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        scores=scores,
-        merges=None if kind == "llama" else [" ".join(pair) for pair in merges],
+        if carried.types[token] is Type.NORMAL:
+            carried.types[token] = Type.CONTROL
+        if name == "unknown" and kind in ("llama", "t5"):
+            carried.types[token] = Type.UNKNOWN
+    if kind != "bert":
+        for side, ids, name in (("before", before, "bos"), ("after", after, "eos")):
+            if ids not in ([], [special.get(name)]):
+                raise ModelError(
+                    f"tokenizer.json puts the tokens {ids} {side} a text; llama.cpp puts {name} ({special.get(name)}) or none."
+                )
+    once: set[str] = set()
+    for text in carried.tokens:
+        if text in once:
+            raise ModelError(f"tokenizer.json gives two ids to {text!r}; llama.cpp wants every token once.")
+        once.add(text)
+    ordinary = {t for t, kind in zip(carried.tokens, carried.types, strict=True) if kind is Type.NORMAL}
+    found = finding_notes([token["content"] for token in added.values()], ordinary)
+    reasons = [f"{LIMITS[name].reason} (the tokenizer gate counts them apart)" for name in carried.limits]
+    return replace(
+        carried,
         special=special,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        add_space_prefix=space,
+        add_bos=bool(before),
+        add_eos=bool(after),
         chat_template=model.chat_template,
-        notes=tuple(notes),
+        notes=(*carried.notes, *found, *reasons),
     )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is common to the kinds: text and id, the added tokens by id, every id's text (None: no token), special ids."""
+
+    vocab: Mapping[str, int]
+    added: Mapping[int, Mapping[str, Any]]
+    texts: list[str | None]
+    special: dict[str, int]
+    before: list[int]
+    after: list[int]
+
+    def tokens(self) -> tuple[list[str], list[Type]]:
+        """Text and type of every id; ids that the tokenizer does not have are ``[PAD123]``, unused."""
+        known = {text for text in self.texts if text and text.startswith("[PAD")}
+        tokens = []
+        for index, text in enumerate(self.texts):
+            filler = f"[PAD{index}]"
+            tokens.append((filler + "_" if filler in known else filler) if text is None else text)
+        types = [Type.UNUSED if text is None else Type.NORMAL for text in self.texts]
+        for index, token in self.added.items():
+            types[index] = Type.CONTROL if token["special"] else Type.USER_DEFINED
+        return tokens, types
 
 
 def _load(model: Model) -> dict[str, Any]:
@@ -138,51 +116,191 @@ def _load(model: Model) -> dict[str, Any]:
             f"as T; T.from_pretrained('{model.directory}').save_pretrained('{model.directory}')\""
         )
     try:
-        raw: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())
+        whole = Tokenizer.from_file(str(path))
+        own = json.loads(path.read_text(encoding="utf-8"))
+        model_type = own["model"].get("type")
+        if model_type == "BPE":
+            # Its vocabulary stays as the file has it: Gemma's has two texts for the id of the tab, the library writes one.
+            flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            added = [
+                {"id": index, **{flag: getattr(token, flag) for flag in flags}}
+                for index, token in whole.get_added_tokens_decoder().items()
+            ]
+            empty = own["model"] | {"vocab": {}, "merges": []}
+            whole = Tokenizer.from_str(json.dumps(own | {"model": empty, "added_tokens": []}))
+        raw: dict[str, Any] = json.loads(whole.to_str())
     except Exception as error:  # the library raises nothing narrower
         raise ModelError(
             f"{path} is not a tokenizer that Hugging Face's tokenizers can read: {error}."
         ) from error
+    if model_type == "BPE":
+        raw["added_tokens"] = added
+        raw["model"]["vocab"] = own["model"]["vocab"]
+        raw["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in own["model"]["merges"]]
     for token in raw["added_tokens"]:
-        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if token[flag]]:
+        if token["single_word"]:
             raise ModelError(
-                f"{path} has {flags[0]} for the added token {token['content']!r}, which GGUF cannot say."
+                f"{path} has single_word for the added token {token['content']!r}, which GGUF cannot say."
             )
     return raw
 
 
-def _tokens(
-    model: Model, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], kind: str
-) -> tuple[list[str], list[Type]]:
-    """Text and type of every id of the model; ids that the tokenizer does not have are ``[PAD123]``, unused."""
+def _kind(model: Mapping[str, Any]) -> tuple[str, Mapping[str, int]]:
+    """llama.cpp's name of the kind, and the vocabulary."""
+    if model["type"] == "Unigram":
+        return "t5", {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+    if model["type"] == "WordPiece":
+        return "bert", model["vocab"]
+    if model["type"] != "BPE":
+        raise ModelError(
+            f"tokenizer.json is a {model['type']} tokenizer; tapeout writes BPE, WordPiece and Unigram ones to GGUF."
+        )
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[key]:
+            raise ModelError(f"tokenizer.json has {key} = {model[key]!r}, which llama.cpp does not know.")
+    return "llama" if model["byte_fallback"] else "gpt2", model["vocab"]
+
+
+def _texts(
+    model: Model, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
+) -> list[str | None]:
+    """The text of every id of the model, None where the tokenizer has none."""
     size = model.config.vocab_size
     texts: dict[int, str] = {}
     for text, index in [*vocab.items(), *((t["content"], index) for index, t in added.items())]:
-        if texts.setdefault(index, text) != text:
-            raise ModelError(f"tokenizer.json gives the id {index} to {texts[index]!r} and to {text!r}.")
+        other = texts.setdefault(index, text)
+        if other != text:
+            # Gemma gives the tab and its byte one id: llama.cpp comes to it by the byte.
+            byte = next((t for t in (other, text) if t in BYTES), None)
+            if byte is None or bytes([int(byte[3:5], 16)]) not in (other.encode(), text.encode()):
+                raise ModelError(f"tokenizer.json gives the id {index} to {other!r} and to {text!r}.")
+            texts[index] = byte
     if beyond := [f"{texts[i]!r} = {i}" for i in sorted(texts) if i >= size]:
         raise ModelError(
             f"tokenizer.json has ids beyond vocab_size {size} of config.json: {', '.join(beyond[:3])}."
         )
-    tokens, types = [], []
-    for index in range(size):
-        text = texts.get(index, f"[PAD{index}]")
-        if index not in texts:
-            types.append(Type.UNUSED)
-        elif index in added:
-            types.append(Type.CONTROL if added[index]["special"] else Type.USER_DEFINED)
-            # llama.cpp looks for these in the text as it comes, with its spaces.
-            text = text if added[index]["special"] or kind == "gpt2" else text.replace(SPACE, " ")
-        else:
-            types.append(Type.BYTE if kind == "llama" and text in BYTES else Type.NORMAL)
-        tokens.append(text)
-    if len(set(tokens)) < size:
-        twice = next(t for i, t in enumerate(tokens) if t in tokens[:i])
-        raise ModelError(f"tokenizer.json gives two ids to {twice!r}; llama.cpp wants every token once.")
-    return tokens, types
+    return [texts.get(index) for index in range(size)]
 
 
-# --- byte-level BPE -------------------------------------------------------------------------------------------------
+# --- the kinds ------------------------------------------------------------------------------------------------------
+
+
+def _byte_level(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
+    bpe, strips = raw["model"], strips_of(list(read.added.values()))
+    pre = pre_of(raw["pre_tokenizer"], bpe["ignore_merges"])
+    if pre == "deepseek-llm" and (
+        double := next(
+            (t for t in read.vocab if re.search("[0-9]{2}", t) and read.vocab[t] not in read.added), None
+        )
+    ):
+        raise ModelError(
+            f"tokenizer.json cuts digits apart but has the token {double!r}: llama.cpp's '{pre}' cuts only around numbers."
+        )
+    notes = notes_of(pre) + _byte_notes(read.vocab)
+    limits = _normalizer_limits(raw["normalizer"]) + (["wide-space"] if strips else [])
+    limits += ["space-beyond-ascii"] if pre == "deepseek-llm" else []
+    if pre == "gpt-2" and raw["post_processor"] and raw["post_processor"]["type"] == "RobertaProcessing":
+        pre = "roberta-bpe"
+    if strips == "<mask>":
+        if pre not in ("gpt-2", "roberta-bpe"):
+            raise ModelError(
+                f"tokenizer.json has lstrip for '<mask>', which llama.cpp knows with GPT-2's words only, not with '{pre}'."
+            )
+        pre = "jina-v2-code"  # the same words as gpt-2's, and the <mask>
+    tokens, types = read.tokens()
+    merges = [" ".join(pair) for pair in bpe["merges"]]
+    return Vocabulary("gpt2", pre, tokens, types, None, merges, notes=notes, limits=limits, strips=strips)
+
+
+def _sentencepiece(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
+    prefix, notes = spaces(raw, read.vocab)
+    strips = strips_of(list(read.added.values()))
+    tokens, types = read.tokens()
+    limits: list[str] = []
+    apart = set()  # taken out of the text before anything is joined
+    late = []
+    for index, token in read.added.items():
+        text, normalized = token["content"], token["normalized"] and raw["normalizer"]
+        if types[index] is Type.USER_DEFINED and SPACE in text:
+            if normalized:  # found in the text with its spaces
+                tokens[index] = text.replace(SPACE, " ")
+            elif text in read.vocab:  # never found in a text, but joined: Gemma's runs of spaces
+                types[index] = Type.NORMAL
+                limits = ["escaped-space"]
+                continue
+        apart.add(text)
+        if normalized:
+            late.append(text)
+    for byte in BYTES & read.vocab.keys():
+        if types[read.vocab[byte]] is Type.NORMAL:
+            types[read.vocab[byte]] = Type.BYTE
+    if late:
+        notes = [
+            *notes,
+            f"Hugging Face looks for {', '.join(late)} in the normalized text, llama.cpp in the text itself",
+        ]
+    merges = [tuple(pair) for pair in raw["model"]["merges"]]
+    limits += ["wide-space"] if strips else []
+    try:
+        scores = scores_of(read.vocab, merges, apart)
+    except ModelError as error:
+        if prefix or not has_lines_apart(read.vocab):
+            raise
+        note = f"{str(error).removesuffix('.')}: the merges are carried by the pre-tokenizer '{MERGES}', needs a llama.cpp that knows it"
+        return Vocabulary(
+            "gpt2", MERGES, tokens, types, None, [" ".join(pair) for pair in merges],
+            notes=[*notes, note], limits=limits, strips=strips,
+        )  # fmt: skip
+    return Vocabulary(
+        "llama", "default", tokens, types, [scores.get(token, 0.0) for token in tokens], None,
+        add_space_prefix=prefix, notes=notes, limits=limits, strips=strips,
+    )  # fmt: skip
+
+
+def _wordpiece(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
+    flags, limits = wordpiece.normalizer(raw)
+    if len(read.before) != 1 or len(read.after) != 1:
+        raise ModelError(
+            f"tokenizer.json puts the tokens {read.before} before and {read.after} after a text; with WordPiece llama.cpp puts one each."
+        )
+    read.special.update(
+        {
+            "bos": read.before[0],
+            "seperator": read.after[0],
+            "unknown": read.vocab[raw["model"]["unk_token"]],
+        }
+    )
+    tokens, types = read.tokens()
+    aside = {*read.added, *read.special.values()}
+    tokens = [
+        token if types[index] is Type.UNUSED or index in aside else wordpiece.phantom(token)
+        for index, token in enumerate(tokens)
+    ]
+    keys = {f"normalizer.{key}": value for key, value in flags.items()}
+    return Vocabulary(
+        "bert", "default", tokens, types, None, None, limits=limits, flags={**keys, "add_sep_token": True}
+    )
+
+
+def _unigram(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
+    table = unigram.charsmap(raw)
+    read.special["unknown"] = raw["model"]["unk_id"]
+    tokens, types = read.tokens()
+    scores = dict(raw["model"]["vocab"])
+    ordinary = [
+        scores[token]
+        for token, kind in zip(tokens, types, strict=True)
+        if token in scores and kind is Type.NORMAL
+    ]
+    if min(ordinary) > min(scores.values()):
+        raise ModelError(
+            "tokenizer.json has its least likely piece among the added tokens, which llama.cpp does not count."
+        )
+    return Vocabulary(
+        "t5", "default", tokens, types,
+        [_UNUSED_SCORE if kind is Type.UNUSED else scores.get(token, 0.0) for token, kind in zip(tokens, types, strict=True)],
+        None, add_space_prefix=True, limits=["cluster", "next-line"], flags={"remove_extra_whitespaces": True}, charsmap=table,
+    )  # fmt: skip
 
 
 def _byte_notes(vocab: Mapping[str, int]) -> list[str]:
@@ -197,16 +315,13 @@ def _byte_notes(vocab: Mapping[str, int]) -> list[str]:
     )
 
 
-def _normalizer_notes(normalizer: Mapping[str, Any] | None) -> list[str]:
+def _normalizer_limits(normalizer: Mapping[str, Any] | None) -> list[str]:
     kinds = [step["type"] for step in steps_of(normalizer)]
     if unknown := [kind for kind in kinds if kind != "NFC"]:
         raise ModelError(
             f"tokenizer.json has the normalizer {unknown[0]}, which llama.cpp does not apply to byte-level BPE."
         )
-    return ["llama.cpp does not normalize text to NFC: text that is not gets other tokens"] if kinds else []
-
-
-# --- special tokens -------------------------------------------------------------------------------------------------
+    return ["not-nfc"] if kinds else []
 
 
 def _special(
@@ -220,55 +335,14 @@ def _special(
         "bos": config.bos_token_id,
         "eos": eos[0] if eos else None,
         "padding": config.pad_token_id,
-        "unknown": None,
     }
     found: dict[str, int] = {}
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        token = model.tokenizer_config.get(f"{field}_token")
+    for name, field_name in _SPECIAL.items():
+        token = model.tokenizer_config.get(f"{field_name}_token")
         text = token["content"] if isinstance(token, dict) else token
-        index = ids.get(text) if text is not None else fallback[name]
+        index = ids.get(text) if text is not None else fallback.get(name)
         if index is not None and 0 <= index < config.vocab_size:
             found[name] = index
     stops = [i for i in (*eos, *model.generation.stop_token_ids) if i is not None and i != found.get("eos")]
     found |= dict(zip(("eot", "eom"), dict.fromkeys(stops), strict=False))
     return found
-
-
-def _added_around(
-    model: Model, post: Mapping[str, Any] | None, special: Mapping[str, int]
-) -> tuple[bool, bool]:
-    """Whether bos goes before and eos after a text: from the post-processor, unless tokenizer_config.json says so."""
-    before, after = _template(post)
-    config = model.tokenizer_config
-    if (
-        "add_bos_token" in config or "add_eos_token" in config
-    ):  # transformers makes a new post-processor of them
-        before = [special["bos"]] if config.get("add_bos_token") and "bos" in special else []
-        after = [special["eos"]] if config.get("add_eos_token") and "eos" in special else []
-    for side, ids, name in (("before", before, "bos"), ("after", after, "eos")):
-        if ids not in ([], [special.get(name)]):
-            raise ModelError(
-                f"tokenizer.json puts the tokens {ids} {side} a text; llama.cpp puts {name} ({special.get(name)}) or none."
-            )
-    return bool(before), bool(after)
-
-
-def _template(post: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
-    """Ids that a post-processor puts before and after a text."""
-    if post is None or post["type"] == "ByteLevel":
-        return [], []
-    if post["type"] == "Sequence":
-        parts = [_template(part) for part in post["processors"]]
-        return [i for before, _ in parts for i in before], [i for _, after in parts for i in after]
-    if post["type"] != "TemplateProcessing":
-        raise ModelError(
-            f"tokenizer.json has the post-processor {post['type']}, which llama.cpp does not know."
-        )
-    sides: tuple[list[int], list[int]] = ([], [])
-    seen_text = False
-    for piece in post["single"]:
-        if "Sequence" in piece:
-            seen_text = True
-        else:
-            sides[seen_text].extend(post["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
-    return sides

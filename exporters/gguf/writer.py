@@ -69,7 +69,7 @@ def write(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         header = library().GGUFWriter(path, layout.arch, split_max_size=max_shard_bytes or 0)
-        metadata.add_model(header, quant, layout, name)
+        metadata.add_model(header, quant, layout, vocabulary.named(name))
         vocabulary.add_to(header)
         for entry in layout.entries:
             kind = library().GGMLQuantizationType[entry.kind]
@@ -95,6 +95,7 @@ def write(
         bytes_per_token=_bytes_per_token(quant, layout),
         containers={source: entry.kind for entry in layout.entries for source in entry.parts},
         notes=(*layout.notes, *vocabulary.notes),
+        tokenizer_limits=tuple(vocabulary.limits),
     )
 
 

@@ -249,8 +249,8 @@ EOS_FIRST = {
 }
 ROBERTA = {
     "type": "RobertaProcessing",
-    "sep": ["</s>", 1],
-    "cls": ["<s>", 0],
+    "sep": ["<s>", 0],
+    "cls": ["</s>", 1],
     "trim_offsets": True,
     "add_prefix_space": True,
 }
@@ -268,7 +268,7 @@ WORDPIECE = {
         ("Lowercase", lambda raw: raw.update(normalizer={"type": "Lowercase"})),
         ("WordPiece", lambda raw: raw.update(model=WORDPIECE)),
         ("dropout", lambda raw: raw["model"].update(dropout=0.5)),
-        ("RobertaProcessing", lambda raw: raw.update(post_processor=ROBERTA)),
+        ("[1] before a text", lambda raw: raw.update(post_processor=ROBERTA)),
         ("before a text", lambda raw: raw.update(post_processor=EOS_FIRST)),
         ("lstrip", lambda raw: raw["added_tokens"][0].update(lstrip=True)),
         ("vocab_size", lambda raw: raw["model"]["vocab"].update(x9=9999)),

@@ -65,7 +65,66 @@ TOOLS = """{% if tools %}{{ tools | tojson }}{% endif %}{% if documents is defin
 {{- messages | tojson }}
 {{ messages[0] | tojson(indent=2) }}{{ pad_token | default('no pad') }}{{ unk_token is defined }}"""
 
-TEMPLATES = {"chatml": CHATML, "llama-2": LLAMA_2, "namespace": NAMESPACE, "tools": TOOLS}
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first_user_prefix = messages[0]['content'] + '\n\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}{% set first_user_prefix = '' %}{% set loop_messages = messages %}"
+    "{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + "
+    "(first_user_prefix if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+
+PHI_3 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
+    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
+    "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}"
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# A thought is cut off the answer, as Qwen 3 and DeepSeek R1 do, by Python's own string methods.
+THINKING = """{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == 'user' and ns.last == messages|length - 1 %}
+        {%- set ns.last = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- if '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<|im_start|>assistant\n<think>\n' + content.rstrip('\n') + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama-2": LLAMA_2,
+    "namespace": NAMESPACE,
+    "tools": TOOLS,
+    "llama-3": LLAMA_3,
+    "gemma": GEMMA,
+    "phi-3": PHI_3,
+    "thinking": THINKING,
+}
 
 USER = {"role": "user", "content": "What is 6 × 7? <b>&amp; 'quotes' \"two\"</b>"}
 ASSISTANT = {"role": "assistant", "content": " 42 \n"}
@@ -74,6 +133,7 @@ CONVERSATIONS = {
     "user": [USER],
     "system": [SYSTEM, USER],
     "turns": [USER, ASSISTANT, {"role": "user", "content": ""}],
+    "thought": [USER, {"role": "assistant", "content": "<think>\n6 × 7\n</think>\n\n42"}, USER],
     "system-turns": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER],
 }
 

@@ -815,6 +815,23 @@ def test_tokenizer_that_gives_other_ids(
     assert "where the source gives" in result.reason
 
 
+def test_strings_that_a_format_cuts_otherwise_are_counted_apart(look: Look, copied: Artifact) -> None:
+    known = replace(copied, tokenizer_limits=("not-nfc", "hangul"))
+    sound, apart = gates.tokenizer(look(artifact=known))
+    assert (sound.status, sound.value, apart.name, apart.value) == ("passed", 0, "tokenizer/limits", 0)
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["normalizer"] = {"type": "NFC"}
+
+    found, apart = gates.tokenizer(look(artifact=edited(known, change)))
+    assert found.status == "passed"
+    assert 0 < apart.value < apart.limit
+    assert " of " in apart.reason
+    assert "NFC" in apart.reason
+    without = only(gates.tokenizer(look(artifact=replace(edited(copied, change), tokenizer_limits=()))))
+    assert (without.status, without.value) == ("failed", apart.value)
+
+
 def test_tokenizer_whose_text_alone_differs(look: Look, copied: Artifact) -> None:
     evidence = look(artifact=edited(copied, lambda raw: raw.update(decoder=None)))
     result = only(gates.tokenizer(evidence))
@@ -840,7 +857,14 @@ def said(*pairs: tuple[list[int], str], answers: list[str] | None = None) -> Sai
     ],
 )
 def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
-    evidence = SimpleNamespace(expected=said(([1], "a"), ([2, 3], "b")), said=found, strings=["a", "b"])
+    evidence = SimpleNamespace(
+        expected=said(([1], "a"), ([2, 3], "b")),
+        said=found,
+        strings=["a", "b"],
+        added_tokens=[],
+        gives_text=True,
+        artifact=SimpleNamespace(tokenizer_limits=()),
+    )
     result = only(gates.tokenizer(cast(Evidence, evidence)))
     assert (result.status, result.value) == ("failed" if value else "passed", value)
     assert result.reason.startswith(told)
