@@ -136,10 +136,10 @@ class TorchOps:
             groups = choice.unflatten(-1, (moe.groups, -1))
             best = 2 if moe.group_score == "top2" else 1
             value = groups.topk(min(best, groups.shape[-1]), -1).values.sum(-1)
-            dropped = value.sort(-1, descending=True, stable=True).indices[..., moe.top_groups :]
+            dropped = value.sort(dim=-1, descending=True, stable=True).indices[..., moe.top_groups :]
             groups = groups.scatter(-2, dropped[..., None].expand(*dropped.shape, groups.shape[-1]), -np.inf)
             choice = groups.flatten(-2)
-        chosen = choice.sort(-1, descending=True, stable=True).indices[..., : moe.top_k]
+        chosen = choice.sort(dim=-1, descending=True, stable=True).indices[..., : moe.top_k]
         weights = scores.gather(-1, chosen)
         if moe.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
