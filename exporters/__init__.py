@@ -8,9 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exact:
-    """The container holds the codes, scales and zero points bit for bit."""
+    """The container holds the codes, scales and zero points bit for bit.
+
+    Attributes:
+        bits: that a weight takes in it; None: as the scheme says.
+    """
 
     container: str
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,13 @@ class Artifact:
     """The files that a runtime loads.
 
     Attributes:
-        format: the exporter's name (``gguf``).
+        format: the exporter's name (``gguf``, ``onnx``).
         directory: where they stand.
         files: their names in ``directory``, the one that is opened first.
         bytes_per_token: bytes of weights that decoding one token reads (of the embedding table one row).
         context: longest context that the artifact may be run with, in tokens.
         containers: which type of the format holds each tensor, by the tensor's Hugging Face name.
+        cache_width: bytes of a number in the cache of keys and values.
         notes: what a user has to know: a fallback, a clamp, an error added. Shown in the report.
     """
 
@@ -58,3 +64,4 @@ class Artifact:
     bytes_per_token: int
     containers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cache_width: int = 2

@@ -52,40 +52,40 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A target, a scheme that it carries, and a small model."""
+    """A target (with a format of it, if it has several), a scheme that it carries, and a small model."""
 
     target: str
     scheme: str
     model: str
 
     def __str__(self) -> str:
-        return f"{self.target}-{self.scheme}-{self.model}"
+        return f"{self.target.replace(' --format ', '-')}-{self.scheme}-{self.model}"
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every scheme that the target carries on the first model, and its first scheme on every model."""
-    kind = targets.get(target)
-    carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
+    """Every scheme that the target carries on the first model, and its first scheme on every model; for each of its formats."""
     first = next(iter(MODELS))
-    yield from (Case(target, scheme, first) for scheme in carried)
-    yield from (
-        Case(target, "int4-g32" if "int4-g32" in carried else carried[0], model)
-        for model in MODELS
-        if model != first
-    )
+    for way, kind in targets.variants(target).items():
+        carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
+        yield from (Case(way, scheme, first) for scheme in carried)
+        yield from (
+            Case(way, "int4-g32" if "int4-g32" in carried else carried[0], model)
+            for model in MODELS
+            if model != first
+        )
 
 
 def check(case: Case, work: Path) -> None:
     """Export a small model twice and hold the packages to the contract; AssertionError says what is broken."""
-    kind = targets.get(case.target)
-    check_declarations(kind)
+    target = targets.variants(case.target.split()[0])[case.target]
+    check_declarations(target)
     family, fields = MODELS[case.model]
     model = write_model(work / case.model, family, fields, dtype="F32")
     # The model is random: what its quantization loses says nothing, so the quality gate only has to run.
     recipe = Recipe.of(
         {"scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}}
     )
-    package, report = export(kind(), model, work / "one", recipe)
+    package, report = export(target, model, work / "one", recipe)
     failed = [f"{gate.name}: {gate.reason}" for gate in report.gates if gate.status == "failed"]
     assert report.passed, f"{case}: {'; '.join(failed)}"
     ran = {gate.name.split("/")[0] for gate in report.gates if gate.status == "passed"}
@@ -95,13 +95,13 @@ def check(case: Case, work: Path) -> None:
     again = work / "two"
     (again / "artifact").mkdir(parents=True)
     quant = quantize(load(model), case.scheme, out=work / "codes")
-    repeated = pack(kind().export(quant, again / "artifact"), report, quant, kind())
+    repeated = pack(target.export(quant, again / "artifact"), report, quant, target)
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"
-    _check_that_damage_shows(kind(), case, model, package.artifact)
+    _check_that_damage_shows(target, case, model, package.artifact)
 
 
-def check_declarations(kind: type[targets.Target]) -> None:
+def check_declarations(kind: targets.Target) -> None:
     """Every scheme is answered for, a refusal names what fits, and what is missing comes with a command."""
     for scheme in SCHEMES.values():
         carry = kind.carries(scheme)

@@ -82,6 +82,7 @@ class Package:
             raw["bytes_per_token"],
             raw["containers"],
             tuple(raw["notes"]),
+            raw.get("cache_width", 2),
         )
 
     @property
@@ -170,7 +171,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
     window = min(artifact.context, config.sliding_window or artifact.context)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * window
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * artifact.cache_width * window
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,
@@ -197,6 +198,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             "bytes_per_token": artifact.bytes_per_token,
             "containers": artifact.containers,
             "notes": artifact.notes,
+            "cache_width": artifact.cache_width,
         },
         "generation": asdict(quant.model.generation),
         "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},

@@ -1,4 +1,4 @@
-"""CPUs, through GGUF and llama.cpp."""
+"""CPUs: through GGUF on llama.cpp, or ONNX on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import TapeoutError
-from tapeout.exporters import Artifact, Carry, gguf
+from tapeout.exporters import Artifact, Carry, gguf, onnx
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
-from tapeout.validate.session import Lowering, SessionSpec
+from tapeout.validate.session import Arithmetic, Lowering, SessionSpec
 
-_FACTORY = "tapeout.targets.llama_cpp:open_session"
+_LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
+_ONNX_RUNTIME = "tapeout.targets.onnxruntime:open_session"
 
 _WEIGHTS_LIMIT = 1e-4
-_WEIGHTS_DERIVATION = (
+_FLOAT32_DERIVATION = (
     "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
-_RUNTIME_DERIVATION = (
+_LEVEL_DERIVATION = (
+    "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
+    "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
+)
+_GGML_DERIVATION = (
     "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32 (K types: 256). The reference with that same rounding predicts what "
     "it costs; the device may lose twice that, and 5e-5 nats for its float types."
+)
+_MLAS_DERIVATION = (
+    "ONNX Runtime rounds the inputs of quantized matmuls to int8 in the weights' own blocks. The reference with that same rounding "
+    "predicts what it costs; the device may lose twice that, and 5e-5 nats for its approximations."
 )
 
 
@@ -36,87 +45,160 @@ class Cpu:
     """Intel, AMD and Arm CPUs.
 
     Attributes:
-        format: What the runtime loads.
+        format: What is written, and so the runtime: gguf for llama.cpp, onnx for ONNX Runtime.
         threads: Threads of the runtime. Default: as many as this process has cores.
         context: Longest context to run with, in tokens. Default: the model's own.
-        sliding_window: Carry a sliding window exactly (by an architecture that only recent llama.cpp builds know), or
+        sliding_window: Of gguf: carry a sliding window exactly (by an architecture that only recent llama.cpp builds know), or
             clamp the context to the window (which any build runs).
-        max_shard_size: Split the file into shards of at most this size (500M, 2G).
+        max_shard_size: Of gguf: split the file into shards of at most this size (500M, 2G).
     """
 
-    format: Literal["gguf"] = "gguf"
+    format: Literal["gguf", "onnx"] = "gguf"
     threads: int | None = None
     context: int | None = None
     sliding_window: Literal["carry", "clamp"] = "carry"
     max_shard_size: str | None = None
 
     name: ClassVar[str] = "cpu"
-    arithmetic: ClassVar[Literal["float32", "ggml"]] = "ggml"
-    summary: ClassVar[str] = "Intel, AMD and Arm CPUs, through GGUF on llama.cpp."
-    needs: ClassVar[str] = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
+    summary: ClassVar[str] = "Intel, AMD and Arm CPUs, through GGUF on llama.cpp or ONNX on ONNX Runtime."
 
-    @classmethod
-    def carries(cls, scheme: Scheme) -> Carry:
-        """As GGUF's block types carry it."""
-        return gguf.carries(scheme)
+    def __post_init__(self) -> None:
+        """TapeoutError for flags of another format."""
+        if self.format == "onnx" and (self.max_shard_size or self.sliding_window != "carry"):
+            raise TapeoutError("--max-shard-size and --sliding-window are of the format gguf; onnx has neither.")
 
-    @classmethod
-    def missing(cls) -> str | None:
-        """Whether llama-cpp-python and gguf are here."""
-        absent = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
-        return f"{', '.join(absent)} is not installed: pip install 'tapeout[cpu]'." if absent else None
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the format's runtime does to the inputs of quantized matmuls."""
+        return self._road.arithmetic
+
+    @property
+    def needs(self) -> str:
+        """The format's runtime."""
+        return self._road.needs
+
+    def carries(self, scheme: Scheme) -> Carry:
+        """As the format's containers carry it."""
+        return (onnx if self.format == "onnx" else gguf).carries(scheme)
+
+    def missing(self) -> str | None:
+        """Whether the format's library and runtime are here."""
+        absent = [name for name in self._road.packages if importlib.util.find_spec(name) is None]
+        extra = "onnx" if self.format == "onnx" else "cpu"
+        return f"{', '.join(absent)} is not installed: pip install 'tapeout[{extra}]'." if absent else None
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
-        """Write one GGUF file, or its shards."""
-        size = parse_size(self.max_shard_size) if self.max_shard_size else None
-        artifact = gguf.write(
-            quant, out, max_shard_bytes=size, sliding_window=self.sliding_window, progress=progress
-        )
+        """Write the format's files."""
+        artifact = self._road.write(self, quant, out, progress)
         return replace(artifact, context=min(self.context or artifact.context, artifact.context))
 
     def session(self, artifact: Artifact) -> SessionSpec:
-        """The file as it is deployed: float16 cache, llama.cpp's defaults."""
-        return self._open(artifact)
+        """The files as they are deployed, with the runtime's defaults."""
+        return self._road.open(self, artifact)
 
     def read_codes(
         self, artifact: Artifact, quant: Quantized
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
-        """Through gguf.GGUFReader."""
-        return gguf.read_codes(artifact, quant)
+        """Through the format owner's library: gguf or onnx."""
+        return (onnx if self.format == "onnx" else gguf).read_codes(artifact, quant)
 
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
-        """The same codes as a float32 twin, and the shipped file with the runtime's int8 activations explained."""
-        twin = gguf.write(quant, scratch / "twin", sliding_window=self.sliding_window, as_float32=True)
+        """The same codes without the runtime's rounding of inputs, and the shipped files with that rounding explained."""
+        road = self._road
         return [
-            Lowering("weights", self._exact(twin, artifact), "max", _WEIGHTS_DERIVATION, _WEIGHTS_LIMIT),
-            Lowering("runtime", self._open(artifact), "kl", _RUNTIME_DERIVATION),
+            Lowering("weights", road.exact(self, artifact, quant, scratch), "max", road.weights, _WEIGHTS_LIMIT),
+            Lowering("runtime", road.open(self, artifact), "kl", road.runtime),
         ]
 
     def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
-        """A float32 twin of the first layers."""
-        twin = gguf.write(quant, scratch, sliding_window=self.sliding_window, as_float32=True, layers=layers)
-        return self._exact(twin, artifact)
+        """The first layers, without the runtime's rounding of inputs."""
+        return self._road.exact(self, artifact, quant, scratch, layers)
 
     def card(self, artifact: Artifact) -> str:
-        """Commands of llama.cpp's own tools."""
-        file = f"artifact/{artifact.files[0]}"
-        return (
-            f"```\nllama-cli -m {file} -c {artifact.context}\n"
-            f"llama-server -m {file} -c {artifact.context}\n"
-            "tapeout run . --prompt TEXT\n```"
+        """How to run it with the runtime's own tools."""
+        return f"```\n{self._road.commands(artifact)}\ntapeout run . --prompt TEXT\n```"
+
+    @property
+    def _road(self) -> type[_Gguf] | type[_Onnx]:
+        return _Onnx if self.format == "onnx" else _Gguf
+
+
+class _Gguf:
+    """GGUF on llama.cpp."""
+
+    arithmetic: ClassVar[Arithmetic] = "ggml"
+    needs = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
+    packages = ("llama_cpp", "gguf")
+    weights, runtime = _FLOAT32_DERIVATION, _GGML_DERIVATION
+
+    @staticmethod
+    def write(cpu: Cpu, quant: Quantized, out: Path, progress: Progress | None) -> Artifact:
+        size = parse_size(cpu.max_shard_size) if cpu.max_shard_size else None
+        return gguf.write(
+            quant, out, max_shard_bytes=size, sliding_window=cpu.sliding_window, progress=progress
         )
 
-    def _open(self, artifact: Artifact, **settings: Any) -> SessionSpec:
+    @staticmethod
+    def open(cpu: Cpu, artifact: Artifact, **settings: Any) -> SessionSpec:
         given = {
             "model": str(artifact.directory / artifact.files[0]),
             "context": artifact.context,
-            "threads": self.threads,
+            "threads": cpu.threads,
         }
-        return SessionSpec(_FACTORY, given | settings)
+        return SessionSpec(_LLAMA_CPP, given | settings)
 
-    def _exact(self, twin: Artifact, artifact: Artifact) -> SessionSpec:
-        """Float32 everywhere, so that nothing is left but the lowered numbers."""
-        return self._open(replace(twin, context=artifact.context), kv="f32", flash_attention=False)
+    @classmethod
+    def exact(
+        cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path, layers: int | None = None
+    ) -> SessionSpec:
+        """A twin that is float32 everywhere, so that nothing is left but the lowered numbers."""
+        out = scratch if layers else scratch / "twin"
+        twin = gguf.write(quant, out, sliding_window=cpu.sliding_window, as_float32=True, layers=layers)
+        return cls.open(cpu, replace(twin, context=artifact.context), kv="f32", flash_attention=False)
+
+    @staticmethod
+    def commands(artifact: Artifact) -> str:
+        file = f"artifact/{artifact.files[0]}"
+        return f"llama-cli -m {file} -c {artifact.context}\nllama-server -m {file} -c {artifact.context}"
+
+
+class _Onnx:
+    """ONNX on ONNX Runtime."""
+
+    arithmetic: ClassVar[Arithmetic] = "mlas"
+    needs = "onnxruntime 1.32 or newer"
+    packages = ("onnxruntime", "onnx")
+    weights, runtime = _LEVEL_DERIVATION, _MLAS_DERIVATION
+
+    @staticmethod
+    def write(cpu: Cpu, quant: Quantized, out: Path, progress: Progress | None) -> Artifact:
+        return onnx.write(quant, out, progress=progress)
+
+    @staticmethod
+    def open(cpu: Cpu, artifact: Artifact, graph: Path | None = None) -> SessionSpec:
+        arguments = {
+            "directory": str(artifact.directory),
+            "context": artifact.context,
+            "graph": str(graph) if graph else None,
+            "threads": cpu.threads,
+        }
+        return SessionSpec(_ONNX_RUNTIME, arguments)
+
+    @classmethod
+    def exact(
+        cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path, layers: int | None = None
+    ) -> SessionSpec:
+        """Another graph over the very data file that ships."""
+        graph = scratch / "exact.onnx"
+        if layers:
+            twin = onnx.write(quant, scratch, layers=layers, exact=True)
+            return cls.open(cpu, replace(twin, context=artifact.context))
+        graph.write_bytes(onnx.exact_graph(quant))
+        return cls.open(cpu, artifact, graph)
+
+    @staticmethod
+    def commands(artifact: Artifact) -> str:
+        return 'python -c "import onnxruntime; onnxruntime.InferenceSession(\'artifact/model.onnx\')"'
 
 
 def parse_size(text: str) -> int:

@@ -7,7 +7,8 @@ they have no room for them (soft caps), and sum in an order that depends on the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,14 +18,15 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError
+from tapeout.exporters import onnx
 from tapeout.models import Model, load
-from tapeout.quantize import Quantized, open_store
+from tapeout.quantize import Quantized, Scheme, open_store
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reference", "open_session", "open_weights", "round_q8_0", "round_q8_k"]
+__all__ = ["Reference", "open_session", "open_weights", "round_mlas", "round_q8_0", "round_q8_k"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -132,7 +134,7 @@ class Reference:
 def open_session(
     model: str,
     store: str | None = None,
-    arithmetic: Literal["float32", "float64", "ggml"] = "float32",
+    arithmetic: Literal["float32", "float64", "ggml", "mlas"] = "float32",
     layers: int | None = None,
     threads: int | None = None,
 ) -> Reference:
@@ -143,6 +145,7 @@ def open_session(
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head included) are rounded as ``round_q8_0`` and ``round_q8_k`` do.
+            ``mlas``: as ``round_mlas`` does.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
 
@@ -151,9 +154,9 @@ def open_session(
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
     _prepare(threads)
-    if arithmetic not in ("float32", "float64", "ggml"):
+    if arithmetic not in ("float32", "float64", "ggml", "mlas"):
         raise TapeoutError(
-            f"the reference has no arithmetic '{arithmetic}'; it has float32, float64 and ggml."
+            f"the reference has no arithmetic '{arithmetic}'; it has float32, float64, ggml and mlas."
         )
     source = load(model)
     depth = source.config.num_layers
@@ -162,16 +165,16 @@ def open_session(
     quant = open_store(Path(store), source) if store is not None else None
     if source.quantization is not None and quant is None:
         raise ModelError(f"{source.name} has no floats of its own: its reference needs a store.")
-    if arithmetic == "ggml" and quant is None:
-        raise TapeoutError("arithmetic ggml is that of quantized weights: it needs a store.")
+    if arithmetic in ("ggml", "mlas") and quant is None:
+        raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     network = _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
         network.double()
-    if quant is not None and arithmetic == "ggml":
-        _round_inputs(network, quant)
+    if quant is not None and arithmetic in ("ggml", "mlas"):
+        _round_inputs(network, quant, _ggml if arithmetic == "ggml" else _mlas)
     facts = _facts(before, begin, source.config.max_position_embeddings)
     return Reference(source.directory, network, facts)
 
@@ -286,19 +289,52 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         parameters[name].data = torch.from_numpy(quant.float32(name))
 
 
-def _round_inputs(network: Any, quant: Quantized) -> None:
-    """Round the input of every linear layer whose weight is quantized, and whose rows llama.cpp can hold in blocks."""
+Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def _round_inputs(
+    network: Any, quant: Quantized, rounding_of: Callable[[Scheme, int], Rounding | None]
+) -> None:
+    """Round the input of every linear layer as ``rounding_of`` its scheme and its in_features says, if it says anything."""
     import torch
 
     rounds = {}
     for name, parameter in network.named_parameters():
         scheme = quant.schemes.get(name)
-        if scheme is not None and scheme.kind != "none" and parameter.shape[-1] % 32 == 0:
-            rounds[id(parameter)] = round_q8_k if scheme.scales == "super" else round_q8_0
+        if scheme is not None and scheme.kind != "none":
+            rounds[id(parameter)] = rounding_of(scheme, parameter.shape[-1])
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
         if isinstance(module, torch.nn.Linear) and (rounded := rounds.get(id(module.weight))):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
+
+
+def _ggml(scheme: Scheme, in_features: int) -> Rounding | None:
+    """What llama.cpp does, where it can hold the rows in blocks."""
+    if in_features % 32:
+        return None
+    return round_q8_k if scheme.scales == "super" else round_q8_0
+
+
+def _mlas(scheme: Scheme, in_features: int) -> Rounding | None:
+    """What ONNX Runtime does, where the container is one whose kernels round."""
+    block = onnx.input_block(scheme, in_features)
+    return None if block is None else partial(round_mlas, block=block)
+
+
+def round_mlas(x: torch.Tensor, block: int) -> torch.Tensor:
+    """What MLAS makes of the input of a MatMulNBits at accuracy_level 4: float32 [..., in], ``in`` % ``block`` == 0.
+
+    Blocks as long as the weights' own: codes = round(x · (127 / amax)), ties to even, under the float32 scale amax / 127
+    (``QuantizeARow_CompInt8`` of onnxruntime's ``sqnbitgemm_kernel_*``).
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, block))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    # Tensor by tensor: torch makes a scalar over a tensor a product with the reciprocal, which is rounded twice.
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
+    return (torch.round(blocks * inverse) * (amax / 127.0)).flatten(-2)
 
 
 def round_q8_0(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,10 @@ from tapeout.quantize import Quantized, QuantTensor
 
 Logits = npt.NDArray[np.float32]
 
+Arithmetic = Literal["float32", "ggml", "mlas"]
+"""What a runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to int8 in blocks of 32,
+or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -108,12 +112,14 @@ class Device(Protocol):
     """The part of a target that validation uses.
 
     Attributes:
-        arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to
-            int8 in blocks of 32, or of 256 where weights lie in super-blocks.
+        arithmetic: what the runtime does to the inputs of quantized matmuls.
     """
 
     name: ClassVar[str]
-    arithmetic: ClassVar[Literal["float32", "ggml"]]
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """See ``Arithmetic``."""
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""

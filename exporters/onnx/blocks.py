@@ -158,10 +158,18 @@ def container_of(scheme: Scheme, into: int) -> Container | None:
 
 
 def block_of(scheme: Scheme, into: int) -> int | None:
-    """Weights that share a scale in the file, and inputs that the runtime rounds under one; None: no block divides the rows."""
+    """Weights that share a scale in the file; None: no block divides the rows."""
     if scheme.group:
         return scheme.group
     return next((block for block in _BLOCKS if into % block == 0), None)
+
+
+def input_block(scheme: Scheme, into: int) -> int | None:
+    """Inputs of a matmul that ONNX Runtime rounds to int8 under one scale, as deployed; None: it leaves them float32."""
+    container = container_of(scheme, into)
+    # There are no int8 kernels of 2 bits for the shortest and the longest blocks.
+    rounds = isinstance(container, NBits) and (container.bits > 2 or container.block in (32, 64, 128))
+    return container.block if rounds and isinstance(container, NBits) else None
 
 
 def carries(scheme: Scheme) -> Carry:
@@ -174,12 +182,13 @@ def carries(scheme: Scheme) -> Carry:
             return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
         return Refused("onnxruntime has no 4-bit float on CPUs.", "int4-g32")
     if isinstance(container, Bnb4):
-        return Exact("MatMulBnb4, slow")
+        return Exact("MatMulBnb4, slow", 4 + 32 / container.block)
     if isinstance(container, Float8):
         return Exact(f"{FLOAT8}, float32 in memory")
-    wider = f", at {container.bits + 32 / container.block:g} bits" if container.bits != scheme.bits else ""
+    bits = container.bits + (32 + container.bits * container.zero_point) / container.block
+    wider = f", at {bits:g} bits" if container.bits != scheme.bits else ""
     inputs = {None: "", "int8": ", inputs a scale a block", "int8-static": ", the inputs' static scale unused"}
-    return Exact(container.kind + wider + inputs[scheme.activations])
+    return Exact(container.kind + wider + inputs[scheme.activations], bits)
 
 
 def _swap(packed: Bytes) -> Bytes:

@@ -501,7 +501,7 @@ class ContribOps:
 
     def _positions(self, at: str, trained: int | None) -> str:
         """Rows of the tables, int64 [batch, tokens]."""
-        g, kinds = self.graph, library().TensorProto
+        g = self.graph
         if not any(node.name == "positions" for node in g.nodes):
             count = g.node("Shape", ["input_ids"], "tokens", start=1, end=2)
             g.node("Squeeze", [count], "token_count")

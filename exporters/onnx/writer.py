@@ -71,6 +71,7 @@ def write(
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
         notes=(*graph.notes, *_notes(quant)),
+        cache_width=4,
     )
 
 
