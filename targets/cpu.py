@@ -65,7 +65,9 @@ class Cpu:
     def __post_init__(self) -> None:
         """TapeoutError for flags of another format."""
         if self.format == "onnx" and (self.max_shard_size or self.sliding_window != "carry"):
-            raise TapeoutError("--max-shard-size and --sliding-window are of the format gguf; onnx has neither.")
+            raise TapeoutError(
+                "--max-shard-size and --sliding-window are of the format gguf; onnx has neither."
+            )
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -106,7 +108,9 @@ class Cpu:
         """The same codes without the runtime's rounding of inputs, and the shipped files with that rounding explained."""
         road = self._road
         return [
-            Lowering("weights", road.exact(self, artifact, quant, scratch), "max", road.weights, _WEIGHTS_LIMIT),
+            Lowering(
+                "weights", road.exact(self, artifact, quant, scratch), "max", road.weights, _WEIGHTS_LIMIT
+            ),
             Lowering("runtime", road.open(self, artifact), "kl", road.runtime),
         ]
 
@@ -198,7 +202,7 @@ class _Onnx:
 
     @staticmethod
     def commands(artifact: Artifact) -> str:
-        return 'python -c "import onnxruntime; onnxruntime.InferenceSession(\'artifact/model.onnx\')"'
+        return "python -c \"import onnxruntime; onnxruntime.InferenceSession('artifact/model.onnx')\""
 
 
 def parse_size(text: str) -> int:

@@ -58,6 +58,10 @@ class NBits:
             found["zero_points"] = ("UINT8", (out, -(-blocks * self.bits // 8)))
         return found
 
+    def blocks(self, out: int, into: int) -> tuple[int, ...]:
+        """The shape that MatMulNBits wants of the codes."""
+        return out, into // self.block, self.block * self.bits // 8
+
     def pack(self, tensor: QuantTensor) -> Parts:
         """The parts of rows of a tensor."""
         codes: Bytes = np.asarray(tensor.packed)
@@ -187,7 +191,11 @@ def carries(scheme: Scheme) -> Carry:
         return Exact(f"{FLOAT8}, float32 in memory")
     bits = container.bits + (32 + container.bits * container.zero_point) / container.block
     wider = f", at {bits:g} bits" if container.bits != scheme.bits else ""
-    inputs = {None: "", "int8": ", inputs a scale a block", "int8-static": ", the inputs' static scale unused"}
+    inputs = {
+        None: "",
+        "int8": ", inputs a scale a block",
+        "int8-static": ", the inputs' static scale unused",
+    }
     return Exact(container.kind + wider + inputs[scheme.activations], bits)
 
 
@@ -197,13 +205,17 @@ def _swap(packed: Bytes) -> Bytes:
     return swapped
 
 
-def _one_scale(scales: npt.NDArray[np.generic], like: QuantTensor) -> npt.NDArray[np.float16] | npt.NDArray[np.float32]:
+def _one_scale(
+    scales: npt.NDArray[np.generic], like: QuantTensor
+) -> npt.NDArray[np.float16] | npt.NDArray[np.float32]:
     """One scale a group [out, groups], in ``like``'s type; NaN where the blocks of a group do not agree or it does not fit."""
     wide = np.ascontiguousarray(scales).view(np.float32).reshape(*like.scale.shape, -1)
     bits = wide.view(np.uint32)
     with np.errstate(over="ignore", invalid="ignore"):
         one = wide[:, :, 0].astype(like.scale.dtype)
-        same = (bits == bits[:, :, :1]).all(axis=2) & (one.astype(np.float32).view(np.uint32) == bits[:, :, 0])
+        same = (bits == bits[:, :, :1]).all(axis=2) & (
+            one.astype(np.float32).view(np.uint32) == bits[:, :, 0]
+        )
     return np.where(same, one, like.scale.dtype.type(np.nan))
 
 

@@ -108,7 +108,10 @@ class ContribOps:
         onnx = library()
         name, vocab = self._use(value), self.graph.quant.model.config.vocab_size
         self.graph.outputs.insert(
-            0, onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", "logits_tokens", vocab])
+            0,
+            onnx.helper.make_tensor_value_info(
+                name, onnx.TensorProto.FLOAT, ["batch", "logits_tokens", vocab]
+            ),
         )
 
     def embedding(self, name: str, ids: Value, weight: str, scale: float) -> str:
@@ -124,14 +127,17 @@ class ContribOps:
                 y = self._float32(y, out)
         elif isinstance(container, NBits):
             codes, *rest = self._parts(weight, container)
-            vocab, hidden = self._shape(weight)
-            rows = self.graph.view(f"{weight}.rows", codes, (vocab, hidden * container.bits // 8))
+            rows = self.graph.view(
+                f"{weight}.rows", codes, container.shapes(*self._shape(weight))["codes"][1]
+            )
             y = self.graph.node(
                 "GatherBlockQuantized", [rows, self._use(ids), *rest], out, domain=DOMAIN,
                 bits=container.bits, block_size=container.block, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
         else:
-            raise ModelError(f"{weight} is an embedding; onnxruntime looks up no {container.kind}. What fits: int8.")
+            raise ModelError(
+                f"{weight} is an embedding; onnxruntime looks up no {container.kind}. What fits: int8."
+            )
         return y if scale == 1.0 else self._times(name, y, scale)
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
@@ -152,7 +158,9 @@ class ContribOps:
                 N=rows, K=into, block_size=container.block, quant_type=1, transB=1,
             )  # fmt: skip
         else:
-            y = self.graph.node("FusedMatMul", [x, self._floats(weight, container)], out, domain=DOMAIN, transB=1)
+            y = self.graph.node(
+                "FusedMatMul", [x, self._floats(weight, container)], out, domain=DOMAIN, transB=1
+            )
         return self.graph.node("Add", [y, self.graph.vector(bias)], name) if bias else y
 
     def rms_norm(self, name: str, x: Value, weight: str, *, eps: float, offset: float, parts: int = 1) -> str:
@@ -167,7 +175,12 @@ class ContribOps:
             x.written = True
             outputs = [name, "", "", x.name]
             return self.graph.node(
-                "SkipSimplifiedLayerNormalization", [x.x, x.y, gamma], name, outputs, domain=DOMAIN, epsilon=eps
+                "SkipSimplifiedLayerNormalization",
+                [x.x, x.y, gamma],
+                name,
+                outputs,
+                domain=DOMAIN,
+                epsilon=eps,
             )
         y = self._use(x)
         if parts == 1:
@@ -175,7 +188,9 @@ class ContribOps:
         split = self.graph.constant(f"heads.{parts}", np.array([0, 0, parts, -1]))
         y = self.graph.node("Reshape", [y, split], f"{name}.split")
         y = self.graph.node("RMSNormalization", [y, gamma], f"{name}.heads", axis=-1, epsilon=eps)
-        return self.graph.node("Reshape", [y, self.graph.constant("heads.joined", np.array([0, 0, -1]))], name)
+        return self.graph.node(
+            "Reshape", [y, self.graph.constant("heads.joined", np.array([0, 0, -1]))], name
+        )
 
     def split(self, name: str, x: Value, sizes: Sequence[int]) -> tuple[Value, ...]:
         """Nothing yet: attention takes the pieces together."""
@@ -196,7 +211,11 @@ class ContribOps:
             given = [whole, "", ""]
         else:
             given = [self._use(each) for each in taken]
-        attributes: dict[str, Any] = {"num_heads": spec.heads, "kv_num_heads": spec.kv_heads, "scale": spec.scale}
+        attributes: dict[str, Any] = {
+            "num_heads": spec.heads,
+            "kv_num_heads": spec.kv_heads,
+            "scale": spec.scale,
+        }
         if spec.softcap is not None:
             attributes["softcap"] = spec.softcap
         window = spec.window if spec.window and spec.window < self.context else None
@@ -213,13 +232,17 @@ class ContribOps:
                     "RotaryEmbedding", [inputs[at], position, cos, sin], f"{name}.{'qk'[at]}", domain=DOMAIN,
                     num_heads=heads, rotary_embedding_dim=spec.rope.dim, interleaved=int(spec.rope.interleaved),
                 )  # fmt: skip
-        return self.graph.node("GroupQueryAttention", inputs, name, [name, *cache[2:]], domain=DOMAIN, **attributes)
+        return self.graph.node(
+            "GroupQueryAttention", inputs, name, [name, *cache[2:]], domain=DOMAIN, **attributes
+        )
 
     def latent_attention(
         self, name: str, query: Value, latent: Value, key_rope: Value, weight: str, spec: Attention, mla: Mla
     ) -> str:
         """Not written yet."""
-        raise ModelError("multi-head latent attention is not expressible in ONNX Runtime's operators yet: use GGUF.")
+        raise ModelError(
+            "multi-head latent attention is not expressible in ONNX Runtime's operators yet: use GGUF."
+        )
 
     def gated(self, name: str, gate: Value, up: Value, act: str) -> str:
         """QuickGelu with alpha 1 is SiLU, in one node."""
@@ -251,7 +274,9 @@ class ContribOps:
         g.node("TopK", [choice, count], at("top"), [at("best"), chosen], axis=-1)
         weights = g.node("GatherElements", [scores, chosen], at("shares"), axis=1)
         if moe.renormalize:
-            total = g.node("ReduceSum", [weights, g.constant("last", np.array([-1]))], at("total"), keepdims=1)
+            total = g.node(
+                "ReduceSum", [weights, g.constant("last", np.array([-1]))], at("total"), keepdims=1
+            )
             weights = g.node("Div", [weights, total], at("normed"))
         if moe.scale != 1.0:
             weights = self._times(at("scaled"), weights, moe.scale)
@@ -304,11 +329,16 @@ class ContribOps:
                 shape = (moe.experts, rows, container.shapes(1, into)[part][1][1])
                 stacked[which, part] = self.graph.part(f"{at}.{which}.{part}", part, container, groups, shape)
         if self.exact or act != "silu":
-            runs = [self._stacked(name, stacked, container, expert, inner, hidden) for expert in range(moe.experts)]
+            runs = [
+                self._stacked(name, stacked, container, expert, inner, hidden)
+                for expert in range(moe.experts)
+            ]
             return self._one_by_one(name, x, routing, runs, act)
         inputs = [x, routing.ranks, stacked["gate_up", "codes"], stacked["gate_up", "scales"], ""]
         inputs += [stacked["down", "codes"], stacked["down", "scales"], "", "", "", ""]
-        zero_points = [stacked[which, "zero_points"] if container.zero_point else "" for which in ("gate_up", "down")]
+        zero_points = [
+            stacked[which, "zero_points"] if container.zero_point else "" for which in ("gate_up", "down")
+        ]
         return self.graph.node(
             "QMoE", [*inputs, *zero_points, "", routing.weights], name, domain=DOMAIN,
             k=moe.top_k, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
@@ -321,7 +351,11 @@ class ContribOps:
         found = {self.graph.container(tensor) for each in names for tensor in each}
         schemes = {self.graph.quant.schemes[tensor] for each in names for tensor in each}
         one = next(iter(found))
-        if len(schemes) > 1 or any(not isinstance(each, NBits) for each in found) or not isinstance(one, NBits):
+        if (
+            len(schemes) > 1
+            or any(not isinstance(each, NBits) for each in found)
+            or not isinstance(one, NBits)
+        ):
             return None
         inner, hidden = self._shape(names[0][0])
         block = block_of(next(iter(schemes)), math.gcd(inner, hidden))
@@ -332,13 +366,22 @@ class ContribOps:
         """Run one expert on rows, by its own tensors."""
 
         def run(at: str, rows: str, act: str) -> str:
-            gate, up = (self.linear(f"{at}.{part}", rows, name, None) for part, name in zip(("gate", "up"), names[:2], strict=True))
+            gate, up = (
+                self.linear(f"{at}.{part}", rows, name, None)
+                for part, name in zip(("gate", "up"), names[:2], strict=True)
+            )
             return self.linear(f"{at}.down", self.gated(f"{at}.inner", gate, up, act), names[2], None)
 
         return run
 
     def _stacked(
-        self, name: str, stacked: dict[tuple[str, str], str], container: NBits, expert: int, inner: int, hidden: int
+        self,
+        name: str,
+        stacked: dict[tuple[str, str], str],
+        container: NBits,
+        expert: int,
+        inner: int,
+        hidden: int,
     ) -> Any:
         """Run one expert on rows, by its place in the stacked tensors; rows of gate and up take turns."""
 
@@ -346,7 +389,7 @@ class ContribOps:
             parts = []
             for part, (_, shape) in container.shapes(out, into).items():
                 if part == "codes":
-                    shape = (out, into // container.block, container.block * container.bits // 8)
+                    shape = container.blocks(out, into)
                 of = stacked[which, part]
                 each = self.graph.initializers[of].nbytes // self.graph.initializers[of].shape[0]
                 parts.append(self.graph.view(f"{of}.{expert}", of, shape, at=expert * each))
@@ -373,13 +416,18 @@ class ContribOps:
         for expert, run in enumerate(runs):
             at = f"{name}.{expert}"
             share = g.node(
-                "Gather", [routing.weights, g.constant(f"index.{expert}", np.array(expert))], f"{at}.shares", axis=1
+                "Gather",
+                [routing.weights, g.constant(f"index.{expert}", np.array(expert))],
+                f"{at}.shares",
+                axis=1,
             )
             taken = g.node("NonZero", [share], f"{at}.nonzero")
             taken = g.node("Squeeze", [taken, g.constant("first", np.array([0]))], f"{at}.tokens")
             mine = run(at, g.node("Gather", [rows, taken], f"{at}.rows"), act)
             last = g.constant("last", np.array([-1]))
-            weight = g.node("Unsqueeze", [g.node("Gather", [share, taken], f"{at}.share"), last], f"{at}.weight")
+            weight = g.node(
+                "Unsqueeze", [g.node("Gather", [share, taken], f"{at}.share"), last], f"{at}.weight"
+            )
             mine = g.node("Mul", [mine, weight], f"{at}.weighted")
             where = g.node("Unsqueeze", [taken, last], f"{at}.at")
             out = g.node("ScatterND", [out, where, mine], f"{at}.sum", reduction="add")
@@ -423,17 +471,18 @@ class ContribOps:
         out, into = self.graph.quant.model.specs[weight].shape
         return out, into
 
-    def _parts(self, weight: str, container: Container) -> list[str]:
-        """The initializers of a tensor: codes, scales, zero points."""
-        shapes = container.shapes(*self._shape(weight))
-        return [
-            self.graph.part(f"{weight}.{part}", part, container, [(weight,)], shape) for part, (_, shape) in shapes.items()
-        ]
+    def _parts(self, weight: str, container: Container, codes: tuple[int, ...] | None = None) -> list[str]:
+        """The initializers of a tensor: codes (in this shape, if nobody has asked before), scales, zero points."""
+        found = []
+        for part, (_, shape) in container.shapes(*self._shape(weight)).items():
+            shape = codes if codes and part == "codes" else shape
+            found.append(self.graph.part(f"{weight}.{part}", part, container, [(weight,)], shape))
+        return found
 
     def _n_bits(self, name: str, x: str, weight: str, container: NBits, bias: str | None) -> str:
         out, into = self._shape(weight)
-        codes, *rest = self._parts(weight, container)
-        blocks = (out, into // container.block, container.block * container.bits // 8)
+        blocks = container.blocks(out, into)
+        codes, *rest = self._parts(weight, container, blocks)
         codes = self.graph.view(f"{weight}.blocks", codes, blocks)
         return self._multiply(name, x, [codes, *rest], container, out, into, bias)
 
@@ -452,7 +501,9 @@ class ContribOps:
         """A matrix [out, in] as float32; what is made of constants is made when the model is loaded."""
         if isinstance(container, Float8):
             codes, scales = self._parts(weight, container)
-            return self.graph.node("Mul", [self._float32(codes, f"{weight}.levels"), scales], f"{weight}.float32")
+            return self.graph.node(
+                "Mul", [self._float32(codes, f"{weight}.levels"), scales], f"{weight}.float32"
+            )
         if self.graph.quant.model.specs[weight].role is Role.ROUTER:
             return self.graph.vector(weight)
         matrix = self.graph.floats(weight)
@@ -509,13 +560,22 @@ class ContribOps:
             first = g.node("Sub", ["lengths", count], "first_position.signed")
             first = g.node("Max", [first, g.constant("zero.int64", np.zeros(1, np.int64))], "first_position")
             first = g.node("Unsqueeze", [first, "one"], "first_position.column")
-            steps = g.node("Range", [g.constant("from", np.array(0)), "token_count", g.constant("step", np.array(1))], "steps")
+            steps = g.node(
+                "Range",
+                [g.constant("from", np.array(0)), "token_count", g.constant("step", np.array(1))],
+                "steps",
+            )
             g.node("Add", [first, steps], "positions")
         if trained is None:
             return "positions"
         name = f"{at}.positions"
         if not any(node.name == name for node in g.nodes):
-            long = g.node("Greater", ["total", g.constant(f"{at}.trained", np.array([trained]))], f"{at}.is_long")
-            places = g.constant(f"{at}.table", np.array([self.context])), g.constant("zero.int64", np.zeros(1, np.int64))
+            long = g.node(
+                "Greater", ["total", g.constant(f"{at}.trained", np.array([trained]))], f"{at}.is_long"
+            )
+            places = (
+                g.constant(f"{at}.table", np.array([self.context])),
+                g.constant("zero.int64", np.zeros(1, np.int64)),
+            )
             g.node("Add", ["positions", g.node("Where", [long, *places], f"{at}.offset")], name)
         return name

@@ -21,7 +21,10 @@ DATA = "model.onnx.data"
 DOMAIN = "com.microsoft"
 
 _INLINE = 256  # bytes of a constant that stands in the graph itself
-_PAGE, _LINE = 4096, 64  # what large and small tensors are aligned to in the data file, so that they can be mapped
+_PAGE, _LINE = (
+    4096,
+    64,
+)  # what large and small tensors are aligned to in the data file, so that they can be mapped
 _LARGE = 1 << 20
 
 FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
@@ -107,11 +110,20 @@ class Graph:
     notes: list[str] = field(default_factory=list)
 
     def node(
-        self, op: str, inputs: Sequence[str], name: str, outputs: Sequence[str] = (), *, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Sequence[str] = (),
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> str:
         """Add a node; its outputs are ``name`` or what is given; return the first."""
         out = list(outputs) or [name]
-        self.nodes.append(library().helper.make_node(op, list(inputs), out, name=name, domain=domain, **attributes))
+        self.nodes.append(
+            library().helper.make_node(op, list(inputs), out, name=name, domain=domain, **attributes)
+        )
         return out[0]
 
     def constant(self, name: str, values: npt.NDArray[Any]) -> str:
@@ -184,7 +196,6 @@ class Graph:
     ) -> str:
         """One part of tensors: those of a group take turns by rows, groups follow one another; in this shape as a whole."""
         if name not in self.initializers:
-            out, into = self.quant.model.specs[groups[0][0]].shape
             pieces = []
             for group in groups:
                 out, into = self.quant.model.specs[group[0]].shape
@@ -243,11 +254,6 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data
-
-
-def names_of(container: Container) -> tuple[str, ...]:
-    """What follows a tensor's name in the name of each of its parts."""
-    return tuple(container.shapes(1, 256))
 
 
 __all__ = ["DATA", "DOMAIN", "Bnb4", "Float8", "Graph", "Initializer", "NBits", "Piece", "library"]

@@ -35,18 +35,26 @@ def read_codes(
     model = _open(path)
     found = {each.name: each for each in model.graph.initializer}
     graph, _ = build(quant)
-    wrong = [text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))]
+    wrong = [
+        text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
+    ]
     for name, values in graph.constants.items():
         held = library().numpy_helper.to_array(found[name]) if name in found else None
         if held is None or held.dtype != values.dtype or not np.array_equal(held, values):
             wrong.append(f"{name} is {'missing' if held is None else 'another constant'}")
-    wrong += [f"{name} is unexpected" for name in found if name not in graph.initializers and name not in graph.constants]
+    wrong += [
+        f"{name} is unexpected"
+        for name in found
+        if name not in graph.initializers and name not in graph.constants
+    ]
     if wrong:
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PackageError(f"{path}: {'; '.join(wrong[:5])}{more}.")
     together: dict[tuple[str, ...], list[tuple[Initializer, Piece]]] = {}
     for each in graph.initializers.values():
-        if each.values is not None and not np.array_equal(_load(found[each.name], artifact.directory), each.values):
+        if each.values is not None and not np.array_equal(
+            _load(found[each.name], artifact.directory), each.values
+        ):
             raise PackageError(f"{path}: {each.name} holds other values than the model's config gives.")
         for piece in each.pieces:
             together.setdefault(piece.sources, []).append((each, piece))
@@ -56,9 +64,14 @@ def read_codes(
         if mine != (base[0], base[1] + each.at, each.nbytes):
             raise PackageError(f"{path}: {name} is not the bytes of {each.view_of}.")
     for sources, pieces in together.items():
-        parts = {piece.part: _rows(found[each.name], each, piece, artifact.directory) for each, piece in pieces}
+        parts = {
+            piece.part: _rows(found[each.name], each, piece, artifact.directory) for each, piece in pieces
+        }
         for turn, source in enumerate(sources):
-            yield source, _tensor(source, {part: rows[:, turn] for part, rows in parts.items()}, pieces[0][1], quant)
+            yield (
+                source,
+                _tensor(source, {part: rows[:, turn] for part, rows in parts.items()}, pieces[0][1], quant),
+            )
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -79,7 +92,8 @@ def describe(path: Path) -> dict[str, Any]:
         "inputs": [each.name for each in model.graph.input],
         "outputs": [each.name for each in model.graph.output],
         "initializers": dict(Counter(kind(each.data_type) for each in model.graph.initializer)),
-        "bytes": path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside if (path.parent / name).exists()),
+        "bytes": path.stat().st_size
+        + sum((path.parent / name).stat().st_size for name in beside if (path.parent / name).exists()),
         "metadata": {each.key: each.value for each in model.metadata_props},
     }
 
@@ -91,9 +105,13 @@ def _open(path: Path) -> Any:
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error
     except Exception as error:  # protobuf's own, which are no tree
-        raise PackageError(f"{path} is not an ONNX model: {error}. It was cut off or changed; write it again.") from error
+        raise PackageError(
+            f"{path} is not an ONNX model: {error}. It was cut off or changed; write it again."
+        ) from error
     if not model.graph.node:
-        raise PackageError(f"{path} is not an ONNX model: it has no graph. It was cut off or changed; write it again.")
+        raise PackageError(
+            f"{path} is not an ONNX model: it has no graph. It was cut off or changed; write it again."
+        )
     return model
 
 
@@ -121,7 +139,9 @@ def _load(proto: Any, directory: Path) -> Array:
     try:
         onnx.external_data_helper.load_external_data_for_tensor(loaded, str(directory))
         values: Array = onnx.numpy_helper.to_array(loaded)
-    except Exception as error:  # a file that is missing, short, or outside of the directory: each raises another
+    except (
+        Exception
+    ) as error:  # a file that is missing, short, or outside of the directory: each raises another
         raise PackageError(f"{proto.name} cannot be read from {directory}: {error}.") from error
     return values
 
@@ -142,8 +162,14 @@ def _tensor(
     if piece.container:
         like = quant[source]
         assert isinstance(like, QuantTensor)
-        return piece.container.unpack({part: np.ascontiguousarray(rows) for part, rows in parts.items()}, like)
+        return piece.container.unpack(
+            {part: np.ascontiguousarray(rows) for part, rows in parts.items()}, like
+        )
     values = parts["weight"].reshape(shape)
     if piece.kind == "FLOAT":
         return values.astype(np.float32, copy=False)
-    return to_float32(np.ascontiguousarray(values).view(np.uint16), "BF16") if piece.kind == "BFLOAT16" else values.astype(np.float32)
+    return (
+        to_float32(np.ascontiguousarray(values).view(np.uint16), "BF16")
+        if piece.kind == "BFLOAT16"
+        else values.astype(np.float32)
+    )

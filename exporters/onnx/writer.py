@@ -96,7 +96,9 @@ def tokenizer_files(quant: Quantized) -> list[Path]:
     """What the artifact takes along of the model's tokenizer; ModelError where its runtime would find none."""
     files = quant.model.tokenizer_files()
     if not any(file.name == "tokenizer.json" for file in files):
-        raise ModelError(f"{quant.model.directory} has no tokenizer.json, which an ONNX package tokenizes with.")
+        raise ModelError(
+            f"{quant.model.directory} has no tokenizer.json, which an ONNX package tokenizes with."
+        )
     return files
 
 
@@ -118,7 +120,9 @@ def _notes(quant: Quantized) -> Iterator[str]:
         if scheme.levels == "e4m3":
             yield f"onnxruntime widens {scheme} to float32 when it loads the model"
         if scheme.activations:
-            unused = "; their calibrated scales are not in the file" if scheme.activations == "int8-static" else ""
+            unused = (
+                "; their calibrated scales are not in the file" if scheme.activations == "int8-static" else ""
+            )
             yield f"onnxruntime rounds the inputs of {scheme} to int8 by itself, with a scale for every block of weights{unused}"
         if scheme.bits == 3:
             yield f"the codes of {scheme} are held in 4 bits"
@@ -140,9 +144,7 @@ def _bytes_per_token(graph: Graph) -> int:
     return round(total)
 
 
-def _write_data(
-    graph: Graph, handle: int, size: int, threads: int | None, progress: Progress | None
-) -> None:
+def _write_data(graph: Graph, handle: int, size: int, threads: int | None, progress: Progress | None) -> None:
     together: dict[tuple[str, ...], list[Piece]] = {}
     for each in graph.initializers.values():
         if each.values is not None:
