@@ -22,7 +22,7 @@ from tapeout.files import cache_directory, canonical_json, file_sha256, lock, ne
 from tapeout.memory import keep_freed_memory
 from tapeout.models import Model, Role, SourceTensor
 from tapeout.models.checkpoint import read_header
-from tapeout.models.torch_decoder import one_core_each
+from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
 from tapeout.quantize.calibration import Calibration, digest
 from tapeout.quantize.lattice import ScaleOverflow

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError, SchemeError
-from tapeout.models import Model
-from tapeout.models.torch_decoder import TorchDecoder, linear
+from tapeout.models import Model, graph, trace
+from tapeout.models.torch_ops import TorchOps
+from tapeout.models.trace import Step
 from tapeout.quantize import awq, gptq, lattice, rtn, store
 from tapeout.quantize.awq import Inputs
 from tapeout.quantize.lattice import Floats, ScaleOverflow
@@ -33,10 +34,55 @@ if TYPE_CHECKING:
 _BATCH = 8  # sequences whose activations are in memory together
 _TILE = 256  # rows of a Hessian that one task adds to
 _SAMPLE = 512  # inputs that AWQ measures its error on
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_STAGES = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_FEW = 1 / 8  # of an even share of the tokens: an expert that sees fewer is rounded without data
 
 Progress = Callable[[str, int, int], None]
+Each = Callable[[int], "torch.Tensor"]
+"""Of a sequence by its number, float32 [rows, in]."""
+
+
+@dataclass
+class _Layer:
+    """A layer while it is rounded.
+
+    Attributes:
+        at: prefix of its tensors' names. x: what it is given, float32 [sequences, length, hidden].
+        stages: values that weights multiply, with the weights, in the order in which the layer computes them; a call of
+            ``experts`` stands for itself.
+        kept: values that are computed once and lie in mapped files; those in ``filled`` are there for every sequence.
+    """
+
+    at: str
+    x: npt.NDArray[np.float32]
+    input: Step
+    steps: list[Step]
+    w: dict[str, torch.Tensor]
+    kept: dict[Step, npt.NDArray[np.float32]]
+    filled: set[Step] = field(default_factory=set)
+
+    @property
+    def stages(self) -> dict[Step, list[str]]:
+        found: dict[Step, list[str]] = {}
+        for step in self.steps:
+            if step.op == "experts":
+                found[step] = []
+            elif reads := step.reads():
+                found.setdefault(reads[0], []).extend(reads[1])
+        return found
+
+    def value(self, step: Step, i: int, *, keep: bool = True) -> Any:
+        """A value of sequence ``i``, with the weights as they are now."""
+
+        def recall(each: Step) -> Any:
+            if each is self.input:
+                return _tensor(self.x[i])
+            return _tensor(self.kept[each][i]) if each in self.filled else None
+
+        def done(each: Step, value: Any) -> None:
+            if keep and each in self.kept:
+                self.kept[each][i] = value.numpy()
+
+        return trace.compute(step, TorchOps(self.w.__getitem__), recall, done)
 
 
 @dataclass
@@ -69,7 +115,6 @@ class Calibrated:
         place = self.directory / ".calibration"
         place.mkdir(parents=True, exist_ok=True)
         (self.directory / "tensors").mkdir(exist_ok=True)
-        decoder = TorchDecoder(config)
         steps = config.num_layers + 1
         begin = max((int(path.stem[1:]) for path in place.glob("x*.f32")), default=None)
         if begin is None:
@@ -78,62 +123,132 @@ class Calibrated:
             if layer < (begin or 0):
                 self._adopt(layer)
             else:
-                self._layer(decoder, layer, place)
+                self._layer(layer, place)
             self._tell(layer + 1, steps)
-        self._outside(decoder, place / f"x{config.num_layers}.f32")
+        self._outside(place / f"x{config.num_layers}.f32")
         self._tell(steps, steps)
         shutil.rmtree(place)
         return self.found
 
-    def _layer(self, decoder: TorchDecoder, layer: int, place: Path) -> None:
+    def _layer(self, layer: int, place: Path) -> None:
         import torch
 
-        x = self._map(place / f"x{layer}.f32", "r")
-        middle = self._map(place / "middle.f32", "w+")
-        context = self._map(place / "context.f32", "w+", self._context_width())
-        after = self._map(place / "after.f32", "w+")
-        w = self._weights(layer)
+        this = self._begin(layer, place)
         if self.rounding in ("awq", "smoothquant"):
-            self._fold(decoder, layer, w, x)
-        calls: tuple[Callable[[int], torch.Tensor], ...] = (
-            lambda i: decoder.norm(_tensor(x[i]), w["input_layernorm.weight"]),
-            lambda i: _keep(
-                context, i, decoder.attend(decoder.norm(_tensor(x[i]), w["input_layernorm.weight"]), w)
-            ),
-            lambda i: decoder.norm(
-                _keep(middle, i, _tensor(x[i]) + linear(_tensor(context[i]), w, "self_attn.o_proj")),
-                w["post_attention_layernorm.weight"],
-            ),
-            lambda i: decoder.gate(decoder.norm(_tensor(middle[i]), w["post_attention_layernorm.weight"]), w),
-        )
-        for stage, inputs in zip(_STAGES, calls, strict=True):
-            names = [f"model.layers.{layer}.{name}.weight" for name in stage]
-            for name, rounded in self._round(names, inputs, {n: w[_short(n)].numpy() for n in names}).items():
-                w[_short(name)] = torch.from_numpy(rounded)
-        self._each(
-            lambda i: _keep(
-                after,
-                i,
-                _tensor(middle[i])
-                + linear(
-                    decoder.gate(decoder.norm(_tensor(middle[i]), w["post_attention_layernorm.weight"]), w),
-                    w,
-                    "mlp.down_proj",
-                ),
-            ),
-            f"model.layers.{layer}",
-        )
+            self._fold(this)
+        for source, names in this.stages.items():
+            if source.op == "experts":
+                self._experts(this, source)
+                continue
+            weights = {name: this.w[name].numpy() for name in names}
+            for name, rounded in self._round(names, _of(this, source), weights).items():
+                this.w[name] = torch.from_numpy(rounded)
+            this.filled |= this.kept.keys() & _made_from(source)
+        after = this.steps[-1]
+        self._each(lambda i: this.value(after, i), this.at.removesuffix("."))
         for name in self.model.specs:
-            if name.startswith(f"model.layers.{layer}.") and name not in self.found.tensors:
+            if name.startswith(this.at) and name not in self.found.tensors:
                 store.check_finite(self.model.checkpoint[name], self.pool)
-        after.flush()
-        (place / "after.f32").rename(place / f"x{layer + 1}.f32")
+        cast("np.memmap[Any, Any]", this.kept[after]).flush()
+        _path(place, after).rename(place / f"x{layer + 1}.f32")
         (place / f"x{layer}.f32").unlink()
 
+    def _begin(self, layer: int, place: Path) -> _Layer:
+        """A layer's graph, the weights that every token meets, and room for the values that are kept."""
+        config, at = self.model.config, f"model.layers.{layer}."
+        x, steps = trace.layer(config, layer)
+        routed = config.routed(layer)
+        of_experts = {n for e in range(routed.experts) for n in routed.weights(layer, e)} if routed else set()
+        w = {
+            name: _tensor(self.model.checkpoint[name].float32())
+            for name in self.model.specs
+            if name.startswith(at) and name not in of_experts
+        }
+        # The attention's output and the sums are dear; what experts read is read once for each of them.
+        dear = {"attention", "latent_attention", "experts", "add"}
+        kept = [s for s in steps if s.op in dear] + [s.args[0] for s in steps if s.op == "experts"]
+        widths = {s: config.num_heads * config.value_dim for s in kept if s.name.endswith(".context")}
+        maps = {s: self._map(_path(place, s), "w+", widths.get(s)) for s in kept}
+        return _Layer(at, self._map(place / f"x{layer}.f32", "r"), x, steps, w, dict(maps))
+
+    def _experts(self, this: _Layer, step: Step) -> None:
+        """Round the experts one by one, each on the tokens that are routed to it, and add up what they give."""
+        import torch
+
+        normed, routing, layer, act, moe = step.args
+        self._each(lambda i: this.value(normed, i), f"{this.at}{moe.router}")
+        this.filled |= this.kept.keys() & ({normed} | _made_from(normed))
+        routes = list(self.pool.map(lambda i: this.value(routing, i, keep=False), range(len(self.tokens))))
+        out, ops = this.kept[step], TorchOps(this.w.__getitem__)
+        few: list[str] = []
+        for expert in range(moe.experts):
+            hits = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in routes]
+            names = moe.weights(layer, expert)
+            for name in names:
+                this.w[name] = _tensor(self.model.checkpoint[name].float32())
+
+            def all_rows(i: int) -> torch.Tensor:
+                return _tensor(this.kept[normed][i])
+
+            def rows(i: int, hits: Any = hits) -> torch.Tensor:
+                return all_rows(i)[hits[i][0]]
+
+            def inner(i: int, rows: Each = rows, names: Any = names) -> torch.Tensor:
+                x = rows(i)
+                return ops.gated(
+                    "", ops.linear("", x, names[0], None), ops.linear("", x, names[1], None), act
+                )
+
+            def all_inner(i: int, inner: Any = inner) -> torch.Tensor:
+                return cast("torch.Tensor", inner(i, all_rows))
+
+            count = sum(len(tokens) for tokens, _ in hits)
+            enough = count >= max(1.0, _FEW * self.tokens.size * moe.top_k / moe.experts)
+            if not enough:
+                few.append(f"{expert} ({count})")
+            elif self.rounding == "awq":
+                self._fold_rows(this, [names[2]], inner, (names[1], None, slice(None)), None, count)
+            for stage, inputs in (
+                (names[:2], rows if enough else all_rows),
+                (names[2:], inner if enough else all_inner),
+            ):
+                weights = {name: this.w[name].numpy() for name in stage}
+                rounded = self._round(stage, inputs, weights, count if enough else 0)
+                for name, weight in rounded.items():
+                    this.w[name] = torch.from_numpy(weight)
+
+            def add(i: int, hits: Any = hits, inner: Each = inner, down: str = names[2]) -> torch.Tensor:
+                tokens, at = hits[i]
+                given = ops.linear("", inner(i), down, None) * routes[i][1][tokens, at, None]
+                torch.from_numpy(out[i]).index_add_(0, tokens, given)
+                return given
+
+            self._each(add, names[2].removesuffix(".weight"))
+            for name in names:
+                del this.w[name]
+        this.filled.add(step)
+        if few:
+            self.found.notes.append(
+                f"{this.at}{moe.expert.format('*')}: rounded without data, since fewer than {_FEW:.1%} of an even share of the "
+                f"calibration tokens reach them: {', '.join(few)} (tokens)"
+            )
+
     def _round(
-        self, names: Sequence[str], inputs: Callable[[int], torch.Tensor], weights: Mapping[str, Floats]
+        self,
+        names: Sequence[str],
+        inputs: Each,
+        weights: Mapping[str, Floats],
+        rows: int | None = None,
     ) -> dict[str, Floats]:
-        """Round tensors that read the same inputs; returns the weights that they have become."""
+        """Round tensors that read the same inputs; returns the weights that they have become.
+
+        Args:
+            names: of the tensors.
+            inputs: of all.
+            weights: of each.
+            rows: how many inputs there are; None: one for each token; 0: too few to go by, so that ``inputs`` are those
+                that might be.
+        """
         wanted = [name for name in names if self.schemes[name].kind != "none"]
         if not wanted:
             self._each(inputs, names[0])  # what later stages read is kept by it
@@ -141,7 +256,10 @@ class Calibrated:
         where = names[0].removesuffix(".weight")
         into = weights[names[0]].shape[1]
         factor = importance = static = None
-        if self.rounding == "gptq":
+        if rows == 0:
+            if any(self.schemes[name].activations == "int8-static" for name in wanted):
+                static = self._inputs(inputs, into, where).largest.max() / np.float32(127)
+        elif self.rounding == "gptq":
             hessian = self._hessian(inputs, into, where)
             importance = hessian.diagonal().clone().numpy()
             try:
@@ -159,7 +277,7 @@ class Calibrated:
                         f"{where}: {factor.dead} of {into} input channels are zero on all calibration data"
                     )
         else:
-            seen = self._inputs(inputs, into, where)
+            seen = self._inputs(inputs, into, where, rows)
             importance, static = seen.square, seen.largest.max() / np.float32(127)
         return {name: self._write(name, weights[name], factor, importance, static) for name in wanted}
 
@@ -222,67 +340,109 @@ class Calibrated:
             np.concatenate([part.codes for part in parts]), lattice.join([part.grid for part in parts])
         )
 
-    def _fold(
-        self, decoder: TorchDecoder, layer: int, w: dict[str, torch.Tensor], x: npt.NDArray[np.float32]
-    ) -> None:
+    def _fold(self, this: _Layer) -> None:
         """Scale input channels up, and what they come from down: norms, and the rows of v_proj and up_proj."""
+        readers: dict[Step, list[Step]] = {}
+        for step in this.steps:
+            for source in (each for each in step.args if isinstance(each, Step)):
+                readers.setdefault(source, []).append(step)
+        stages = {source: names for source, names in this.stages.items() if names}
+        for source, names in stages.items():
+            # Experts would all have to take the scale, and there is none that suits them all.
+            if source.op == "rms_norm" and all(step.reads() for step in readers[source]):
+                self._fold_norm(this, names, source)
+        if self.rounding != "awq":
+            return
+        for source, names in stages.items():
+            made = heads = None
+            if source.op == "attention":
+                spec, made = source.args[3], source.args[2].rows()
+                heads = (spec.kv_heads, spec.heads // spec.kv_heads)
+            elif source.op == "gated":
+                made = source.args[1].rows()
+            if made:
+                self._fold_rows(this, names, _of(this, source, keep=False), made, heads)
+
+    def _fold_norm(self, this: _Layer, names: Sequence[str], source: Step) -> None:
+        scale = self._scale(this, names, _of(this, source, keep=False), None)
+        if scale is not None:
+            import torch
+
+            weight, offset = source.args[1], source.keywords["offset"]
+            folded = (this.w[weight] + offset) / torch.from_numpy(scale) - offset
+            self._folded(this, weight, folded if offset else this.w[weight] / torch.from_numpy(scale))
+
+    def _fold_rows(
+        self,
+        this: _Layer,
+        names: Sequence[str],
+        inputs: Each,
+        made: tuple[str, str | None, slice],
+        heads: tuple[int, int] | None,
+        rows: int | None = None,
+    ) -> None:
+        """Fold into the rows of the linear that makes the inputs; of heads that share a value head one speaks for all."""
         import torch
 
-        at, config = f"model.layers.{layer}", self.model.config
+        scale = self._scale(this, names, inputs, heads, rows)
+        if scale is None:
+            return
+        if heads:
+            scale = scale.reshape(*heads, -1)[:, 0].reshape(-1)
+        down = torch.from_numpy(np.ascontiguousarray(scale))
+        weight, bias, where = made
+        for name in (weight, bias):
+            if name is not None:
+                folded = this.w[name].clone()
+                folded[where] /= down[:, None] if folded.ndim == 2 else down
+                self._folded(this, name, folded)
 
-        def normed(i: int) -> torch.Tensor:
-            return decoder.norm(_tensor(x[i]), w["input_layernorm.weight"])
+    def _scale(
+        self,
+        this: _Layer,
+        names: Sequence[str],
+        inputs: Each,
+        heads: tuple[int, int] | None,
+        rows: int | None = None,
+    ) -> Floats | None:
+        """Find the scale of the input channels of some tensors, and scale them up by it; None: they all stay float."""
+        import torch
 
-        def middle(i: int) -> torch.Tensor:
-            context = decoder.attend(normed(i), w)
-            y = _tensor(x[i]) + linear(context, w, "self_attn.o_proj")
-            return decoder.norm(y, w["post_attention_layernorm.weight"])
-
-        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads)
-        turns: list[tuple[tuple[str, ...], Callable[[int], torch.Tensor], str, tuple[int, int] | None]] = [
-            (_STAGES[0], normed, "input_layernorm", None),
-            (_STAGES[2], middle, "post_attention_layernorm", None),
-        ]
+        if all(self.schemes[name].kind == "none" for name in names):
+            return None
+        weights = [this.w[name].numpy() for name in names]
+        seen = self._inputs(inputs, weights[0].shape[1], names[0].removesuffix(".weight"), rows)
         if self.rounding == "awq":
-            turns += [
-                (_STAGES[1], lambda i: decoder.attend(normed(i), w), "self_attn.v_proj", heads),
-                (_STAGES[3], lambda i: decoder.gate(middle(i), w), "mlp.up_proj", None),
-            ]
-        for stage, inputs, source, shared in turns:
-            names = [f"{at}.{name}.weight" for name in stage]
-            if all(self.schemes[name].kind == "none" for name in names):
-                continue
-            weights = [w[_short(name)].numpy() for name in names]
-            seen = self._inputs(inputs, weights[0].shape[1], names[0].removesuffix(".weight"))
-            if self.rounding == "awq":
-                scale = awq.awq_scale(weights, [self.schemes[name] for name in names], seen, shared)
-            else:
-                scale = awq.smooth_scale(weights, seen)
-            for name in names:
-                w[_short(name)] = w[_short(name)] * torch.from_numpy(scale)
-                if self.schemes[name].kind == "none":
-                    self._write_float(name, w[_short(name)].numpy())
-            # Of heads that share a value head one row of v_proj speaks for all.
-            rows = scale.reshape(*shared, -1)[:, 0].reshape(-1) if shared else scale
-            for part in (f"{source}.weight", f"{source}.bias"):
-                if part in w:
-                    down = torch.from_numpy(np.ascontiguousarray(rows))
-                    w[part] = w[part] / (down[:, None] if w[part].ndim == 2 else down)
-                    if f"{at}.{part}" not in self.schemes or self.schemes[f"{at}.{part}"].kind == "none":
-                        self._write_float(f"{at}.{part}", w[part].numpy())
+            scale = awq.awq_scale(weights, [self.schemes[name] for name in names], seen, heads)
+        else:
+            scale = awq.smooth_scale(weights, seen)
+        for name in names:
+            self._folded(this, name, this.w[name] * torch.from_numpy(scale))
+        return scale
 
-    def _outside(self, decoder: TorchDecoder, path: Path) -> None:
+    def _folded(self, this: _Layer, name: str, values: torch.Tensor) -> None:
+        """Take a tensor that took up a scale; one that stays float goes into the store."""
+        this.w[name] = values
+        if self.schemes[name].kind == "none":
+            self._write_float(name, values.numpy())
+
+    def _outside(self, path: Path) -> None:
         """Embedding, final norm and head: the head sees what the last layer gives, an embedding table no inputs at all."""
         specs, config = self.model.specs, self.model.config
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = graph.EMBEDDING if config.tie_word_embeddings else graph.HEAD
         x = self._map(path, "r")
-        norm = _tensor(self.model.checkpoint["model.norm.weight"].float32())
+        norm = {graph.NORM: _tensor(self.model.checkpoint[graph.NORM].float32())}
+
+        def normed(i: int) -> torch.Tensor:
+            ops, eps, offset = TorchOps(norm.__getitem__), config.rms_norm_eps, config.norm_offset
+            return ops.rms_norm("norm", _tensor(x[i]), graph.NORM, eps=eps, offset=offset)
+
         for name in specs:
             if name.startswith("model.layers."):
                 continue
             source = self.model.checkpoint[name]
             if name == head and self.schemes[name].kind != "none":
-                self._round([name], lambda i: decoder.norm(_tensor(x[i]), norm), {name: source.float32()})
+                self._round([name], normed, {name: source.float32()})
             elif self.schemes[name].kind != "none":
                 self._write(name, source.float32(), None, None)
             if name not in self.found.tensors:
@@ -290,12 +450,12 @@ class Calibrated:
 
     def _embed(self, place: Path) -> None:
         """The embeddings of all sequences."""
-        table = self.model.checkpoint["model.embed_tokens.weight"]
+        table, scale = self.model.checkpoint[graph.EMBEDDING], np.float32(self.model.config.embedding_scale)
         x = self._map(place / "embedding.f32", "w+")
         for i, ids in enumerate(self.tokens):
             unique, at = np.unique(ids, return_inverse=True)
             rows = np.stack([table.float32(slice(int(t), int(t) + 1))[0] for t in unique])
-            x[i] = rows[at]
+            x[i] = rows[at] * scale
         x.flush()
         (place / "embedding.f32").rename(place / "x0.f32")
 
@@ -305,27 +465,16 @@ class Calibrated:
             if name.startswith(f"model.layers.{layer}.") and store.tensor_path(self.directory, name).exists():
                 self.found.tensors[name] = store.written(self.directory, name)
 
-    def _weights(self, layer: int) -> dict[str, torch.Tensor]:
-        prefix = f"model.layers.{layer}."
-        return {
-            name.removeprefix(prefix): _tensor(self.model.checkpoint[name].float32())
-            for name in self.model.specs
-            if name.startswith(prefix)
-        }
-
     def _write_float(self, name: str, values: Floats) -> None:
         self.found.tensors[name] = store.write_parts(
             self.directory, name, {"weight": np.asarray(values, np.float32)}, SCHEMES["none"]
         )
 
-    def _context_width(self) -> int:
-        return self.model.config.num_heads * self.model.config.head_dim
-
     def _map(self, path: Path, mode: Any, width: int | None = None) -> np.memmap[Any, np.dtype[np.float32]]:
         shape = (*self.tokens.shape, width or self.model.config.hidden_size)
         return np.memmap(path, np.float32, mode, shape=shape)
 
-    def _batches(self, inputs: Callable[[int], torch.Tensor], where: str) -> Iterator[torch.Tensor]:
+    def _batches(self, inputs: Each, where: str) -> Iterator[torch.Tensor]:
         """Inputs of some sequences together, float32 [sequences * length, in], in the order of the sequences."""
         import torch
 
@@ -338,11 +487,11 @@ class Calibrated:
                 )
             yield batch
 
-    def _each(self, call: Callable[[int], torch.Tensor], where: str) -> None:
+    def _each(self, call: Each, where: str) -> None:
         for _ in self._batches(call, where):
             pass
 
-    def _hessian(self, inputs: Callable[[int], torch.Tensor], into: int, where: str) -> torch.Tensor:
+    def _hessian(self, inputs: Each, into: int, where: str) -> torch.Tensor:
         """Σ x xᵀ over all inputs, float32 [in, in], the upper triangle."""
         import torch
 
@@ -356,11 +505,11 @@ class Calibrated:
             list(self.pool.map(add, range(0, into, _TILE)))
         return total
 
-    def _inputs(self, inputs: Callable[[int], torch.Tensor], into: int, where: str) -> Inputs:
-        """Moments of the inputs, and a sample of them."""
+    def _inputs(self, inputs: Each, into: int, where: str, rows: int | None = None) -> Inputs:
+        """Moments of the inputs, of which there are ``rows`` (None: one for each token), and a sample of them."""
         square, mean = np.zeros(into), np.zeros(into)
         largest = np.zeros(into, np.float32)
-        count = self.tokens.size
+        count = self.tokens.size if rows is None else rows
         every = max(1, count // _SAMPLE)
         sample, seen = [], 0
         for batch in self._batches(inputs, where):
@@ -383,9 +532,19 @@ class Calibrated:
             self.progress("calibrate", done, total)
 
 
-def _short(name: str) -> str:
-    """The name without ``model.layers.N.``."""
-    return name.split(".", 3)[3]
+def _of(this: _Layer, source: Step, *, keep: bool = True) -> Each:
+    """A value of each sequence."""
+    return lambda i: cast("torch.Tensor", this.value(source, i, keep=keep))
+
+
+def _path(place: Path, step: Step) -> Path:
+    """The file of a value that is kept: the same in every layer."""
+    return place / f"{step.name.split('.', 2)[2]}.f32"
+
+
+def _made_from(step: Step) -> set[Step]:
+    """A step and all that it is made from."""
+    return {step}.union(*(_made_from(each) for each in step.args if isinstance(each, Step)))
 
 
 def _rows(weight: Floats) -> list[slice]:
@@ -397,8 +556,3 @@ def _tensor(values: npt.NDArray[np.float32]) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(np.array(values, np.float32))
-
-
-def _keep(place: npt.NDArray[np.float32], index: int, values: torch.Tensor) -> torch.Tensor:
-    place[index] = values.numpy()
-    return values

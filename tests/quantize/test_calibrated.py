@@ -17,7 +17,7 @@ import pytest
 from tapeout.errors import ModelError, RecipeError, SchemeError
 from tapeout.generated import write_model
 from tapeout.models import load
-from tapeout.models.torch_decoder import TorchDecoder, linear, one_core_each
+from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import SCHEMES, Calibration, Quantized, quantize
 from tapeout.quantize.lattice import Floats, dequantize, fit, nearest, tensor_scale
 
@@ -48,54 +48,6 @@ def hessian(rows: int, into: int, seed: int = 0) -> tuple[Any, Any]:
     x *= np.exp(random.normal(0, 1, into))
     x = torch.from_numpy(x.astype(np.float32))
     return x, x.T @ x
-
-
-# The layer
-
-
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("llama", {"num_key_value_heads": 8}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-        (
-            "llama",
-            {
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-        ),
-        ("mistral", {"sliding_window": 7}),
-    ],
-)
-def test_the_layers_are_those_of_transformers(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = load(write_model(tmp_path / "tiny", family, fields, dtype="F32"))
-    ids = [(i * 31 + 7) % 256 for i in range(40)]
-    network = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = network.model(torch.tensor([ids])).last_hidden_state[0]
-    decoder = TorchDecoder(model.config)
-    w = {name: torch.from_numpy(model.checkpoint[name].float32()) for name in model.specs}
-    x = w["model.embed_tokens.weight"][ids]
-    for layer in range(model.config.num_layers):
-        prefix = f"model.layers.{layer}."
-        own = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
-        x = x + linear(
-            decoder.attend(decoder.norm(x, own["input_layernorm.weight"]), own), own, "self_attn.o_proj"
-        )
-        inner = decoder.gate(decoder.norm(x, own["post_attention_layernorm.weight"]), own)
-        x = x + linear(inner, own, "mlp.down_proj")
-    found = decoder.norm(x, w["model.norm.weight"])
-    # Sums of a few hundred products in another order: below 1e-5 of values of size 1, some layers deep.
-    assert float((found - expected).abs().max()) < 5e-5
 
 
 # GPTQ
