@@ -63,10 +63,17 @@ class Case:
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every scheme that the target carries on the first model, and its first scheme on every model; for each of its formats."""
+    """Every scheme that the target carries on the first model, and its first scheme on every model.
+
+    Of its other formats, if it has any, one scheme for each container.
+    """
     first = next(iter(MODELS))
     for way, kind in targets.variants(target).items():
-        carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
+        answers = {name: kind.carries(scheme) for name, scheme in SCHEMES.items()}
+        held = {name: answer.container for name, answer in answers.items() if not isinstance(answer, Refused)}
+        carried = list(held)
+        if way != target:
+            carried = list({container: name for name, container in reversed(held.items())}.values())[::-1]
         yield from (Case(way, scheme, first) for scheme in carried)
         yield from (
             Case(way, "int4-g32" if "int4-g32" in carried else carried[0], model)

@@ -48,7 +48,7 @@ class NBits:
     @property
     def kind(self) -> str:
         """What the carry table and a package's manifest call it."""
-        return f"MatMulNBits {self.bits}-bit"
+        return f"MatMulNBits {self.bits}-bit{' asymmetric' if self.zero_point else ''}"
 
     def shapes(self, out: int, into: int) -> Shapes:
         """The parts of a matrix."""

@@ -149,7 +149,7 @@ def test_what_is_not_carried_says_what_is() -> None:
             assert name in {"mxfp4", "nvfp4", "q5_k", "q4_k", "q2_k"}
             assert not isinstance(blocks.carries(SCHEMES[carry.nearest]), Refused)
     assert blocks.carries(SCHEMES["q6_k"]) == Exact("MatMulNBits 8-bit, at 10 bits", 10.0)
-    assert blocks.carries(SCHEMES["int4-g32-asym"]) == Exact("MatMulNBits 4-bit", 5.125)
+    assert blocks.carries(SCHEMES["int4-g32-asym"]) == Exact("MatMulNBits 4-bit asymmetric", 5.125)
 
 
 def oracle(parts: Parts, how: blocks.Container, out: int, into: int) -> np.ndarray:

@@ -180,7 +180,10 @@ BROKEN = [
         lambda d: edit_config(d, final_logit_softcapping=30.0),
         r"has final_logit_softcapping = 30\.0.*does not handle",
     ),
-    (lambda d: edit_config(d, hidden_act="relu2"), r"the activation 'relu2' is not handled.*gelu_pytorch_tanh, silu"),
+    (
+        lambda d: edit_config(d, hidden_act="relu2"),
+        r"the activation 'relu2' is not handled.*gelu_pytorch_tanh, silu",
+    ),
     (
         lambda d: edit_config(d, rope_scaling={"rope_type": "su", "factor": 2.0}),
         r"rope_type 'su' is not handled",
