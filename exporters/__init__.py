@@ -8,9 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exact:
-    """The container holds the codes, scales and zero points bit for bit."""
+    """The container holds the codes, scales and zero points bit for bit.
+
+    Attributes:
+        bits: that a weight takes in it; None: as the scheme says.
+    """
 
     container: str
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Artifact:
     """The files that a runtime loads.
 
     Attributes:
-        format: the exporter's name (``gguf``).
+        format: the exporter's name (``gguf``, ``onnx``).
         directory: where they stand.
         files: their names in ``directory``, the one that is opened first.
         bytes_per_token: bytes of weights that decoding one token reads (of the embedding table one row).

@@ -120,7 +120,7 @@ class Plan:
 
 def plan(
     model: Model,
-    target: type[Target] | None,
+    target: Target | None,
     recipe: Recipe | None = None,
     *,
     bits: float | None = None,
@@ -200,7 +200,7 @@ def _check(model: Model, recipe: Recipe, bits: float | None, max_kl: float | Non
         )
 
 
-def choices(model: Model, name: str, cost: Cost, target: type[Target] | None) -> list[Option]:
+def choices(model: Model, name: str, cost: Cost, target: Target | None) -> list[Option]:
     """The schemes worth considering for a tensor: none of them is both larger and worse than another. Ascending in bits.
 
     Raises:
@@ -230,7 +230,7 @@ def choices(model: Model, name: str, cost: Cost, target: type[Target] | None) ->
     return kept
 
 
-def _held(scheme: Scheme, in_features: int, own: float | None, target: type[Target] | None) -> float | None:
+def _held(scheme: Scheme, in_features: int, own: float | None, target: Target | None) -> float | None:
     """Bits a weight of a scheme in the target's file; None where it would not hold the codes exactly."""
     bits = own if own is not None else scheme.bits_per_weight(in_features)
     if target is None:
@@ -238,6 +238,8 @@ def _held(scheme: Scheme, in_features: int, own: float | None, target: type[Targ
     carry = target.carries(scheme)
     if not isinstance(carry, Exact):
         return None
+    if carry.bits is not None and own is None:
+        return carry.bits
     block = None if own is not None else block_of(scheme)
     if block is None or not carry.container.startswith(block.kind):
         return bits

@@ -86,7 +86,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         place = out or Path(f"{Path(model).name}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
         with _progress() as progress:
             if _mixed(bits, max_kl):
-                settings = _plan(model, kind, settings, bits, max_kl, progress).recipe
+                settings = _plan(model, options or kind(), settings, bits, max_kl, progress).recipe
             package, report = run(
                 options or kind(),
                 model,
@@ -202,7 +202,7 @@ def budget(
 
     settings = _recipe(recipe, calibration, rounding=rounding)
     with _progress() as progress:
-        found = _plan(model, targets.get(target), settings, bits, max_kl, progress)
+        found = _plan(model, targets.get(target)(), settings, bits, max_kl, progress)
     if plot:
         draw(found, plot)
     if out:
@@ -448,7 +448,7 @@ def _mixed(bits: float | None, max_kl: float | None) -> str | None:
 
 def _plan(
     model: str,
-    kind: type[targets.Target] | None,
+    kind: targets.Target | None,
     settings: Recipe,
     bits: float | None,
     max_kl: float | None,

@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A target, a scheme that it carries, a small model, and a cache that is not the target's default."""
+    """A target (with a format of it, if it has several), a scheme that it carries, a small model, and a cache that is not its default."""
 
     target: str
     scheme: str
@@ -60,34 +60,43 @@ class Case:
     kv_cache: str | None = None
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.target, self.scheme, self.model, self.kv_cache)))
+        way = self.target.replace(" --format ", "-")
+        return "-".join(filter(None, (way, self.scheme, self.model, self.kv_cache)))
 
     def make(self) -> targets.Target:
         """The target with its options."""
-        options = {} if self.kv_cache is None else {"kv_cache": self.kv_cache}
-        return targets.get(self.target)(**options)
+        target = targets.variants(self.target.split()[0])[self.target]
+        options = targets.options(target) | ({"kv_cache": self.kv_cache} if self.kv_cache else {})
+        return type(target)(**options)
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every scheme that the target carries on the first model, its first scheme on every model, and with every cache on two."""
-    kind = targets.get(target)
-    carried = [name for name, scheme in SCHEMES.items() if not isinstance(kind.carries(scheme), Refused)]
+    """Every scheme that the target carries on the first model, its first scheme on every model, and with every cache on two.
+
+    Of its other formats, if it has any, one scheme for each container.
+    """
     first = next(iter(MODELS))
-    yield from (Case(target, scheme, first) for scheme in carried)
-    usual = "int4-g32" if "int4-g32" in carried else carried[0]
-    yield from (Case(target, usual, model) for model in MODELS if model != first)
-    yield from (
-        Case(target, usual, model, cache)
-        for cache in kind.kv_caches()
-        if cache != kind().kv_cache
-        for model in (first, "mistral-window")
-    )
+    for way, kind in targets.variants(target).items():
+        answers = {name: kind.carries(scheme) for name, scheme in SCHEMES.items()}
+        held = {name: answer.container for name, answer in answers.items() if not isinstance(answer, Refused)}
+        carried = list(held)
+        if way != target:
+            carried = list({container: name for name, container in reversed(held.items())}.values())[::-1]
+        usual = "int4-g32" if "int4-g32" in carried else carried[0]
+        yield from (Case(way, scheme, first) for scheme in carried)
+        yield from (Case(way, usual, model) for model in MODELS if model != first)
+        yield from (
+            Case(way, usual, model, cache)
+            for cache in kind.kv_caches()
+            if cache != kind.cache
+            for model in (first, "mistral-window")
+        )
 
 
 def check(case: Case, work: Path) -> None:
     """Export a small model twice and hold the packages to the contract; AssertionError says what is broken."""
     target = case.make()
-    check_declarations(type(target))
+    check_declarations(target)
     family, fields = MODELS[case.model]
     model = write_model(work / case.model, family, fields, dtype="F32")
     # The model is random: what its quantization loses says nothing, so the quality gate only has to run.
@@ -111,7 +120,7 @@ def check(case: Case, work: Path) -> None:
     _check_that_damage_shows(target, case, model, package.artifact)
 
 
-def check_declarations(kind: type[targets.Target]) -> None:
+def check_declarations(kind: targets.Target) -> None:
     """Every scheme is answered for, a refusal names what fits, and what is missing comes with a command."""
     for scheme in SCHEMES.values():
         carry = kind.carries(scheme)
@@ -121,7 +130,7 @@ def check_declarations(kind: type[targets.Target]) -> None:
             assert not isinstance(kind.carries(SCHEMES[carry.nearest]), Refused), (
                 f"{kind.name}: {carry.nearest} fits no better"
             )
-    assert kind().kv_cache in kind.kv_caches(), f"{kind.name} does not name its own cache"
+    assert kind.cache in kind.kv_caches(), f"{kind.name} does not name its own cache"
     missing = kind.missing()
     assert missing is None or "install" in missing, f"{kind.name}: '{missing}' does not say how to install it"
     assert kind.summary.endswith("."), f"{kind.name}: the summary is a sentence"

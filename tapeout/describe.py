@@ -10,7 +10,7 @@ from typing import Any
 
 from tapeout import targets
 from tapeout.errors import PackageError
-from tapeout.exporters import Carry, Exact, Rounded, gguf
+from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
 from tapeout.models import load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
@@ -25,9 +25,11 @@ def describe(path: Path) -> dict[str, Any]:
         return _store(path)
     if path.suffix == ".gguf":
         return {"kind": "artifact"} | gguf.describe(path)
+    if path.suffix == ".onnx":
+        return {"kind": "artifact"} | onnx.describe(path)
     if path.is_dir() or not path.exists():
         return _model(path)
-    raise PackageError(f"{path} is neither a model, a store, a package nor a .gguf file.")
+    raise PackageError(f"{path} is neither a model, a store, a package nor a .gguf or .onnx file.")
 
 
 def _package(path: Path) -> dict[str, Any]:
@@ -90,8 +92,8 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def carry_table() -> dict[str, Any]:
-    """The table of targets, schemes and caches, generated from what each target says that it carries."""
-    kinds = {name: targets.get(name) for name in targets.names()}
+    """The table of targets (a column for each format), schemes and caches, generated from what each says that it carries."""
+    kinds = {way: kind for name in targets.names() for way, kind in targets.variants(name).items()}
     return {
         "targets": {
             name: {"summary": kind.summary, "missing": kind.missing()} for name, kind in kinds.items()

@@ -176,7 +176,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
     window = min(artifact.context, config.sliding_window or artifact.context)
     values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
-    cache = int(values * KV_BITS[target.kv_cache] / 8)
+    cache = int(values * KV_BITS[target.cache] / 8)
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,

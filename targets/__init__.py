@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, Refused
@@ -20,7 +20,7 @@ from tapeout.validate.session import Device, KvCache, SessionSpec
 
 Progress = Callable[[str, int, int], None]
 
-__all__ = ["KvCache", "SessionSpec", "Target", "check_cache", "check_carries", "get", "names"]
+__all__ = ["KvCache", "SessionSpec", "Target", "check_cache", "check_carries", "get", "names", "variants"]
 
 
 class Target(Device, Protocol):
@@ -34,18 +34,18 @@ class Target(Device, Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs: ClassVar[str]
 
-    @classmethod
-    def carries(cls, scheme: Scheme) -> Carry:
+    @property
+    def needs(self) -> str:
+        """See above."""
+
+    def carries(self, scheme: Scheme) -> Carry:
         """Whether the artifact can hold codes of ``scheme``, and in what."""
 
-    @classmethod
-    def kv_caches(cls, head_dim: int | None = None) -> tuple[KvCache, ...]:
+    def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """What the runtime can keep keys and values in, for heads of that many elements; None: of some width."""
 
-    @classmethod
-    def missing(cls) -> str | None:
+    def missing(self) -> str | None:
         """None when the runtime is installed here; otherwise one sentence with the command that installs it."""
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
@@ -69,12 +69,20 @@ def get(name: str) -> type[Target]:
     raise TapeoutError(f"'{name}' is not an installed target{nearest(name, names())}.")
 
 
+def variants(name: str) -> dict[str, Target]:
+    """The target of that name with its defaults, and for each other value of its ``format``, if it has one, that way of it."""
+    kind = get(name)
+    formats = get_args(get_type_hints(kind).get("format"))
+    found = {name: kind()}
+    return found | {f"{name} --format {each}": kind(format=each) for each in formats[1:]}  # type: ignore[call-arg]
+
+
 def options(target: Target) -> dict[str, Any]:
     """The options of a target that differ from their defaults."""
     return {f.name: getattr(target, f.name) for f in fields(target) if getattr(target, f.name) != f.default}  # type: ignore[arg-type]
 
 
-def check_carries(target: Target | type[Target], schemes: set[Scheme]) -> None:
+def check_carries(target: Target, schemes: set[Scheme]) -> None:
     """Raise SchemeError when a target refuses one of the schemes, with the nearest that fits."""
     for scheme in sorted(schemes, key=str):
         carry = target.carries(scheme)
@@ -87,8 +95,8 @@ def check_carries(target: Target | type[Target], schemes: set[Scheme]) -> None:
 def check_cache(target: Target, model: Model) -> None:
     """Raise TapeoutError when the target's runtime cannot keep the model's keys and values as its option says."""
     width = model.config.head_dim
-    if target.kv_cache not in (fitting := target.kv_caches(width)):
+    if target.cache not in (fitting := target.kv_caches(width)):
         raise TapeoutError(
-            f"target {target.name} cannot keep keys and values of {model.name} as {target.kv_cache}: its heads of {width} elements "
+            f"target {target.name} cannot keep keys and values of {model.name} as {target.cache}: its heads of {width} elements "
             f"are no whole blocks. What fits: {', '.join(fitting)}."
         )

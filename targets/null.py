@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from tapeout.exporters import Artifact, Carry, plain
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
 from tapeout.validate.reference import Reference, open_weights
-from tapeout.validate.session import KvCache, Lowering, SessionSpec
+from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _FACTORY = "tapeout.targets.null:open_session"
 
@@ -34,23 +34,20 @@ class Null:
     threads: int | None = None
 
     name: ClassVar[str] = "null"
-    arithmetic: ClassVar[Literal["float32", "ggml"]] = "float32"
-    kv_cache: ClassVar[KvCache] = "kv-f32"
+    arithmetic: ClassVar[Arithmetic] = "float32"
+    cache: ClassVar[KvCache] = "kv-f32"
     summary: ClassVar[str] = "No device: canonical codes in safetensors, run by transformers."
     needs: ClassVar[str] = "transformers and torch"
 
-    @classmethod
-    def carries(cls, scheme: Scheme) -> Carry:
+    def carries(self, scheme: Scheme) -> Carry:
         """Everything that has canonical codes."""
         return plain.carries(scheme)
 
-    @classmethod
-    def kv_caches(cls, head_dim: int | None = None) -> tuple[KvCache, ...]:
+    def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """Floats."""
         return ("kv-f32",)
 
-    @classmethod
-    def missing(cls) -> str | None:
+    def missing(self) -> str | None:
         """Whether torch and transformers are here."""
         absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         return f"{', '.join(absent)} is not installed: pip install 'tapeout[reference]'." if absent else None

@@ -124,7 +124,7 @@ class Evidence:
 
         Float16 rounds too, by a three-hundredth of the variance that int8 costs: below what the bounds leave for float types.
         """
-        return KV_BITS[self.device.kv_cache] < 16
+        return KV_BITS[self.device.cache] < 16
 
     @cached_property
     def cached(self) -> list[Logits]:
@@ -226,7 +226,7 @@ class Evidence:
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "layers": layers,
             "arithmetic": arithmetic,
-            "kv_cache": self.device.kv_cache if rounded_cache else None,
+            "kv_cache": self.device.cache if rounded_cache else None,
         }
         return SessionSpec(_REFERENCE, arguments)
 

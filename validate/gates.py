@@ -333,7 +333,7 @@ def cache(evidence: Evidence, limits: Limits) -> list[GateResult]:
     """What the choice of cache costs: the dequantized reference with its cache rounded, against itself with floats."""
     if not evidence.rounds_cache:
         return []
-    kind = evidence.device.kv_cache
+    kind = evidence.device.cache
     distance = _distance(evidence.dequantized, evidence.cached)
     limit = limits.kl if limits.kl is not None else _usual_loss(int(KV_BITS[kind]))[0]
     reason = (

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
+from tapeout.exporters import onnx
 from tapeout.models import Model, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
 from tapeout.validate.session import Facts, Logits
@@ -34,12 +36,13 @@ __all__ = [
     "open_session",
     "open_weights",
     "round_int8",
+    "round_mlas",
     "round_q4_0",
     "round_q8_0",
     "round_q8_k",
 ]
 
-Arithmetic = Literal["float32", "float64", "ggml", "scheme"]
+Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -169,8 +172,9 @@ def open_session(
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head
-            included) are rounded as ``round_q8_0`` and ``round_q8_k`` do. ``scheme``: the inputs of those whose scheme says so
-            (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of them.
+            included) are rounded as ``round_q8_0`` and ``round_q8_k`` do; ``mlas``: as ``round_mlas`` does. ``scheme``: the inputs
+            of those whose scheme says so (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of
+            them.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
         kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
@@ -194,7 +198,7 @@ def open_session(
     quant = open_store(Path(store), source) if store is not None else None
     if source.quantization is not None and quant is None:
         raise ModelError(f"{source.name} has no floats of its own: its reference needs a store.")
-    if arithmetic in ("ggml", "scheme") and quant is None:
+    if arithmetic in _ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     network = _network(source, layers)
@@ -202,8 +206,9 @@ def open_session(
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
         network.double()
-    if quant is not None and arithmetic in ("ggml", "scheme"):
-        _round_inputs(network, quant, _as_ggml if arithmetic == "ggml" else _as_the_scheme_says)
+        _turn_in_float64(network)
+    if quant is not None and arithmetic in _ROUNDED:
+        _round_inputs(network, quant, _ROUNDED[arithmetic])
     if kv_cache is not None:
         _round_cache(network, kv_cache)
     facts = _facts(before, begin, source.config.max_position_embeddings)
@@ -361,6 +366,26 @@ def _put(place: _Place, weight: npt.NDArray[np.float32]) -> None:
         tensor.data[part] = torch.from_numpy(weight)
 
 
+def _turn_in_float64(network: Any) -> None:
+    """Let RoPE multiply in float64 too.
+
+    transformers casts positions and frequencies to float32 whatever the network's type, and an angle of p radians is then
+    off by up to 2^-24 p: on long sequences the largest part of what float32 costs.
+    """
+    import torch
+
+    def widened(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def turn(*args: Any, **keywords: Any) -> Any:
+            with patch.object(torch.Tensor, "float", torch.Tensor.double):
+                return forward(*args, **keywords)
+
+        return turn
+
+    for module in network.modules():
+        if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
+            module.forward = widened(module.forward)
+
+
 def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None]) -> None:
     """Round the input of every linear layer for whose weight ``how`` gives a rounding."""
     import torch
@@ -407,12 +432,26 @@ def _as_ggml(quant: Quantized, name: str) -> Round | None:
     return round_q8_k if scheme.scales == "super" else round_q8_0
 
 
+def _as_mlas(quant: Quantized, name: str) -> Round | None:
+    """Every quantized weight whose container is one whose kernels round."""
+    scheme = quant.schemes[name]
+    block = None if scheme.kind == "none" else onnx.input_block(scheme, quant.model.specs[name].shape[-1])
+    return None if block is None else partial(round_mlas, block=block)
+
+
 def _as_the_scheme_says(quant: Quantized, name: str) -> Round | None:
     if quant.schemes[name].activations is None:
         return None
     tensor = quant[name]
     assert isinstance(tensor, QuantTensor)  # a tensor that could not take its scheme has none
     return partial(round_int8, scale=tensor.input_scale)
+
+
+_ROUNDED: Mapping[str, Callable[[Quantized, str], Round | None]] = {
+    "ggml": _as_ggml,
+    "mlas": _as_mlas,
+    "scheme": _as_the_scheme_says,
+}
 
 
 def round_int8(x: torch.Tensor, scale: np.float32 | None = None) -> torch.Tensor:
@@ -428,6 +467,21 @@ def round_int8(x: torch.Tensor, scale: np.float32 | None = None) -> torch.Tensor
     )
     codes = torch.where(step > 0, torch.round(x / step), 0.0).clamp(-128, 127)
     return codes * step
+
+
+def round_mlas(x: torch.Tensor, block: int) -> torch.Tensor:
+    """What MLAS makes of the input of a MatMulNBits at accuracy_level 4: float32 [..., in], ``in`` % ``block`` == 0.
+
+    Blocks as long as the weights' own: codes = round(x · (127 / amax)), ties to even, under the float32 scale amax / 127
+    (``QuantizeARow_CompInt8`` of onnxruntime's ``sqnbitgemm_kernel_*``).
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, block))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    # Tensor by tensor: torch makes a scalar over a tensor a product with the reciprocal, which is rounded twice.
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
+    return (torch.round(blocks * inverse) * (amax / 127.0)).flatten(-2)
 
 
 def round_q8_0(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,9 @@ Logits = npt.NDArray[np.float32]
 KvCache = Literal["kv-f32", "kv-f16", "kv-int8", "kv-int4"]
 KV_BITS: Mapping[KvCache, float] = {"kv-f32": 32.0, "kv-f16": 16.0, "kv-int8": 8.5, "kv-int4": 4.5}
 """What a runtime keeps keys and values in, with the bits of one: 32 integer codes share a float16 scale."""
+Arithmetic = Literal["float32", "ggml", "mlas"]
+"""What a runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to int8 in blocks of 32,
+or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,18 @@ class Device(Protocol):
     """The part of a target that validation uses.
 
     Attributes:
-        arithmetic: what the runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to
-            int8 in blocks of 32, or of 256 where weights lie in super-blocks.
-        kv_cache: what the deployed session keeps keys and values in.
+        arithmetic: what the runtime does to the inputs of quantized matmuls.
+        cache: what the deployed session keeps keys and values in.
     """
 
     name: ClassVar[str]
-    arithmetic: ClassVar[Literal["float32", "ggml"]]
 
     @property
-    def kv_cache(self) -> KvCache:
+    def arithmetic(self) -> Arithmetic:
+        """See ``Arithmetic``."""
+
+    @property
+    def cache(self) -> KvCache:
         """An option of the target, or its one kind."""
 
     def session(self, artifact: Artifact) -> SessionSpec:

@@ -147,7 +147,7 @@ def test_a_target_chooses_among_what_it_holds_exactly_at_the_bits_of_its_file(
     model: Model, costs: dict[str, Cost]
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    held = {o.scheme: o.bits for o in budget.choices(model, name, costs[name], targets.get("cpu"))}
+    held = {o.scheme: o.bits for o in budget.choices(model, name, costs[name], targets.get("cpu")())}
     # The checkpoint is bfloat16; Q8_0 keeps a scale for every 32 weights, whether the scheme has that many or not.
     assert held["none"] == 16
     assert held["int8-g32"] == 8.5
@@ -156,7 +156,7 @@ def test_a_target_chooses_among_what_it_holds_exactly_at_the_bits_of_its_file(
     assert not {"int3-g64", "int2-g64", "int4-g128", "int8"} & held.keys()
     own = budget.choices(model, name, costs[name], None)
     assert {o.scheme: o.bits for o in own}["int2-g64"] == 2.25
-    for options in (own, budget.choices(model, name, costs[name], targets.get("cpu"))):
+    for options in (own, budget.choices(model, name, costs[name], targets.get("cpu")())):
         assert [o.bits for o in options] == sorted({o.bits for o in options})
         assert [o.kl for o in options] == sorted({o.kl for o in options}, reverse=True)
         assert not any(SCHEMES[o.scheme].activations for o in options)
@@ -167,7 +167,7 @@ def test_a_target_chooses_among_what_it_holds_exactly_at_the_bits_of_its_file(
 def test_the_recipe_is_an_ordinary_one(
     model: Model, costs: dict[str, Cost], tmp_path: Path, target: str, bits: float
 ) -> None:
-    found = plan(model, targets.get(target), Recipe(rounding="gptq", tokens=77), bits=bits)
+    found = plan(model, targets.get(target)(), Recipe(rounding="gptq", tokens=77), bits=bits)
     assert found.mix.gap == 0
     assert bits - 0.5 < found.mix.bits <= bits + 1e-6
     path = tmp_path / "recipe.toml"
@@ -182,7 +182,7 @@ def test_the_recipe_is_an_ordinary_one(
     assert path.read_text().startswith(f"# tiny: {bits:g} bits a weight")
     weights = {name: math.prod(model.specs[name].shape) for name in costs}
     held = {
-        name: {o.scheme: o.bits for o in budget.choices(model, name, cost, targets.get(target))}
+        name: {o.scheme: o.bits for o in budget.choices(model, name, cost, targets.get(target)())}
         for name, cost in costs.items()
     }
     mean = sum(held[n][s] * weights[n] for n, s in found.mix.schemes.items()) / sum(weights.values())
@@ -207,30 +207,30 @@ def test_layers_that_agree_are_one_line(model: Model) -> None:
 
 
 def test_a_larger_budget_loses_less(model: Model, costs: dict[str, Cost]) -> None:
-    found = plan(model, targets.get("cpu"), bits=4.5)
+    found = plan(model, targets.get("cpu")(), bits=4.5)
     assert [m.bits for m in found.curve] == sorted({m.bits for m in found.curve})
     assert [m.kl for m in found.curve] == sorted({m.kl for m in found.curve}, reverse=True)
     # The other way round: as few bits as the KL of a mix takes no more than that mix.
-    back = plan(model, targets.get("cpu"), max_kl=found.mix.kl)
+    back = plan(model, targets.get("cpu")(), max_kl=found.mix.kl)
     assert back.mix.kl <= found.mix.kl * (1 + 1e-6)
     assert back.mix.bits <= found.mix.bits + 1e-6
     # Above the largest everything stays as it is.
-    most = plan(model, targets.get("cpu"), bits=99)
+    most = plan(model, targets.get("cpu")(), bits=99)
     assert set(most.mix.schemes.values()) == {"none"}
     assert (most.mix.bits, most.mix.kl, most.recipe.scheme) == (16, 0, "none")
-    assert plan(model, targets.get("cpu"), max_kl=0).mix == most.mix
+    assert plan(model, targets.get("cpu")(), max_kl=0).mix == most.mix
 
 
 @pytest.mark.usefixtures("costs")
 def test_a_budget_that_no_mix_meets_is_told_the_closest(model: Model) -> None:
-    smallest = plan(model, targets.get("cpu"), bits=99).curve[0]
+    smallest = plan(model, targets.get("cpu")(), bits=99).curve[0]
     with pytest.raises(RecipeError) as raised:
-        plan(model, targets.get("cpu"), bits=2)
+        plan(model, targets.get("cpu")(), bits=2)
     assert str(raised.value) == (
         "No mix of what the target cpu carries exactly keeps tiny within 2 bits a weight: "
         f"the smallest takes 2.625, with a predicted KL of {smallest.kl:.3g} nats a token."
     )
-    assert plan(model, targets.get("cpu"), bits=2.625).mix.bits == 2.625
+    assert plan(model, targets.get("cpu")(), bits=2.625).mix.bits == 2.625
 
 
 @pytest.mark.usefixtures("costs")
@@ -377,7 +377,7 @@ def test_a_budget_from_the_command_line(
 @pytest.mark.usefixtures("costs")
 def test_the_curve_is_drawn(model: Model, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = plan(model, targets.get("cpu"), bits=4.5)
+    found = plan(model, targets.get("cpu")(), bits=4.5)
     for name in ("one.svg", "two.svg", "curve.png"):
         budget.plot(found, tmp_path / name)
     drawn = (tmp_path / "one.svg").read_bytes()

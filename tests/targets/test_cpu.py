@@ -17,9 +17,21 @@ def test_a_cache_that_llama_cpp_lacks_is_named() -> None:
 
 
 def test_codes_need_heads_of_whole_blocks() -> None:
-    every = ("kv-f16", "kv-int8", "kv-int4")
-    assert Cpu.kv_caches() == Cpu.kv_caches(32) == Cpu.kv_caches(96) == every
-    assert Cpu.kv_caches(80) == Cpu.kv_caches(16) == ("kv-f16",)
+    cpu, every = Cpu(), ("kv-f16", "kv-int8", "kv-int4")
+    assert cpu.kv_caches() == cpu.kv_caches(32) == cpu.kv_caches(96) == every
+    assert cpu.kv_caches(80) == cpu.kv_caches(16) == ("kv-f16",)
+
+
+def test_the_cache_is_the_formats_own_where_none_is_chosen() -> None:
+    assert (Cpu().cache, Cpu(kv_cache="kv-int4").cache, Cpu(format="onnx").cache) == (
+        "kv-f16",
+        "kv-int4",
+        "kv-f32",
+    )
+    assert Cpu(format="onnx").kv_caches(80) == ("kv-f32",)
+    for kind in ("kv-f16", "kv-int8"):
+        with pytest.raises(TapeoutError, match="--kv-cache are of the format gguf"):
+            target("cpu", format="onnx", kv_cache=kind)
 
 
 @pytest.mark.parametrize(("kind", "flags"), [("kv-int8", "q8_0"), ("kv-int4", "q4_0")])

@@ -49,7 +49,7 @@ class Device(Null):
             "directory": str(artifact.directory),
             "defect": self.defect,
             "arithmetic": self.arithmetic,
-            "kv_cache": self.kv_cache,
+            "kv_cache": self.cache,
         }
         return SessionSpec("gate_sessions:device", arguments, environment=PATH)
 
@@ -517,7 +517,7 @@ class Liar(Rounding):
 class Cached(Rounding):
     """Keeps its cache as codes of 4 bits."""
 
-    kv_cache: ClassVar[KvCache] = "kv-int4"
+    cache: ClassVar[KvCache] = "kv-int4"
 
 
 class Coarse(Rounding):

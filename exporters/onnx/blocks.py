@@ -1,0 +1,228 @@
+"""How canonical codes lie in the initializers of an ONNX graph: for each scheme a container, its parts, and the two directions.
+
+Layouts: onnxruntime's ``com.microsoft`` operators MatMulNBits, GatherBlockQuantized, QMoE and MatMulBnb4 (``ContribOperators.md``), and
+ONNX's own float types. An inverse needs a tensor of the same scheme for what the file does not say (bits, codebook); what it
+cannot express as a canonical code comes back so that it equals nothing: a scale as NaN, a code as one beyond the scheme's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.exporters import Carry, Exact, Refused
+from tapeout.quantize import QuantTensor, Scheme
+from tapeout.quantize.tensor import pack, unpack
+
+Bytes = npt.NDArray[np.uint8]
+Parts = dict[str, npt.NDArray[np.generic]]
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Of each part its ONNX type (``UINT8``) and its shape."""
+
+_BLOCKS = (128, 64, 32, 16)  # for rows under one scale: the fewer scales, the fewer bytes
+
+NONE = "the checkpoint's own"
+FLOAT8 = "FLOAT8E4M3FN"
+
+
+@dataclass(frozen=True)
+class NBits:
+    """MatMulNBits, GatherBlockQuantized and QMoE: codes of 2, 4 or 8 bits in blocks along ``in``, under a float32 scale each.
+
+    Attributes:
+        bits: of a code in the file.
+        block: weights under a scale.
+        zero_point: whether each block has one; otherwise it is 2**(bits - 1).
+
+    Parts: ``codes`` uint8 [out, in * bits / 8], lowest bits first along ``in``; ``scales`` float32 [out, in / block];
+    ``zero_points`` uint8 [out, ceil(in / block * bits / 8)], packed in the same way.
+    """
+
+    bits: int
+    block: int
+    zero_point: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the carry table and a package's manifest call it."""
+        return f"MatMulNBits {self.bits}-bit{' asymmetric' if self.zero_point else ''}"
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        """The parts of a matrix."""
+        blocks = into // self.block
+        found: Shapes = {"codes": ("UINT8", (out, into * self.bits // 8)), "scales": ("FLOAT", (out, blocks))}
+        if self.zero_point:
+            found["zero_points"] = ("UINT8", (out, -(-blocks * self.bits // 8)))
+        return found
+
+    def blocks(self, out: int, into: int) -> tuple[int, ...]:
+        """The shape that MatMulNBits wants of the codes."""
+        return out, into // self.block, self.block * self.bits // 8
+
+    def pack(self, tensor: QuantTensor) -> Parts:
+        """The parts of rows of a tensor."""
+        codes: Bytes = np.asarray(tensor.packed)
+        if tensor.bits != self.bits:  # the same values in the middle of a wider range
+            codes = pack(tensor.codes() + np.uint8(self._shift(tensor)), self.bits)
+        scale = tensor.scale.astype(np.float32)
+        found: Parts = {"codes": codes, "scales": np.repeat(scale, tensor.group // self.block, axis=1)}
+        if self.zero_point:
+            assert tensor.zero_point is not None
+            found["zero_points"] = pack(np.asarray(tensor.zero_point), self.bits)
+        return found
+
+    def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
+        """Undo ``pack``."""
+        packed = np.asarray(parts["codes"]).view(np.uint8)
+        found = replace(like, scale=_one_scale(parts["scales"], like), scale_codes=None)
+        if self.zero_point:
+            blocks = like.in_features // self.block
+            found = replace(found, zero_point=unpack(parts["zero_points"].view(np.uint8), self.bits, blocks))
+        if like.bits == self.bits:
+            return replace(found, packed=packed)
+        # In uint8 a code below zero wraps to one beyond the scheme's bits.
+        codes = unpack(packed, self.bits, like.in_features) - np.uint8(self._shift(like))
+        return _with_codes(found, codes)
+
+    def _shift(self, tensor: QuantTensor) -> int:
+        return 0 if self.zero_point else int(2 ** (self.bits - 1) - 2 ** (tensor.bits - 1))
+
+
+@dataclass(frozen=True)
+class Bnb4:
+    """MatMulBnb4: NF4 as bitsandbytes has it, 64 weights under a float32.
+
+    Parts: ``codes`` uint8 [out * in / 2], the even element in the *high* nibble; ``scales`` float32 [out * in / 64].
+    """
+
+    block: int = 64
+
+    @property
+    def kind(self) -> str:
+        """What the carry table and a package's manifest call it."""
+        return "MatMulBnb4"
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        """The parts of a matrix."""
+        return {"codes": ("UINT8", (out * into // 2,)), "scales": ("FLOAT", (out * into // self.block,))}
+
+    def pack(self, tensor: QuantTensor) -> Parts:
+        """The parts of rows of a tensor."""
+        return {"codes": _swap(np.asarray(tensor.packed)), "scales": tensor.scale.astype(np.float32)}
+
+    def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
+        """Undo ``pack``."""
+        packed = _swap(parts["codes"].view(np.uint8)).reshape(like.packed.shape)
+        return replace(like, packed=packed, scale=_one_scale(parts["scales"], like), scale_codes=None)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """E4M3 by its eight bits, which are the codes, and a float32 scale a row.
+
+    Parts: ``codes`` float8e4m3fn [out, in]; ``scales`` float32 [out, 1].
+    """
+
+    @property
+    def kind(self) -> str:
+        """What the carry table and a package's manifest call it."""
+        return FLOAT8
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        """The parts of a matrix."""
+        return {"codes": (FLOAT8, (out, into)), "scales": ("FLOAT", (out, 1))}
+
+    def pack(self, tensor: QuantTensor) -> Parts:
+        """The parts of rows of a tensor."""
+        return {"codes": np.asarray(tensor.packed), "scales": tensor.scale.astype(np.float32)}
+
+    def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
+        """Undo ``pack``."""
+        packed = parts["codes"].view(np.uint8)
+        return replace(like, packed=packed, scale=_one_scale(parts["scales"], like), scale_codes=None)
+
+
+Container = NBits | Bnb4 | Float8
+
+
+def container_of(scheme: Scheme, into: int) -> Container | None:
+    """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
+    if scheme.levels == "nf4":
+        return Bnb4()
+    if scheme.levels == "e4m3" and scheme.scales == "float16":
+        return Float8()
+    bits = {2: 2, 3: 4, 4: 4, 6: 8, 8: 8}.get(scheme.bits)
+    block = block_of(scheme, into)
+    if bits is None or block is None or scheme.kind not in ("symmetric", "asymmetric"):
+        return None
+    return NBits(bits, block, zero_point=scheme.kind == "asymmetric")
+
+
+def block_of(scheme: Scheme, into: int) -> int | None:
+    """Weights that share a scale in the file; None: no block divides the rows."""
+    if scheme.group:
+        return scheme.group
+    return next((block for block in _BLOCKS if into % block == 0), None)
+
+
+def input_block(scheme: Scheme, into: int) -> int | None:
+    """Inputs of a matmul that ONNX Runtime rounds to int8 under one scale, as deployed; None: it leaves them float32."""
+    container = container_of(scheme, into)
+    # There are no int8 kernels of 2 bits for the shortest and the longest blocks.
+    rounds = isinstance(container, NBits) and (container.bits > 2 or container.block in (32, 64, 128))
+    return container.block if rounds and isinstance(container, NBits) else None
+
+
+def carries(scheme: Scheme) -> Carry:
+    """How ONNX Runtime's operators hold a scheme."""
+    if scheme.kind == "none":
+        return Exact(NONE)
+    container = container_of(scheme, _BLOCKS[0])
+    if container is None:
+        if scheme.kind == "affine":
+            return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
+        return Refused("onnxruntime has no 4-bit float on CPUs.", "int4-g32")
+    if isinstance(container, Bnb4):
+        return Exact("MatMulBnb4, slow", 4 + 32 / container.block)
+    if isinstance(container, Float8):
+        return Exact(f"{FLOAT8}, float32 in memory")
+    bits = container.bits + (32 + container.bits * container.zero_point) / container.block
+    wider = f", at {bits:g} bits" if container.bits != scheme.bits else ""
+    inputs = {
+        None: "",
+        "int8": ", inputs a scale a block",
+        "int8-static": ", the inputs' static scale unused",
+    }
+    return Exact(container.kind + wider + inputs[scheme.activations], bits)
+
+
+def _swap(packed: Bytes) -> Bytes:
+    """Exchange the nibbles of each byte."""
+    swapped: Bytes = packed << np.uint8(4) | packed >> np.uint8(4)
+    return swapped
+
+
+def _one_scale(
+    scales: npt.NDArray[np.generic], like: QuantTensor
+) -> npt.NDArray[np.float16] | npt.NDArray[np.float32]:
+    """One scale a group [out, groups], in ``like``'s type; NaN where the blocks of a group do not agree or it does not fit."""
+    wide = np.ascontiguousarray(scales).view(np.float32).reshape(*like.scale.shape, -1)
+    bits = wide.view(np.uint32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        one = wide[:, :, 0].astype(like.scale.dtype)
+        same = (bits == bits[:, :, :1]).all(axis=2) & (
+            one.astype(np.float32).view(np.uint32) == bits[:, :, 0]
+        )
+    return np.where(same, one, like.scale.dtype.type(np.nan))
+
+
+def _with_codes(like: QuantTensor, codes: Bytes) -> QuantTensor:
+    """``like`` with these codes [out, in]; with one beyond its bits, a tensor of 8 bits that has no value for it."""
+    if codes.max(initial=0) < len(like.codebook):
+        return replace(like, packed=pack(codes, like.bits))
+    codebook = np.full(256, np.nan, np.float32)
+    codebook[: len(like.codebook)] = like.codebook
+    return replace(like, packed=codes, bits=8, codebook=codebook)

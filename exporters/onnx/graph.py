@@ -1,0 +1,259 @@
+"""A graph in the making: nodes, and initializers whose bytes stand in one data file, by the tensors that they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import MissingToolchain, SchemeError
+from tapeout.exporters import Refused
+from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, carries, container_of
+from tapeout.models import SourceTensor
+from tapeout.quantize import Quantized, QuantTensor
+
+DATA = "model.onnx.data"
+DOMAIN = "com.microsoft"
+
+_INLINE = 256  # bytes of a constant that stands in the graph itself
+_PAGE, _LINE = (
+    4096,
+    64,
+)  # what large and small tensors are aligned to in the data file, so that they can be mapped
+_LARGE = 1 << 20
+
+FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
+WIDTHS = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2, "UINT8": 1, "FLOAT8E4M3FN": 1}
+
+
+def library() -> ModuleType:
+    """The format owner's library; MissingToolchain says how to get it."""
+    try:
+        import onnx
+    except ImportError:
+        raise MissingToolchain("ONNX files need the onnx library: pip install 'tapeout[onnx]'.") from None
+    found: ModuleType = onnx
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of the data file: a part of one tensor, or of several whose rows take turns.
+
+    Attributes:
+        sources: Hugging Face names of tensors of one shape.
+        part: of their container (``codes``), or ``weight`` of floats.
+        container: of all of them; None: ``kind`` is a float type.
+        kind: ONNX type of the bytes.
+        offset: in the data file; known when the graph is finished.
+        shape: of the part of one tensor.
+    """
+
+    sources: tuple[str, ...]
+    part: str
+    container: Container | None
+    kind: str
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run."""
+        return len(self.sources) * math.prod(self.shape) * WIDTHS[self.kind]
+
+
+@dataclass
+class Initializer:
+    """A named constant: pieces one behind the other, or ``values``.
+
+    Attributes:
+        view_of: the initializer whose bytes these are too, in another shape.
+        at: where in those bytes it begins.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pieces: list[Piece] = field(default_factory=list)
+    values: npt.NDArray[Any] | None = None
+    view_of: str | None = None
+    at: int = 0
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the constant."""
+        return math.prod(self.shape) * WIDTHS[self.kind]
+
+
+@dataclass
+class Graph:
+    """Nodes and initializers of a model whose weights are ``quant``'s.
+
+    Attributes:
+        containers: of each tensor that was asked for, by its Hugging Face name.
+        notes: what a user has to know.
+    """
+
+    quant: Quantized
+    nodes: list[Any] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    initializers: dict[str, Initializer] = field(default_factory=dict)
+    constants: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    containers: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Sequence[str] = (),
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node; its outputs are ``name`` or what is given; return the first."""
+        out = list(outputs) or [name]
+        self.nodes.append(
+            library().helper.make_node(op, list(inputs), out, name=name, domain=domain, **attributes)
+        )
+        return out[0]
+
+    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
+        """A small constant, in the graph itself; the same name means the same values."""
+        self.constants[name] = values
+        return name
+
+    def table(self, name: str, values: npt.NDArray[np.float32]) -> str:
+        """A large constant that is no weight of the model, float32."""
+        if values.nbytes <= _INLINE:
+            return self.constant(name, values)
+        self.initializers[name] = Initializer(name, "FLOAT", values.shape, values=values)
+        return name
+
+    def vector(self, source: str) -> str:
+        """A tensor that the graph takes as float32, whatever the checkpoint has."""
+        if source not in self.initializers:
+            self._float(source, "FLOAT")
+        return source
+
+    def floats(self, source: str) -> str:
+        """A float matrix [out, in] in the checkpoint's own type."""
+        if source not in self.initializers:
+            tensor = self.quant[source]
+            kind = FLOATS[tensor.dtype] if isinstance(tensor, SourceTensor) else "FLOAT"
+            self._float(source, kind)
+        return source
+
+    def is_float32(self, source: str) -> bool:
+        """Whether ``floats`` of this tensor gives float32."""
+        return self.initializers[source].kind == "FLOAT"
+
+    def _float(self, source: str, kind: str) -> None:
+        shape = tuple(self.quant.model.specs[source].shape)
+        piece = Piece((source,), "weight", None, kind, shape)
+        self.initializers[source] = Initializer(source, kind, shape, [piece])
+        self.containers[source] = {v: k for k, v in FLOATS.items()}[kind]
+
+    def container(self, source: str) -> Container | None:
+        """The container of a tensor; None: it is float here, with a note if that is not its scheme."""
+        scheme, shape = self.quant.schemes[source], self.quant.model.specs[source].shape
+        if scheme.kind == "none":
+            return None
+        carry = carries(scheme)
+        if isinstance(carry, Refused):
+            raise SchemeError(f"{source} is {scheme}: {carry.reason} What fits: {carry.nearest}.")
+        found = container_of(scheme, shape[-1])
+        if found is None:
+            self.note(f"{source} is float32: no block of {scheme} divides its rows of {shape[-1]} weights")
+        if isinstance(found, NBits) and found.zero_point:
+            tensor = self.quant[source]
+            assert isinstance(tensor, QuantTensor)
+            assert tensor.zero_point is not None
+            if tensor.zero_point.max(initial=0) >= 2**found.bits:  # GPTQ has zero points one beyond the codes
+                found = NBits(8, found.block, zero_point=True)
+        return found
+
+    def note(self, text: str) -> None:
+        """Tell the user something, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def part(
+        self,
+        name: str,
+        part: str,
+        container: Container,
+        groups: Sequence[Sequence[str]],
+        shape: tuple[int, ...],
+    ) -> str:
+        """One part of tensors: those of a group take turns by rows, groups follow one another; in this shape as a whole."""
+        if name not in self.initializers:
+            pieces = []
+            for group in groups:
+                out, into = self.quant.model.specs[group[0]].shape
+                kind, each = container.shapes(out, into)[part]
+                pieces.append(Piece(tuple(group), part, container, kind, each))
+                for source in group:
+                    self.containers[source] = container.kind
+            self.initializers[name] = Initializer(name, pieces[0].kind, shape, pieces)
+        return name
+
+    def view(self, name: str, of: str, shape: tuple[int, ...], at: int = 0) -> str:
+        """The bytes of an initializer, or some of them, under another name and in another shape."""
+        base = self.initializers[of]
+        if shape == base.shape:
+            return of
+        if name not in self.initializers:
+            self.initializers[name] = Initializer(name, base.kind, shape, view_of=of, at=at)
+        return name
+
+    def finish(self) -> int:
+        """Give every initializer its place in the data file; return the file's length in bytes."""
+        end = 0
+        for each in self.initializers.values():
+            if each.view_of:
+                continue
+            end += -end % (_PAGE if each.nbytes >= _LARGE else _LINE)
+            each.offset = end
+            pieces = []
+            for piece in each.pieces:
+                pieces.append(Piece(**{**piece.__dict__, "offset": end}))
+                end += piece.nbytes
+            each.pieces = pieces
+            end = each.offset + each.nbytes
+        for each in self.initializers.values():
+            if each.view_of:
+                each.offset = self.initializers[each.view_of].offset + each.at
+        return end
+
+    def model(self, metadata: Mapping[str, str], opset: int) -> bytes:
+        """The model's bytes: the same graph gives the same; ``finish`` comes first."""
+        onnx = library()
+        helper = onnx.helper
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs)
+        for name, values in self.constants.items():
+            graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+        for each in self.initializers.values():
+            proto = graph.initializer.add(name=each.name, dims=each.shape)
+            proto.data_type = onnx.TensorProto.DataType.Value(each.kind)
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", DATA), ("offset", each.offset), ("length", each.nbytes)):
+                proto.external_data.add(key=key, value=str(value))
+        used = [helper.make_opsetid("", opset)]
+        if any(node.domain == DOMAIN for node in self.nodes):
+            used.append(helper.make_opsetid(DOMAIN, 1))
+        model = helper.make_model(graph, opset_imports=used, producer_name="tapeout", ir_version=10)
+        helper.set_model_props(model, dict(metadata))
+        data: bytes = model.SerializeToString(deterministic=True)
+        return data
+
+
+__all__ = ["DATA", "DOMAIN", "Bnb4", "Float8", "Graph", "Initializer", "NBits", "Piece", "library"]

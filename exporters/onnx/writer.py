@@ -1,0 +1,192 @@
+"""Write a model: the graph as one small file, the weights beside it, rows by rows at offsets known before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import ModelError
+from tapeout.exporters import Artifact
+from tapeout.exporters.onnx.contrib import OPSET, ContribOps
+from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.files import writing
+from tapeout.models.checkpoint import to_float32
+from tapeout.models.graph import EMBEDDING, decoder
+from tapeout.quantize import Progress, Quantized, QuantTensor
+from tapeout.quantize.store import write_at
+
+MODEL = "model.onnx"
+
+_TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
+_STEP_WEIGHTS = 1 << 18  # weights in work at a time: their codes and parts fit a core's L2
+
+
+def write(
+    quant: Quantized,
+    directory: Path,
+    *,
+    layers: int | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Write ``model.onnx``, ``model.onnx.data`` and the tokenizer's files into a directory.
+
+    Streams: a few rows a thread in memory, whatever the model's size. The bytes do not depend on ``threads``.
+
+    Args:
+        quant: the canonical codes.
+        directory: made when absent.
+        layers: write the first decoder layers only.
+        exact: as ``exact_graph``.
+        threads: default: as many as this process has cores.
+        progress: told how many bytes are written.
+
+    Raises:
+        ModelError: the model is not expressible, or has no tokenizer.json. SchemeError: a tensor's scheme is not carried.
+        OutputError: the directory cannot be written.
+        MissingToolchain: the onnx library is absent.
+    """
+    graph, size = build(quant, layers=layers, exact=exact)
+    files = tokenizer_files(quant)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MODEL).write_bytes(_model(graph, quant))
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        with (directory / DATA).open("wb") as opened:
+            os.ftruncate(opened.fileno(), size)
+            _write_data(graph, opened.fileno(), size, threads, progress)
+    return Artifact(
+        format="onnx",
+        directory=directory,
+        files=(MODEL, DATA, *(file.name for file in files)),
+        context=quant.model.config.max_position_embeddings,
+        bytes_per_token=_bytes_per_token(graph),
+        containers=dict(graph.containers),
+        notes=(*graph.notes, *_notes(quant)),
+    )
+
+
+def exact_graph(quant: Quantized) -> bytes:
+    """The graph of the same weights, in the same data file, that leaves the inputs of quantized matmuls as they are."""
+    return _model(build(quant, exact=True)[0], quant)
+
+
+def build(quant: Quantized, *, layers: int | None = None, exact: bool = False) -> tuple[Graph, int]:
+    """The graph, and how long its data file is, in bytes."""
+    config = quant.model.config
+    count = config.num_layers if layers is None else layers
+    if not 1 <= count <= config.num_layers:
+        raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
+    graph = Graph(quant)
+    ops = ContribOps(graph, config.max_position_embeddings, exact)
+    ops.logits(decoder(ops, config, ops.ids(), count))
+    return graph, graph.finish()
+
+
+def tokenizer_files(quant: Quantized) -> list[Path]:
+    """What the artifact takes along of the model's tokenizer; ModelError where its runtime would find none."""
+    files = quant.model.tokenizer_files()
+    if not any(file.name == "tokenizer.json" for file in files):
+        raise ModelError(
+            f"{quant.model.directory} has no tokenizer.json, which an ONNX package tokenizes with."
+        )
+    return files
+
+
+def _model(graph: Graph, quant: Quantized) -> bytes:
+    facts = {
+        "tapeout.scheme": quant.scheme.name,
+        "tapeout.rounding": quant.rounding,
+        "tapeout.source_sha256": quant.source_sha256,
+        "tapeout.codes_sha256": quant.digest,
+    }
+    return graph.model(facts, OPSET)
+
+
+def _notes(quant: Quantized) -> Iterator[str]:
+    """What a user has to know of the schemes, each once."""
+    for scheme in sorted(set(quant.schemes.values()), key=str):
+        if scheme.levels == "nf4":
+            yield f"onnxruntime multiplies {scheme} exactly, but about as slowly as float32"
+        if scheme.levels == "e4m3":
+            yield f"onnxruntime widens {scheme} to float32 when it loads the model"
+        if scheme.activations:
+            unused = (
+                "; their calibrated scales are not in the file" if scheme.activations == "int8-static" else ""
+            )
+            yield f"onnxruntime rounds the inputs of {scheme} to int8 by itself, with a scale for every block of weights{unused}"
+        if scheme.bits == 3:
+            yield f"the codes of {scheme} are held in 4 bits"
+
+
+def _bytes_per_token(graph: Graph) -> int:
+    """Bytes that a token reads: every tensor whole, but one row of a table that is only looked up, and the experts it takes."""
+    config, total = graph.quant.model.config, 0.0
+    for each in graph.initializers.values():
+        for piece in each.pieces:
+            share = 1.0
+            if piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
+                share = 1 / config.vocab_size
+            elif config.moe and any(
+                f".{config.moe.expert.split('{}')[0].lstrip('.')}" in source for source in piece.sources
+            ):
+                share = config.moe.top_k / config.moe.experts
+            total += piece.nbytes * share
+    return round(total)
+
+
+def _write_data(graph: Graph, handle: int, size: int, threads: int | None, progress: Progress | None) -> None:
+    together: dict[tuple[str, ...], list[Piece]] = {}
+    for each in graph.initializers.values():
+        if each.values is not None:
+            write_at(handle, each.values, each.offset)
+        for piece in each.pieces:
+            together.setdefault(piece.sources, []).append(piece)
+    done = 0
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        for sources, pieces in together.items():
+            _write_pieces(graph.quant, sources, pieces, handle, pool)
+            done += sum(piece.nbytes for piece in pieces)
+            if progress:
+                progress("export", done, size)
+    if progress:
+        progress("export", size, size)
+
+
+def _write_pieces(
+    quant: Quantized, sources: Sequence[str], pieces: Sequence[Piece], handle: int, pool: Executor
+) -> None:
+    """Pack tensors whose rows take turns, a few rows a task, to their places in an open file."""
+    tensors = [quant[source] for source in sources]
+    shape = quant.model.specs[sources[0]].shape
+    rows, width = shape[0], int(np.prod(shape[1:]))
+
+    def write_rows(first: int) -> None:
+        step = max(1, _STEP_WEIGHTS // width)
+        end = min(rows, first + max(1, _TASK_WEIGHTS // width))
+        for row in range(first, end, step):
+            taken = slice(row, min(row + step, end))
+            parts = [_parts(tensor, taken, pieces[0]) for tensor in tensors]
+            for piece in pieces:
+                each = [part[piece.part].reshape(taken.stop - row, -1) for part in parts]
+                write_at(handle, np.stack(each, axis=1), piece.offset + row * (piece.nbytes // rows))
+
+    list(pool.map(write_rows, range(0, rows, max(1, _TASK_WEIGHTS // width))))
+
+
+def _parts(tensor: object, rows: slice, piece: Piece) -> dict[str, npt.NDArray[np.generic]]:
+    """The parts of some rows."""
+    if isinstance(tensor, QuantTensor):
+        taken = tensor.rows(rows)
+        return piece.container.pack(taken) if piece.container else {"weight": taken.dequantize()}
+    bits = tensor.bits()[rows]  # type: ignore[attr-defined]
+    dtype: str = tensor.dtype  # type: ignore[attr-defined]
+    return {"weight": bits if FLOATS[dtype] == piece.kind else to_float32(bits, dtype)}

@@ -1,0 +1,182 @@
+"""Sessions on ONNX Runtime's CPU provider: what the cpu target runs its ONNX files with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.validate.session import Facts, Logits
+
+__all__ = ["OnnxRuntime", "open_session"]
+
+_CHUNK = 512  # tokens of one run: bounds attention's scores at heads × 512 × context floats
+
+
+class OnnxRuntime:
+    """A Session on onnxruntime; see ``open_session``.
+
+    Past and present of a layer are the same memory: a step writes its keys and values where they stay, and nothing is copied.
+    """
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any) -> None:
+        self.facts = facts
+        self._session, self._tokenizer = session, tokenizer
+        self._binding = session.io_binding()
+        self._vocab_size = int(session.get_outputs()[0].shape[2])
+        self._mask = np.ones(facts.context, np.int64)
+        self._ids = np.zeros(_CHUNK, np.int64)
+        self._first = np.zeros(1, np.int64)
+        self._cache = [self._bind(each) for each in session.get_inputs() if each.name.startswith("past_")]
+        self._length = 0
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
+        logits = np.empty((len(ids), self._vocab_size), np.float32)
+        for at, chunk in self._chunks(ids):
+            self._run(chunk, logits[at : at + len(chunk)])
+        return logits
+
+    def append(self, ids: Sequence[int]) -> Logits:
+        """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
+        last = np.empty((1, self._vocab_size), np.float32)
+        for at, chunk in self._chunks(ids):
+            self._run(chunk, last[: at + len(chunk) == len(ids)])
+        return last
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return float32 [vocab]."""
+        return cast(Logits, self.prefill([token])[0])
+
+    def reset(self) -> None:
+        """Begin a new sequence: what is in the cache is not looked at."""
+        self._length = 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``; special tokens in it are recognised, none are added."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
+        self._check_ids(ids)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._binding = self._session = None
+        self._cache = []
+
+    def _bind(self, value: Any) -> npt.NDArray[np.float32]:
+        """Memory for a layer's keys or values [1, heads, tokens, width], given as past and taken as present."""
+        _, heads, length, width = value.shape
+        tokens = self.facts.context
+        if isinstance(length, str) and length.startswith("window_"):
+            window = int(length.removeprefix("window_"))
+            # Behind the window is room for what is written before old rows are dropped, all at once.
+            tokens = min(tokens, window + window // 8 + 1)
+        cache = np.zeros((1, heads, tokens, width), np.float32)
+        for bind, name in (
+            (self._binding.bind_input, value.name),
+            (self._binding.bind_output, value.name.replace("past_key_values", "present")),
+        ):
+            bind(name, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
+        return cache
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        self._check_ids(ids)
+        length = self._length + len(ids)
+        if length > self.facts.context:
+            raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
+        for at in range(0, len(ids), _CHUNK):
+            yield at, ids[at : at + _CHUNK]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            found = f"token ids from {min(ids)} to {max(ids)}"
+            raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
+
+    def _run(self, ids: Sequence[int], logits: Logits) -> None:
+        """One step; the logits of its last tokens go into ``logits`` [wanted, vocab]."""
+        count, binding = len(ids), self._binding
+        total = self._length + count
+        self._ids[:count] = ids
+        self._first[0] = count - len(logits)
+        for name, array, shape in (
+            ("input_ids", self._ids, (1, count)),
+            ("attention_mask", self._mask, (1, total)),
+            ("first_logits", self._first, (1,)),
+        ):
+            binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
+        if len(logits):
+            shape = (1, *logits.shape)
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+        else:
+            binding.bind_output("logits")
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # its own tree, rooted in Exception
+            raise RuntimeCrash(
+                f"onnxruntime cannot run {count} tokens at position {self._length}: {error}"
+            ) from error
+        self._length = total
+
+
+def open_session(
+    directory: str, context: int, graph: str | None = None, threads: int | None = None
+) -> OnnxRuntime:
+    """Load ``model.onnx`` and its data on the CPU.
+
+    Args:
+        directory: where they stand, with ``tokenizer.json``.
+        context: most tokens of a sequence; no more than the graph was made for.
+        graph: path of another graph over the same data; None: ``model.onnx``.
+        threads: None: as many as this process has cores.
+
+    Raises:
+        MissingToolchain: onnxruntime is not installed. PackageError: no such file.
+        RuntimeCrash: onnxruntime refuses the model; in its own words.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingToolchain(
+            f"onnxruntime cannot be loaded ({error}): pip install 'tapeout[onnx]'"
+        ) from error
+    from tokenizers import Tokenizer
+
+    model = Path(graph) if graph else Path(directory) / "model.onnx"
+    for path in (model, Path(directory) / "tokenizer.json"):
+        if not path.is_file():
+            raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
+    threads = threads or len(os.sched_getaffinity(0))
+    before, begin = psutil.Process().memory_info().rss, perf_counter()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # what is fatal is raised as well
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
+    try:
+        loaded = onnxruntime.InferenceSession(model.read_bytes(), options, ["CPUExecutionProvider"])
+    except Exception as error:  # its own tree, rooted in Exception
+        raise RuntimeCrash(f"onnxruntime refuses {model}: {error}") from error
+    load_s = perf_counter() - begin
+    tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    version, device = f"onnxruntime {onnxruntime.__version__}", f"cpu, {threads} threads"
+    session = OnnxRuntime(Facts(version, device, load_s, 0, context), loaded, tokenizer)
+    session.decode(0)  # what is mapped counts as resident only once it was read
+    session.reset()
+    resident = max(0, psutil.Process().memory_info().rss - before)
+    session.facts = Facts(version, device, load_s, resident, context)
+    return session

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.exporters import onnx
+from tapeout.models import load
+from tapeout.quantize import quantize
+from tapeout.targets import onnxruntime
+from tapeout.validate import reference
+
+pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("transformers")
+
+MakeModel = Callable[..., Path]
+Open = Callable[..., onnxruntime.OnnxRuntime]
+IDS = [(i * 37 + 11) % 256 for i in range(60)]
+# In units of the logits' standard deviation. float32 sums in another order: 2^-24 for each of some hundred terms.
+CLOSE = 1e-4
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Open]:
+    opened: list[onnxruntime.OnnxRuntime] = []
+
+    def session(
+        directory: Path, scheme: str = "int4-g32", *, write: Any = None, **arguments: Any
+    ) -> onnxruntime.OnnxRuntime:
+        out = tmp_path / f"onnx-{len(opened)}"
+        artifact = onnx.write(quantize(load(directory), scheme), out, **(write or {}))
+        given = {"threads": 1, "context": artifact.context, **arguments}
+        opened.append(onnxruntime.open_session(str(out), **given))
+        return opened[-1]
+
+    yield session
+    for one in opened:
+        one.close()
+
+
+def apart(a: Any, b: Any) -> float:
+    """Largest difference in units of the standard deviation."""
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.std(a))
+
+
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(4)],
+    "long_factor": [2.0 + i for i in range(4)],
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "llama-narrow-heads": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16, "num_key_value_heads": 8}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 8}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 8}),
+    "phi3": ("phi3", {}),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 32, "hidden_size": 64},
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_is_the_reference(make_model: MakeModel, start: Open, case: str) -> None:
+    """All at once, in pieces and token by token, past the window and past the length that positions were trained on."""
+    family, fields = CASES[case]
+    directory = make_model(family, **fields)
+    store = quantize(load(directory), "int4-g32").directory
+    expected = reference.open_session(str(directory), store=str(store), threads=1)
+    # transformers switches long positions on for a whole forward pass: token by token is what generation does.
+    wanted = np.array([expected.decode(token) for token in IDS])
+    session = start(directory, write={"exact": True})
+    assert apart(wanted, [session.decode(token) for token in IDS]) < CLOSE
+    if case == "phi3-longrope":
+        return
+    session.reset()
+    logits = session.prefill(IDS)
+    assert logits.dtype == np.float32
+    assert apart(wanted, logits) < CLOSE
+    session.reset()
+    parts = [session.prefill(IDS[:1]), session.prefill(IDS[1:30]), session.prefill(IDS[30:37])]
+    assert apart(wanted, np.concatenate([*parts, session.prefill(IDS[37:])])) < CLOSE
+    session.reset()
+    assert apart(wanted[[-1]], session.append(IDS)) < CLOSE
+
+
+def test_the_cache_of_a_window_stays_at_its_size(make_model: MakeModel, start: Open) -> None:
+    """Three windows past the window, and whatever the context is; rows that are dropped are dropped by the kernel."""
+    directory = make_model("mistral", sliding_window=16, max_position_embeddings=4096, head_dim=16)
+    session = start(directory, write={"exact": True})
+    assert {cache.shape for cache in session._cache} == {(1, 4, 16 + 2 + 1, 16)}
+    store = quantize(load(directory), "int4-g32").directory
+    expected = reference.open_session(str(directory), store=str(store), threads=1).prefill([*IDS, *IDS])
+    assert apart(expected, [session.decode(token) for token in [*IDS, *IDS]]) < CLOSE
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g64-asym", "int8", "int2-g64", "q3_k"])
+def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start: Open, scheme: str) -> None:
+    """The shipped graph against the reference that rounds inputs as MLAS does, token by token, each a sequence of its own.
+
+    A value within float32's error of a tie is rounded the other way now and then, and then that token (and whatever
+    attends to it) differs by whole steps: so the median, whose value is as close as float32 gets.
+    """
+    directory = make_model("llama", tie_word_embeddings=True, hidden_size=256, intermediate_size=512)
+    store = quantize(load(directory), scheme).directory
+    arguments: dict[str, Any] = {"store": str(store), "layers": 1, "threads": 1}
+    sessions = [
+        reference.open_session(str(directory), arithmetic="mlas", **arguments),
+        reference.open_session(str(directory), **arguments),
+        start(directory, scheme, write={"layers": 1}),
+    ]
+    logits = []
+    for session in sessions:
+        rows = []
+        for token in IDS:
+            session.reset()
+            rows.append(session.decode(token))
+        logits.append(np.array(rows))
+    rounded, exact, device = logits
+    assert np.median(np.abs(rounded - device).max(1)) / rounded.std() < CLOSE
+    assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4", "fp8"])
+def test_what_is_not_rounded_is_said_to_be_exact(make_model: MakeModel, start: Open, scheme: str) -> None:
+    directory = make_model("llama", hidden_size=64)
+    overrides = {"model.embed_tokens": "none", "lm_head": "none"} if scheme != "none" else {}
+    quant = quantize(load(directory), scheme, overrides=overrides)
+    arguments: dict[str, Any] = {"store": str(quant.directory), "threads": 1}
+    expected = reference.open_session(str(directory), arithmetic="mlas", **arguments).prefill(IDS)
+    out = directory.parent / "out"
+    onnx.write(quant, out)
+    assert apart(expected, onnxruntime.open_session(str(out), context=256, threads=1).prefill(IDS)) < CLOSE
+
+
+def test_nothing_is_copied(make_model: MakeModel, start: Open) -> None:
+    """Present is written into past's memory: there alone a step's keys appear, and only its rows change."""
+    session = start(make_model("llama", head_dim=16))
+    session.prefill(IDS[:5])
+    before = [cache.copy() for cache in session._cache]
+    session.decode(7)
+    for old, new in zip(before, session._cache, strict=True):
+        assert np.flatnonzero((old != new).any(axis=(0, 1, 3))).tolist() == [5]
+
+
+def test_logits_are_ours(make_model: MakeModel, start: Open) -> None:
+    session = start(make_model("llama"))
+    first, second = session.append(IDS[:5]), session.decode(3)
+    kept = first.copy(), second.copy()
+    session.decode(4)
+    assert np.array_equal(first, kept[0])
+    assert np.array_equal(second, kept[1])
+
+
+def test_another_runtime_needs_no_first_logits(make_model: MakeModel, start: Open, tmp_path: Path) -> None:
+    """The input has a default: what knows the usual names alone gets the logits of every token, of a batch too."""
+    expected = start(make_model("llama", head_dim=16)).prefill(IDS)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(tmp_path / "onnx-0" / "model.onnx", options)
+    assert [each.name for each in session.get_inputs()][:2] == ["input_ids", "attention_mask"]
+    feed = {"input_ids": np.array([IDS] * 2), "attention_mask": np.ones((2, len(IDS)), np.int64)}
+    # Right padding: the second sequence is 20 tokens shorter.
+    feed["attention_mask"][1, 40:] = 0
+    for each in session.get_inputs():
+        if each.name.startswith("past_"):
+            feed[each.name] = np.zeros((2, each.shape[1], 0, each.shape[3]), np.float32)
+    logits, *_ = session.run(["logits"], feed)
+    assert np.array_equal(logits[0], expected)
+    assert np.array_equal(logits[1, :40], expected[:40])
+
+
+def test_facts(make_model: MakeModel, start: Open) -> None:
+    facts = start(make_model("llama"), threads=1).facts
+    assert facts.runtime == f"onnxruntime {runtime.__version__}"
+    assert facts.device == "cpu, 1 threads"
+    assert facts.context == 256
+    assert facts.load_s > 0
+    assert facts.resident_bytes >= 0
+
+
+def test_tokenizer(make_model: MakeModel, start: Open) -> None:
+    directory = make_model("llama")
+    session, expected = start(directory), reference.open_session(str(directory), threads=1)
+    text = "def f(x):\n\treturn '漢字 🙂'\0 # <eos>é" * 9
+    ids = session.tokenize(text)
+    assert ids == expected.tokenize(text)
+    assert session.detokenize(ids) == text
+    assert session.tokenize("") == []
+    assert session.detokenize([]) == ""
+    assert session.detokenize(session.tokenize("é")[:1]) == "�"
+    with pytest.raises(TapeoutError, match="not Unicode"):
+        session.tokenize("\ud800")
+
+
+def test_what_does_not_fit_is_an_error_by_name(make_model: MakeModel, start: Open) -> None:
+    session = start(make_model("llama"), context=40)
+    with pytest.raises(TapeoutError, match="41 tokens do not fit the context of 40"):
+        session.prefill([1] * 41)
+    session.prefill([1] * 40)
+    with pytest.raises(TapeoutError, match="41 tokens"):
+        session.decode(1)
+    session.reset()
+    with pytest.raises(TapeoutError, match="from -1 to 3 are not all in the vocabulary of 272"):
+        session.prefill([3, -1])
+    with pytest.raises(TapeoutError, match="are not all in the vocabulary"):
+        session.detokenize([272])
+    assert session.decode(1).shape == (272,)
+    assert session.prefill([]).shape == (0, 272)
+
+
+def test_refused_files(tmp_path: Path, make_model: MakeModel, start: Open) -> None:
+    with pytest.raises(PackageError, match=r"model\.onnx is absent"):
+        onnxruntime.open_session(str(tmp_path), context=8)
+    start(make_model("llama"))
+    out = tmp_path / "onnx-0"
+    data = (out / "model.onnx.data").read_bytes()
+    (out / "model.onnx.data").write_bytes(data[:-5000])
+    with pytest.raises(RuntimeCrash, match=r"onnxruntime refuses .*model\.onnx"):
+        onnxruntime.open_session(str(out), context=8)
+    (out / "model.onnx").write_bytes(b"\x08\x09no model")
+    with pytest.raises(RuntimeCrash, match=r"onnxruntime refuses .*model\.onnx"):
+        onnxruntime.open_session(str(out), context=8)
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingToolchain, match=r"pip install 'tapeout\[onnx\]'"):
+        onnxruntime.open_session("any", context=8)
