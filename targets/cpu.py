@@ -248,7 +248,17 @@ class _Onnx:
 
     @staticmethod
     def commands(cpu: Cpu, artifact: Artifact) -> str:
-        return "python -c \"import onnxruntime; onnxruntime.InferenceSession('artifact/model.onnx')\""
+        lines = (
+            "import onnxruntime_genai as og",
+            'model = og.Model("artifact")  # pip install onnxruntime-genai',
+            "words = og.Tokenizer(model)",
+            "generator = og.Generator(model, og.GeneratorParams(model))",
+            'generator.append_tokens(words.encode("TEXT"))',
+            "while not generator.is_done():",
+            "    generator.generate_next_token()",
+            "print(words.decode(generator.get_sequence(0)))",
+        )
+        return "python - <<END\n" + "\n".join(lines) + "\nEND"
 
 
 def parse_size(text: str) -> int:

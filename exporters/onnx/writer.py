@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
+from tapeout.exporters.onnx import genai
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.files import writing
@@ -36,7 +37,7 @@ def write(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Write ``model.onnx``, ``model.onnx.data`` and the tokenizer's files into a directory.
+    """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer's files into a directory.
 
     Streams: a few rows a thread in memory, whatever the model's size. The bytes do not depend on ``threads``.
 
@@ -58,6 +59,8 @@ def write(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
+        context = quant.model.config.max_position_embeddings
+        (directory / genai.CONFIG).write_text(genai.config(quant.model, context), encoding="utf-8")
         for file in files:
             shutil.copyfile(file, directory / file.name)
         with (directory / DATA).open("wb") as opened:
@@ -66,8 +69,8 @@ def write(
     return Artifact(
         format="onnx",
         directory=directory,
-        files=(MODEL, DATA, *(file.name for file in files)),
-        context=quant.model.config.max_position_embeddings,
+        files=(MODEL, DATA, genai.CONFIG, *(file.name for file in files)),
+        context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
         notes=(*graph.notes, *_notes(quant)),
