@@ -16,7 +16,7 @@ from tapeout.errors import SchemeError, TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, Refused
 from tapeout.models import Model
 from tapeout.quantize import Quantized, Scheme
-from tapeout.validate.session import Device, KvCache, SessionSpec
+from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,6 +94,12 @@ def check_carries(target: Target, schemes: set[Scheme]) -> None:
 
 def check_cache(target: Target, model: Model) -> None:
     """Raise TapeoutError when the target's runtime cannot keep the model's keys and values as its option says."""
+    if model.config.mla and KV_BITS[target.cache] < 16:
+        fitting = tuple(kind for kind in target.kv_caches() if KV_BITS[kind] >= 16)
+        raise TapeoutError(
+            f"target {target.name} cannot keep the latents of {model.name} as {target.cache}: the reference does not predict what that "
+            f"costs. What fits: {', '.join(fitting)}."
+        )
     width = model.config.head_dim
     if target.cache not in (fitting := target.kv_caches(width)):
         raise TapeoutError(

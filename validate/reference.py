@@ -21,7 +21,7 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
-from tapeout.exporters import onnx
+from tapeout.exporters import gguf, onnx
 from tapeout.models import Model, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
 from tapeout.validate.session import Facts, Logits
@@ -210,7 +210,7 @@ def open_session(
     if quant is not None and arithmetic in _ROUNDED:
         _round_inputs(network, quant, _ROUNDED[arithmetic])
     if kv_cache is not None:
-        _round_cache(network, kv_cache)
+        _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.config))
     facts = _facts(before, begin, source.config.max_position_embeddings)
     return Reference(source.directory, network, facts)
 
@@ -533,24 +533,28 @@ _CACHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"kv-int8": round_q
 
 
 def as_cached(
-    x: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor], *, rotary: bool
+    x: torch.Tensor,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    rotary: bool,
+    neighbours: bool = True,
 ) -> torch.Tensor:
     """Round float32 heads [..., head_dim] in the basis in which llama.cpp's cache holds them.
 
-    Elements that RoPE turns together stand side by side there (``rotary``: keys and queries; its "norm" RoPE, which every
-    family that tapeout exports has). Heads of a multiple of 64 elements are turned by a Walsh-Hadamard matrix before they are
+    Elements that RoPE turns together stand side by side there (``rotary``: keys and queries), if ``neighbours``: the arch has
+    llama.cpp's "norm" RoPE; with its "neox" they stand as in the checkpoint. Heads of a multiple of 64 elements are turned by a Walsh-Hadamard matrix before they are
     rounded, which spreads outliers: values 64 elements at a time, keys and queries as many as a power of two divides
     (``llama_kv_cache::build_input_k_rot``).
     """
-    width = x.shape[-1]
-    if rotary:
+    width, apart = x.shape[-1], rotary and neighbours
+    if apart:
         x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     if width % 64:
         x = rounded(x)
     else:
         turn = _hadamard(width & -width if rotary else 64)
         x = _turned(rounded(_turned(x, turn)), turn)  # it is its own inverse
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if rotary else x
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if apart else x
 
 
 def _hadamard(size: int) -> torch.Tensor:
@@ -567,7 +571,7 @@ def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
 
 
-def _round_cache(network: Any, kv_cache: str) -> None:
+def _round_cache(network: Any, kv_cache: str, *, neighbours: bool) -> None:
     """Let attention see what a rounded cache gives back.
 
     A query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that.
@@ -579,7 +583,10 @@ def _round_cache(network: Any, kv_cache: str) -> None:
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        query, key = as_cached(query, round_q8_0, rotary=True), as_cached(key, stored, rotary=True)
+        query, key = (
+            as_cached(x, rounded, rotary=True, neighbours=neighbours)
+            for x, rounded in ((query, round_q8_0), (key, stored))
+        )
         return eager(module, query, key, as_cached(value, stored, rotary=False), mask, **settings)
 
     AttentionInterface.register(kv_cache, attend)

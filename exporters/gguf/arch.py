@@ -157,6 +157,11 @@ def choose(config: DecoderConfig, sliding_window: str, layers: int) -> tuple[str
     return "granite_swa", context, [*notes, note]
 
 
+def turns_neighbours(config: DecoderConfig) -> bool:
+    """Whether the RoPE of a model's arch turns element 2 i of a head with 2 i + 1."""
+    return ARCHS[_BY_FAMILY[config.family]].interleaved
+
+
 def check(config: DecoderConfig, name: str, layers: int) -> None:
     """Stop at what an arch does not compute."""
     arch, c = ARCHS[name], config

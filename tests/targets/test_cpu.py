@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import pytest
 from tapeout import target
 from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact
+from tapeout.models import load
+from tapeout.targets import check_cache
 from tapeout.targets.cpu import Cpu
+
+MakeModel = Callable[..., Path]
 
 
 def test_a_cache_that_llama_cpp_lacks_is_named() -> None:
@@ -40,3 +45,10 @@ def test_what_is_deployed_and_what_the_card_says_use_the_cache(tmp_path: Path, k
     assert Cpu(kv_cache=kind).session(artifact).arguments["kv_cache"] == kind
     assert f"-m artifact/m.gguf -c 128 -fa on -ctk {flags} -ctv {flags}" in Cpu(kv_cache=kind).card(artifact)
     assert "-ctk" not in Cpu().card(artifact)
+
+
+def test_latents_are_kept_as_floats(make_model: MakeModel) -> None:
+    model = load(make_model("deepseek_v2"))
+    check_cache(Cpu(), model)
+    with pytest.raises(TapeoutError, match=r"cannot keep the latents of tiny as kv-int8.*What fits: kv-f16"):
+        check_cache(Cpu(kv_cache="kv-int8"), model)

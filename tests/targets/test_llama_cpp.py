@@ -86,17 +86,19 @@ def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start:
     assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
 
 
-@pytest.mark.parametrize("heads", [8, 4, 2])
+@pytest.mark.parametrize(
+    ("family", "heads"), [("llama", 8), ("llama", 4), ("llama", 2), ("qwen2", 8), ("qwen2", 2)]
+)
 @pytest.mark.parametrize("kv_cache", ["kv-int8", "kv-int4"])
 def test_a_rounded_cache_of_one_layer_is_explained(
-    make_model: MakeModel, start: Open, kv_cache: Any, heads: int
+    make_model: MakeModel, start: Open, kv_cache: Any, family: str, heads: int
 ) -> None:
     """Heads of 32 elements, and of 64 and 128, which llama.cpp turns before it rounds.
 
     Float weights, so that nothing but the cache rounds. The median, as above.
     """
     fields = {"hidden_size": 256, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
-    directory = make_model("llama", **fields)
+    directory = make_model(family, **fields)
     store = quantize(load(directory), "int4-g32").directory
     arguments: dict[str, Any] = {"store": str(store), "layers": 1, "threads": 1}
     rounded = reference.open_session(str(directory), kv_cache=kv_cache, **arguments).prefill(IDS)
