@@ -34,9 +34,7 @@ _GGML_DERIVATION = (
     "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32 (K types: 256). The reference with that same rounding predicts what "
     "it costs; the device may lose twice that, and 5e-5 nats for its float types."
 )
-_CACHE_DERIVATION = (
-    " So are its keys and values for the cache ({}), and queries to int8; the prediction has that too."
-)
+_CACHE_DERIVATION = " The reference's own cache is rounded too ({}, and queries to int8): what is left is the inputs' rounding, and the codes it changes."
 _CACHE_BLOCK = 32  # elements of a head that share a scale, in q8_0 and q4_0
 _CACHE_TYPES: dict[KvCache, str] = {"kv-f16": "f16", "kv-int8": "q8_0", "kv-int4": "q4_0"}
 _MLAS_DERIVATION = (

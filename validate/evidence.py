@@ -92,7 +92,7 @@ class Evidence:
 
     @cached_property
     def predicted(self) -> Distance:
-        """What the runtime's rounding of matmul inputs and of its cache does to the reference when it rounds the same."""
+        """What the runtime's rounding of matmul inputs does to the reference when it rounds the same; both with its cache."""
         return self._predict(slice(None, -1))
 
     @cached_property
@@ -102,7 +102,7 @@ class Evidence:
 
     def _predict(self, which: slice) -> Distance:
         distance = Distance()
-        for exact, rounded in zip(self._dequantized[which], self._rounded[which], strict=True):
+        for exact, rounded in zip(self._cached[which], self._rounded[which], strict=True):
             distance.add(exact, rounded)
         return distance
 
@@ -113,8 +113,8 @@ class Evidence:
 
     @cached_property
     def _rounded(self) -> list[Logits]:
-        if self.device.arithmetic == "float32" and not self.rounds_cache:
-            return self._dequantized
+        if self.device.arithmetic == "float32":
+            return self._cached
         spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)
         return self.record("rounded", spec, [*self.sequences, self.probe])
 
@@ -126,12 +126,16 @@ class Evidence:
         """
         return KV_BITS[self.device.cache] < 16
 
-    @cached_property
+    @property
     def cached(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are, and its cache rounded as the deployed one is."""
+        return self._cached[:-1]
+
+    @cached_property
+    def _cached(self) -> list[Logits]:
         if not self.rounds_cache:
-            return self.dequantized
-        return self.record("cache", self.reference(rounded_cache=True), self.sequences)
+            return self._dequantized
+        return self.record("cache", self.reference(rounded_cache=True), [*self.sequences, self.probe])
 
     @cached_property
     def float_noise(self) -> float:
