@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from tapeout.models.decoder import ConfigReader, Role, TensorSpec
+from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.families import family
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -138,7 +138,7 @@ def write_model(
         )
     random = np.random.default_rng(seed)
     for file, shard in zip(names, shards, strict=True):
-        arrays = {name: _data(spec, dtype, random, decoder.norm_offset) for name, spec in shard.items()}
+        arrays = {name: _data(spec, dtype, random, decoder) for name, spec in shard.items()}
         tensors = {
             name: safetensors.TensorSpec(
                 dtype=_SAFETENSORS_DTYPES[dtype], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
@@ -165,15 +165,18 @@ def _shards(
     yield shard
 
 
-def _data(spec: TensorSpec, dtype: str, random: np.random.Generator, norm_offset: float) -> npt.NDArray[Any]:
+def _data(
+    spec: TensorSpec, dtype: str, random: np.random.Generator, config: DecoderConfig
+) -> npt.NDArray[Any]:
     values = random.standard_normal(spec.shape, np.float32)
     if spec.role is Role.NORM:
-        values = np.float32(1 - norm_offset) + np.float32(0.2) * values
+        values = np.float32(1 - config.norm_offset) + np.float32(0.2) * values
     elif spec.role is Role.BIAS:
         values *= np.float32(0.2)
     else:
         # Keeps activations near unit size; logits then have a spread that a comparison can be made on.
-        values *= np.float32(spec.shape[-1] ** -0.5) if spec.role is not Role.EMBEDDING else np.float32(0.5)
+        embedding = 0.5 / config.embedding_scale
+        values *= np.float32(embedding if spec.role is Role.EMBEDDING else spec.shape[-1] ** -0.5)
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(_SAFETENSORS_DTYPES[dtype])

@@ -97,8 +97,8 @@ def check_cache(target: Target, model: Model) -> None:
     if model.config.mla and KV_BITS[target.cache] < 16:
         fitting = tuple(kind for kind in target.kv_caches() if KV_BITS[kind] >= 16)
         raise TapeoutError(
-            f"target {target.name} cannot keep the latents of {model.name} as {target.cache}: the reference does not predict what that "
-            f"costs. What fits: {', '.join(fitting)}."
+            f"target {target.name} cannot keep keys and values of {model.name} as {target.cache}: what that costs latent attention is "
+            f"not predicted. What fits: {', '.join(fitting)}."
         )
     width = model.config.head_dim
     if target.cache not in (fitting := target.kv_caches(width)):

@@ -26,6 +26,9 @@ _FLOAT32_DERIVATION = (
     "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
+# Of Gemma's activation, on llama.cpp.
+_GELU_LIMIT = 3e-3
+_GELU_DERIVATION = f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: off by 2^-11 of itself, and its input too, in each layer."
 _LEVEL_DERIVATION = (
     "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
     "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
@@ -126,10 +129,9 @@ class Cpu:
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The same codes without the runtime's rounding of inputs, and the shipped files with that rounding explained."""
         road = self._road
+        derivation, limit = road.bound(quant)
         return [
-            Lowering(
-                "weights", road.exact(self, artifact, quant, scratch), "max", road.weights, _WEIGHTS_LIMIT
-            ),
+            Lowering("weights", road.exact(self, artifact, quant, scratch), "max", derivation, limit),
             Lowering("runtime", road.deployed(self, artifact), "kl", road.runtime(self)),
         ]
 
@@ -153,7 +155,12 @@ class _Gguf:
     needs = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
     packages = ("llama_cpp", "gguf")
     caches: ClassVar[tuple[KvCache, ...]] = tuple(_CACHE_TYPES)
-    weights = _FLOAT32_DERIVATION
+
+    @staticmethod
+    def bound(quant: Quantized) -> tuple[str, float]:
+        if quant.model.config.hidden_act.startswith("gelu"):
+            return _GELU_DERIVATION, _GELU_LIMIT
+        return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT
 
     @staticmethod
     def runtime(cpu: Cpu) -> str:
@@ -208,7 +215,10 @@ class _Onnx:
     needs = "onnxruntime 1.32 or newer"
     packages = ("onnxruntime", "onnx")
     caches: ClassVar[tuple[KvCache, ...]] = ("kv-f32",)
-    weights = _LEVEL_DERIVATION
+
+    @staticmethod
+    def bound(quant: Quantized) -> tuple[str, float]:
+        return _LEVEL_DERIVATION, _WEIGHTS_LIMIT
 
     @staticmethod
     def runtime(cpu: Cpu) -> str:

@@ -28,7 +28,16 @@ _PAGE, _LINE = (
 _LARGE = 1 << 20
 
 FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
-WIDTHS = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2, "UINT8": 1, "FLOAT8E4M3FN": 1}
+BITS = {
+    "FLOAT": 32,
+    "FLOAT16": 16,
+    "BFLOAT16": 16,
+    "FLOAT8E4M3FN": 8,
+    "UINT8": 8,
+    "INT8": 8,
+    "UINT4": 4,
+    "INT4": 4,
+}
 
 
 def library() -> ModuleType:
@@ -64,7 +73,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of the run."""
-        return len(self.sources) * math.prod(self.shape) * WIDTHS[self.kind]
+        return -(-len(self.sources) * math.prod(self.shape) * BITS[self.kind] // 8)
 
 
 @dataclass
@@ -88,7 +97,7 @@ class Initializer:
     @property
     def nbytes(self) -> int:
         """Bytes of the constant."""
-        return math.prod(self.shape) * WIDTHS[self.kind]
+        return -(-math.prod(self.shape) * BITS[self.kind] // 8)
 
 
 @dataclass

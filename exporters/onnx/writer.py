@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,10 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
+from tapeout.exporters.onnx.blocks import Linear
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.files import writing
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.graph import EMBEDDING, decoder
@@ -23,6 +26,8 @@ from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
 MODEL = "model.onnx"
+
+Dialect = Literal["onnxruntime", "standard"]
 
 _TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
 _STEP_WEIGHTS = 1 << 18  # weights in work at a time: their codes and parts fit a core's L2
@@ -34,6 +39,7 @@ def write(
     *,
     layers: int | None = None,
     exact: bool = False,
+    dialect: Dialect = "onnxruntime",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -46,6 +52,7 @@ def write(
         directory: made when absent.
         layers: write the first decoder layers only.
         exact: as ``exact_graph``.
+        dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
 
@@ -54,7 +61,7 @@ def write(
         OutputError: the directory cannot be written.
         MissingToolchain: the onnx library is absent.
     """
-    graph, size = build(quant, layers=layers, exact=exact)
+    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect)
     files = tokenizer_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -82,14 +89,17 @@ def exact_graph(quant: Quantized) -> bytes:
     return _model(build(quant, exact=True)[0], quant)
 
 
-def build(quant: Quantized, *, layers: int | None = None, exact: bool = False) -> tuple[Graph, int]:
+def build(
+    quant: Quantized, *, layers: int | None = None, exact: bool = False, dialect: Dialect = "onnxruntime"
+) -> tuple[Graph, int]:
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
     count = config.num_layers if layers is None else layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
-    ops = ContribOps(graph, config.max_position_embeddings, exact)
+    kind = StandardOps if dialect == "standard" else ContribOps
+    ops = kind(graph, config.max_position_embeddings, exact)
     ops.logits(decoder(ops, config, ops.ids(), count))
     return graph, graph.finish()
 
@@ -171,6 +181,12 @@ def _write_pieces(
     tensors = [quant[source] for source in sources]
     shape = quant.model.specs[sources[0]].shape
     rows, width = shape[0], int(np.prod(shape[1:]))
+    if isinstance(pieces[0].container, Linear):  # columns become rows: a tensor at a time
+        (tensor,) = tensors
+        parts = _parts(tensor, slice(None), pieces[0])
+        for piece in pieces:
+            write_at(handle, parts[piece.part], piece.offset)
+        return
 
     def write_rows(first: int) -> None:
         step = max(1, _STEP_WEIGHTS // width)

@@ -47,8 +47,10 @@ def test_what_is_deployed_and_what_the_card_says_use_the_cache(tmp_path: Path, k
     assert "-ctk" not in Cpu().card(artifact)
 
 
-def test_latents_are_kept_as_floats(make_model: MakeModel) -> None:
+def test_a_cache_of_codes_is_refused_for_latent_attention(make_model: MakeModel) -> None:
     model = load(make_model("deepseek_v2"))
     check_cache(Cpu(), model)
-    with pytest.raises(TapeoutError, match=r"cannot keep the latents of tiny as kv-int8.*What fits: kv-f16"):
+    with pytest.raises(
+        TapeoutError, match=r"as kv-int8: what that costs latent attention.*What fits: kv-f16"
+    ):
         check_cache(Cpu(kv_cache="kv-int8"), model)
