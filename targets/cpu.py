@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ _WEIGHTS_DERIVATION = (
     "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
-# Of Gemma's activation.
-_GELU_LIMIT = 3e-3
-_GELU_DERIVATION = f"{_WEIGHTS_DERIVATION} GELU comes from a table of float16: off by 2^-11 of itself, and its input too, in each layer."
+_GELU_DERIVATION = (
+    f"{_WEIGHTS_DERIVATION} GELU comes from a table of float16: its input and its output are off by up to 2^-11 of themselves, in each of "
+    "L layers, so logits by 2^-11 sqrt(2 L) of their deviation, and the largest of thousands by four times that."
+)
 _RUNTIME_DERIVATION = (
     "llama.cpp rounds the inputs of quantized matmuls to int8 in blocks of 32 (K types: 256). The reference with that same rounding predicts what "
     "it costs; the device may lose twice that, and 5e-5 nats for its float types."
@@ -90,10 +92,9 @@ class Cpu:
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The same codes as a float32 twin, and the shipped file with the runtime's int8 activations explained."""
         twin = gguf.write(quant, scratch / "twin", sliding_window=self.sliding_window, as_float32=True)
-        table = quant.model.config.hidden_act.startswith("gelu")
-        derivation, limit = (
-            (_GELU_DERIVATION, _GELU_LIMIT) if table else (_WEIGHTS_DERIVATION, _WEIGHTS_LIMIT)
-        )
+        derivation, limit, config = _WEIGHTS_DERIVATION, _WEIGHTS_LIMIT, quant.model.config
+        if config.hidden_act.startswith("gelu"):
+            derivation, limit = _GELU_DERIVATION, 4 * 2**-11 * math.sqrt(2 * config.num_layers)
         return [
             Lowering("weights", self._exact(twin, artifact), "max", derivation, limit),
             Lowering("runtime", self._open(artifact), "kl", _RUNTIME_DERIVATION),
