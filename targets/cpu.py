@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +27,10 @@ _FLOAT32_DERIVATION = (
     "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
-# Of Gemma's activation, on llama.cpp.
-_GELU_LIMIT = 3e-3
-_GELU_DERIVATION = f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: off by 2^-11 of itself, and its input too, in each layer."
+_GELU_DERIVATION = (
+    f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: its input and its output are off by up to 2^-11 of themselves, in each of "
+    "L layers, so logits by 2^-11 sqrt(2 L) of their deviation, and the largest of thousands by four times that."
+)
 _LEVEL_DERIVATION = (
     "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
     "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
@@ -158,8 +160,9 @@ class _Gguf:
 
     @staticmethod
     def bound(quant: Quantized) -> tuple[str, float]:
-        if quant.model.config.hidden_act.startswith("gelu"):
-            return _GELU_DERIVATION, _GELU_LIMIT
+        config = quant.model.config
+        if config.hidden_act.startswith("gelu"):
+            return _GELU_DERIVATION, 4 * 2**-11 * math.sqrt(2 * config.num_layers)
         return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT
 
     @staticmethod
