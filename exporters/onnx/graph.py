@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, SchemeError
 from tapeout.exporters import Refused
-from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, carries, container_of
+from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
 from tapeout.models import SourceTensor
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -263,6 +263,3 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data
-
-
-__all__ = ["DATA", "DOMAIN", "Bnb4", "Float8", "Graph", "Initializer", "NBits", "Piece", "library"]
