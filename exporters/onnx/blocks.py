@@ -221,7 +221,7 @@ class Linear:
 Container = NBits | Bnb4 | Float8 | Linear
 
 
-def container_of(scheme: Scheme, into: int) -> Container | None:
+def container_of(scheme: Scheme, into: int) -> NBits | Bnb4 | Float8 | None:
     """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
     if scheme.levels == "nf4":
         return Bnb4()
@@ -265,7 +265,7 @@ def carries(scheme: Scheme) -> Carry:
     if container is None:
         if scheme.kind == "affine":
             return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
-        return Refused("onnxruntime has no 4-bit float on CPUs.", "int4-g32")
+        return Refused("onnxruntime has no kernel for these levels on CPUs.", "int4-g32")
     if isinstance(container, Bnb4):
         return Exact("MatMulBnb4, slow", 4 + 32 / container.block)
     if isinstance(container, Float8):

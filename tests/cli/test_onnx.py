@@ -54,7 +54,7 @@ def test_a_package_of_onnx(tmp_path: Path) -> None:
     )
     data = out / "artifact" / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"\x55")
-    assert "model.onnx.data differs" in tapeout("verify", out, status=1).stderr
+    assert "model.onnx.data differs" in tapeout("verify", out, status=2).stderr
 
 
 def test_flags_of_the_other_format_are_refused(tmp_path: Path) -> None:
