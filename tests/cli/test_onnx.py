@@ -70,4 +70,4 @@ def test_flags_of_the_other_format_are_refused(tmp_path: Path) -> None:
         tmp_path / "out",
         status=2,
     )
-    assert "--max-shard-size and --sliding-window are of the format gguf" in done.stderr
+    assert "--max-shard-size, --sliding-window and --kv-cache are of the format gguf" in done.stderr
