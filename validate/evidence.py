@@ -19,10 +19,10 @@ import numpy as np
 
 from tapeout.errors import RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
-from tapeout.models import Generation, Model
+from tapeout.models import Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
-from tapeout.validate.generate import generate
+from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
@@ -30,23 +30,9 @@ from tapeout.validate.worker import WorkerSession, open_session
 _REFERENCE = "tapeout.validate.reference:open_session"
 DECODED = 64  # tokens that the decode gate takes one by one
 _WINDOW = 512  # tokens of a sequence of text
+_AT_ONCE = 20  # tasks that a worker answers before it is heard of
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a tokenizer and a model say of the corpus and of the tasks.
-
-    Attributes:
-        ids: of each hostile string.
-        texts: what those ids are as text.
-        answers: generated for each task.
-    """
-
-    ids: list[list[int]]
-    texts: list[str]
-    answers: list[str]
 
 
 @dataclass
@@ -258,15 +244,15 @@ class Evidence:
             at += shape[0] * shape[1] * 4
         return found
 
-    def say(self, session: Session, tasks: str) -> Said:
+    def say(self, session: WorkerSession, tasks: str) -> Said:
         """Ask a session for its tokens of the corpus, their text, and its answers to the tasks."""
-        ids = [session.tokenize(text) for text in self.strings]
-        answers = []
         generation = replace(self.model.generation, temperature=0.0, repetition_penalty=1.0)
-        for done, (prompt, _) in enumerate(self.tasks):
-            answers.append(answer(session, prompt, generation))
-            self._tell(tasks, done + 1, len(self.tasks))
-        return Said(ids, [session.detokenize(each) for each in ids], answers)
+        said = session.say(self.strings, [], generation)
+        prompts = [prompt for prompt, _ in self.tasks]
+        for at in range(0, len(prompts), _AT_ONCE):
+            said.answers.extend(session.say([], prompts[at : at + _AT_ONCE], generation).answers)
+            self._tell(tasks, min(at + _AT_ONCE, len(prompts)), len(prompts))
+        return said
 
     @cached_property
     def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
@@ -345,11 +331,3 @@ def _opened(spec: SessionSpec) -> Iterator[WorkerSession]:
 def _dismiss() -> None:
     while _idle:
         _idle.popitem()[1].close()
-
-
-def answer(session: Session, prompt: str, generation: Generation) -> str:
-    """What a session generates after a prompt, without the stop token and outer spaces."""
-    ids = list(generate(session, session.tokenize(prompt), generation))
-    if ids and ids[-1] in generation.stop_token_ids:
-        ids.pop()
-    return session.detokenize(ids).strip()

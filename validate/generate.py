@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,37 @@ from tapeout.errors import TapeoutError
 from tapeout.models import Generation
 from tapeout.validate.session import Logits, Session
 
-__all__ = ["distribution", "generate", "penalised"]
+__all__ = ["Said", "answer", "distribution", "generate", "penalised", "say"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a tokenizer and a model say of the corpus and of the tasks.
+
+    Attributes:
+        ids: of each hostile string.
+        texts: what those ids are as text.
+        answers: generated for each task.
+    """
+
+    ids: list[list[int]]
+    texts: list[str]
+    answers: list[str]
+
+
+def say(session: Session, strings: Sequence[str], prompts: Sequence[str], generation: Generation) -> Said:
+    """Ask a session for its tokens of strings, their text, and its answers to prompts."""
+    ids = [session.tokenize(text) for text in strings]
+    answers = [answer(session, prompt, generation) for prompt in prompts]
+    return Said(ids, [session.detokenize(each) for each in ids], answers)
+
+
+def answer(session: Session, prompt: str, generation: Generation) -> str:
+    """What a session generates after a prompt, without the stop token and outer spaces."""
+    ids = list(generate(session, session.tokenize(prompt), generation))
+    if ids and ids[-1] in generation.stop_token_ids:
+        ids.pop()
+    return session.detokenize(ids).strip()
 
 
 def generate(

@@ -30,6 +30,8 @@ import numpy.typing as npt
 
 from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
+from tapeout.models import Generation
+from tapeout.validate.generate import Said, say
 from tapeout.validate.session import Facts, Logits, Session, SessionSpec
 from tapeout.validate.timing import Timing, measure
 
@@ -121,6 +123,12 @@ class WorkerSession:
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids by the artifact's own tokenizer, special tokens kept."""
         return cast(str, self._call("detokenize", ids=[int(token) for token in ids]))
+
+    def say(self, strings: Sequence[str], prompts: Sequence[str], generation: Generation) -> Said:
+        """Run ``say`` in the worker: thousands of calls, one trip."""
+        return Said(
+            **self._call("say", strings=list(strings), prompts=list(prompts), generation=asdict(generation))
+        )
 
     def time(self, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None) -> Timing:
         """Run ``measure`` in the worker, so that no pipe is in the figures."""
@@ -246,6 +254,10 @@ def serve(requests: int, replies: int) -> None:
                 session = None
             elif name == "time":
                 value = asdict(measure(cast(Session, session), **arguments))
+            elif name == "say":
+                arguments["generation"]["stop_token_ids"] = tuple(arguments["generation"]["stop_token_ids"])
+                generation = Generation(**arguments.pop("generation"))
+                value = asdict(say(cast(Session, session), generation=generation, **arguments))
             else:
                 value = getattr(session, name)(**arguments) if session else None
         except ModuleNotFoundError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from tapeout.models import Generation
+from tapeout.validate.generate import Said, say
 from tapeout.validate.session import SessionSpec
 from tapeout.validate.timing import Timing, measure
 
@@ -38,6 +40,9 @@ class Here:
 
     def release(self) -> None:
         self._session.close()
+
+    def say(self, strings: Sequence[str], prompts: Sequence[str], generation: Generation) -> Said:
+        return say(self._session, strings, prompts, generation)
 
     def time(self, prompt_tokens: int, new_tokens: int, repeats: int) -> Timing:
         return measure(self._session, prompt_tokens, new_tokens, repeats)

@@ -24,7 +24,8 @@ from tapeout.models import Model, load
 from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
 from tapeout.targets.null import Null
 from tapeout.validate import GateResult, Limits, Options, gates
-from tapeout.validate.evidence import Evidence, Said
+from tapeout.validate.evidence import Evidence
+from tapeout.validate.generate import Said
 from tapeout.validate.session import KvCache, Logits, Lowering, SessionSpec
 
 HERE = str(Path(__file__).parent)
