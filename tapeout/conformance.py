@@ -100,9 +100,12 @@ def check(case: Case, work: Path) -> None:
     family, fields = MODELS[case.model]
     model = write_model(work / case.model, family, fields, dtype="F32")
     # The model is random: what its quantization loses says nothing, so the quality gate only has to run.
-    recipe = Recipe.of(
-        {"scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}}
-    )
+    wanted: dict[str, Any] = {
+        "scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}
+    }  # fmt: skip
+    if SCHEMES[case.scheme].activations == "int8-static":
+        wanted["calibration"] = {"sequences": 4, "length": 64}
+    recipe = Recipe.of(wanted)
     package, report = export(target, model, work / "one", recipe)
     failed = [f"{gate.name}: {gate.reason}" for gate in report.gates if gate.status == "failed"]
     assert report.passed, f"{case}: {'; '.join(failed)}"
@@ -112,12 +115,12 @@ def check(case: Case, work: Path) -> None:
     )
     again = work / "two"
     (again / "artifact").mkdir(parents=True)
-    quant = quantize(load(model), case.scheme, out=work / "codes")
+    quant = quantize(load(model), case.scheme, calibration=recipe.calibration, out=work / "codes")
     repeated = pack(target.export(quant, again / "artifact"), report, quant, target, recipe.kept(quant))
     assert package.target() == target, f"{case}: the package forgets its target's options"
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"
-    _check_that_damage_shows(target, case, model, package.artifact)
+    _check_that_damage_shows(target, case, recipe, model, package.artifact)
 
 
 def check_declarations(kind: targets.Target) -> None:
@@ -137,12 +140,14 @@ def check_declarations(kind: targets.Target) -> None:
     assert kind.needs, f"{kind.name} does not say what its device must have"
 
 
-def _check_that_damage_shows(target: targets.Target, case: Case, model: Path, artifact: Any) -> None:
+def _check_that_damage_shows(
+    target: targets.Target, case: Case, recipe: Recipe, model: Path, artifact: Any
+) -> None:
     """A store of other weights must not be found in the artifact: ``read_codes`` reads the file, not the store."""
     other = write_model(
         model.with_name("other"), MODELS[case.model][0], MODELS[case.model][1], dtype="F32", seed=1
     )
-    impostor = replace(quantize(load(other), case.scheme), model=load(model))
+    impostor = replace(quantize(load(other), case.scheme, calibration=recipe.calibration), model=load(model))
     equal = []
     for name, found in target.read_codes(artifact, impostor):
         expected = impostor[name]
