@@ -49,6 +49,7 @@ def main() -> None:
                 "num_hidden_layers": depth,
                 "num_attention_heads": 16,
                 "max_position_embeddings": 2048,
+                "vocab_size": 512,
             }
             model = common.generated(work / f"model-{depth}", shape)
             for rounding in ("gptq", "awq"):

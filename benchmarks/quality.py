@@ -1,6 +1,6 @@
 """How much of a model its quantization keeps: tapeout against llama-quantize, llm-compressor, HQQ and bitsandbytes at equal bits.
 
-    python benchmarks/quality.py --model DIR [--calibration FILE] [--no-peer] [--heldout-bytes 60000]
+    python benchmarks/quality.py --model DIR [--calibration FILE] [--no-peer] [--heldout-bytes 60000] [--known RESULT]
 
 DIR holds a Llama checkpoint and ``heldout.txt``, the text that is measured on; all that look at data look at the same
 calibration text (default: tapeout's own), 128 windows of 512 tokens. Every variant is dequantized and run by transformers in float32: mean KL of the
@@ -11,6 +11,7 @@ linear layers, with the original's embedding and head on both sides. Ends with a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -29,8 +30,13 @@ from tapeout.quantize import Calibration, quantize
 
 CALIBRATION = Path(__file__).resolve().parent.parent / "quantize" / "data" / "calibration.txt"
 
-# Scheme of the linear layers, of the embedding (which is the head too), rounding.
-OURS = [
+# What llama-quantize gives these of a Q2_K file: Q3_K.
+_WIDER = {"*.down_proj": "q3_k", "*.o_proj": "q3_k", "*.v_proj": "q3_k"}
+
+# Scheme of the linear layers, of the embedding (which is the head too), rounding; and of some layers another scheme.
+OURS: list[tuple[Any, ...]] = [
+    ("int8-g32", "none", "gptq"),
+    ("int8", "none", "gptq"),
     ("int8-g32", "int8-g32", "gptq"),
     ("int8", "int8", "gptq"),
     ("q6_k", "q6_k", "gptq"),
@@ -48,6 +54,7 @@ OURS = [
     ("q3_k", "q6_k", "gptq"),
     ("q3_k", "q4_k", "gptq"),
     ("q3_k", "q3_k", "gptq"),
+    ("q2_k", "q4_k", "gptq", _WIDER),
     ("q2_k", "q4_k", "gptq"),
     ("int2-g64", "q4_k", "gptq"),
     *(("int4-g32", "q6_k", rounding) for rounding in ("rtn", "hqq", "awq")),
@@ -56,17 +63,21 @@ OURS = [
 ]
 
 
-def ours(model: Path, text: Path, work: Path, only: int | None) -> list[tuple[dict[str, Any], Path]]:
-    """Our variants in the form of ``peers``."""
+def ours(model: Path, text: Path, work: Path, known: set[str]) -> list[tuple[dict[str, Any], Path]]:
+    """Our variants in the form of ``peers``, but for those that are known."""
     found = []
-    for scheme, ends, rounding in OURS[:only]:
+    for scheme, ends, rounding, *others in OURS:
+        mixed = others[0] if others else {}
+        variant = f"{scheme}/{ends} {rounding}" + (" and q3_k" if mixed else "")
+        if variant in known:
+            continue
         data = Calibration(text, SAMPLES, LENGTH) if rounding in ("gptq", "awq") else None
         store = work / "store"
         quant = quantize(
             load(model),
             scheme,
             rounding=rounding,
-            overrides={"model.embed_tokens": ends},
+            overrides={"model.embed_tokens": ends, **mixed},
             calibration=data,
             out=store,
             force=True,
@@ -80,13 +91,13 @@ def ours(model: Path, text: Path, work: Path, only: int | None) -> list[tuple[di
         linear = [name for name in bits if name.endswith("_proj.weight")]
         facts = {
             "peer": "tapeout",
-            "variant": f"{scheme}/{ends} {rounding}",
+            "variant": variant,
             "bits": sum(bits.values()),
             "weights": sum(math.prod(quant.model.specs[name].shape) for name in bits),
             "linear_bits": sum(bits[name] for name in linear),
             "linear_weights": sum(math.prod(quant.model.specs[name].shape) for name in linear),
         }
-        path = work / f"{scheme}-{ends}-{rounding}.safetensors"
+        path = work / f"{len(found)}.safetensors"
         save_file({name: np.array(quant.float32(name)) for name in quant}, path)
         found.append((facts, path))
     return found
@@ -98,18 +109,23 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
     parser.add_argument("--heldout-bytes", type=int, default=60_000)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--only", type=int, help="the first few of our variants")
+    parser.add_argument("--known", type=Path, help="an earlier result: its variants are not measured again")
     arguments = parser.parse_args()
     place = cache_directory() / "benchmarks" / "quality"
     place.mkdir(parents=True, exist_ok=True)
     # Before torch is loaded here: what a child starts with counts as its peak.
     theirs = [] if arguments.no_peer else peers(arguments.model, arguments.calibration, place)
     text = (arguments.model / "heldout.txt").read_bytes()[: arguments.heldout_bytes].decode(errors="ignore")
-    rows = []
+    told = json.loads(arguments.known.read_text().splitlines()[-1]) if arguments.known else {"variants": []}
+    rows = told["variants"]
+    known = {(row["peer"], row["variant"]) for row in rows}
     with tempfile.TemporaryDirectory(dir=place) as work:
-        mine = ours(arguments.model, arguments.calibration, Path(work), arguments.only)
+        ours_known = {variant for peer, variant in known if peer == "tapeout"}
+        mine = ours(arguments.model, arguments.calibration, Path(work), ours_known)
         judge = Judge(arguments.model, text)
         for facts, path in mine + theirs:
+            if (facts["peer"], facts["variant"]) in known:
+                continue
             row = {
                 k: v for k, v in facts.items() if not k.startswith(("wall", "peak"))
             }  # what they take: calibrate.py
@@ -138,6 +154,7 @@ def main() -> None:
             "benchmark": "quality",
             "model": arguments.model.name,
             "calibration": arguments.calibration.name,
+            "heldout_bytes": arguments.heldout_bytes,
             "original_perplexity": judge.original(),
             "comparisons": len(verdicts),
             "lost": lost,

@@ -53,8 +53,8 @@ def checkpoint_tensors(model: Path) -> dict[str, Float]:
     """The original weights in float32."""
     tensors: dict[str, Float] = {}
     for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, "numpy") as file:
-            tensors |= {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, "pt") as file:  # numpy has no bfloat16
+            tensors |= {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
     return tensors
 
 
