@@ -79,7 +79,7 @@ class TorchOps:
         return y.flatten(-2) if parts > 1 else y
 
     def split(self, name: str, x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return x.split(tuple(sizes), -1)
+        return tuple(x.split(tuple(sizes), -1))
 
     def attention(
         self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: Attention

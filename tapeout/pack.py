@@ -20,7 +20,7 @@ from tapeout import CalledByItsName, __version__, targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import Generation, Model
+from tapeout.models import DecoderConfig, Generation, Model
 from tapeout.quantize import Quantized
 from tapeout.targets import Target
 from tapeout.validate.report import Report
@@ -170,8 +170,10 @@ def pack(artifact: Artifact, report: Report, quant: Quantized, target: Target) -
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
-    window = min(artifact.context, config.sliding_window or artifact.context)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * artifact.cache_width * window
+    cache = 0
+    if isinstance(config, DecoderConfig):
+        window = min(artifact.context, config.sliding_window or artifact.context)
+        cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * artifact.cache_width * window
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,

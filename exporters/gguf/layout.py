@@ -174,7 +174,7 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         ModelError: a field of the model's config that no arch expresses, or nvfp4 where llama.cpp drops half of it.
         SchemeError: a tensor's scheme that GGUF does not carry.
     """
-    config = quant.model.config
+    config = quant.model.decoder
     _check(config)
     arch, context, notes = _arch(config, sliding_window)
     count = config.num_layers if layers is None else layers
