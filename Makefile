@@ -56,7 +56,7 @@ clean: ## forget everything that was made here, the environment too
 	@touch $@
 
 .venv/.dev: .venv/.cpu
-	$(FRESH) $(PIP) --no-build-isolation '.[dev]'
+	$(FRESH) $(PIP) --no-build-isolation '.[onnx,dev]'
 	@touch $@
 
 .venv/.installed: .venv/.cpu $(SOURCES)

@@ -81,7 +81,7 @@ class Cpu:
 
     def carries(self, scheme: Scheme) -> Carry:
         """As the format's containers carry it."""
-        return (onnx if self.format == "onnx" else gguf).carries(scheme)
+        return onnx.carries(scheme) if self.format == "onnx" else gguf.carries(scheme)
 
     def missing(self) -> str | None:
         """Whether the format's library and runtime are here."""
@@ -102,7 +102,7 @@ class Cpu:
         self, artifact: Artifact, quant: Quantized
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
         """Through the format owner's library: gguf or onnx."""
-        return (onnx if self.format == "onnx" else gguf).read_codes(artifact, quant)
+        return onnx.read_codes(artifact, quant) if self.format == "onnx" else gguf.read_codes(artifact, quant)
 
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The same codes without the runtime's rounding of inputs, and the shipped files with that rounding explained."""

@@ -7,11 +7,13 @@ they have no room for them (soft caps), and sum in an order that depends on the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -87,9 +89,16 @@ class Reference:
         """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
         import torch
 
-        parameter = self._network.get_parameter(name)
-        before = parameter.data.numpy()
-        parameter.data = torch.from_numpy(weight)
+        place = _place(_tensors(self._network), name)
+        if place is None:
+            raise ModelError(f"transformers has no parameter {name}.")
+        tensor, part = place
+        if part is None:
+            before = tensor.data.numpy()
+            tensor.data = torch.from_numpy(weight)
+        else:
+            before = tensor.data[part].numpy().copy()
+            tensor.data[part] = torch.from_numpy(weight)
         return cast("npt.NDArray[np.float32]", before)
 
     def close(self) -> None:
@@ -173,6 +182,7 @@ def open_session(
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
         network.double()
+        _turn_in_float64(network)
     if quant is not None and arithmetic in ("ggml", "mlas"):
         _round_inputs(network, quant, _ggml if arithmetic == "ggml" else _mlas)
     facts = _facts(before, begin, source.config.max_position_embeddings)
@@ -200,13 +210,14 @@ def open_weights(
     network = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    parameters = dict(network.named_parameters())
-    missing = set(parameters)
+    tensors = _tensors(network)
+    left = {name: tensor.numel() for name, tensor in tensors.items()}
+    names = {id(tensor): name for name, tensor in tensors.items()}
     for name, weight in weights:
-        if name in parameters:
-            parameters[name].data = torch.from_numpy(weight)
-            missing.discard(name)
-    if missing:
+        if place := _place(tensors, name):
+            left[names[id(place[0])]] -= weight.size
+            _put(place, weight)
+    if missing := [name for name, count in left.items() if count]:
         raise ModelError(f"{directory} holds no {', '.join(sorted(missing)[:3])}.")
     return Reference(directory, network, _facts(before, begin, int(config.max_position_embeddings)))
 
@@ -274,19 +285,79 @@ def _network(source: Model, layers: int | None) -> Any:
 
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
-    import torch
-
-    parameters = dict(network.named_parameters())
+    tensors = _tensors(network)
     for name, scheme in quant.schemes.items():
-        changed = scheme.kind != "none" or name in quant.folded or quant.model.quantization is not None
-        if not changed or (cut and name not in parameters):
+        if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
-        if name not in parameters:
+        place = _place(tensors, name)
+        if place is None and not cut:
             raise ModelError(
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
             )
-        # The array is taken over, not copied, and the old weight is freed.
-        parameters[name].data = torch.from_numpy(quant.float32(name))
+        if place is not None:
+            _put(place, quant.float32(name))
+
+
+_Place = tuple[Any, tuple[Any, ...] | None]
+"""A tensor of the network, and which part of it a tensor of the checkpoint is; None: all of it."""
+
+# transformers stacks experts: gate and up [experts, 2 * intermediate, hidden], down [experts, hidden, intermediate].
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(?:down_proj|w2))\.weight")
+
+
+def _tensors(network: Any) -> dict[str, Any]:
+    """All that a checkpoint holds, by transformers' names."""
+    saved = network.state_dict().keys()
+    buffers = {name: buffer for name, buffer in network.named_buffers() if name in saved}
+    return dict(network.named_parameters()) | buffers
+
+
+def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
+    """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere."""
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    if name in tensors:
+        return tensors[name], None
+    expert = _EXPERT.fullmatch(name)
+    stacked = expert and tensors.get(
+        f"{expert[1]}.{'gate_up_proj' if expert[3] or expert[4] else 'down_proj'}"
+    )
+    if not expert or stacked is None:
+        return None
+    if not (expert[3] or expert[4]):
+        return stacked, (int(expert[2]),)
+    half = stacked.shape[1] // 2
+    return stacked, (int(expert[2]), slice(half) if expert[3] else slice(half, None))
+
+
+def _put(place: _Place, weight: npt.NDArray[np.float32]) -> None:
+    """Put a weight in its place; one that fills it is taken over, not copied, and the old one is freed."""
+    import torch
+
+    tensor, part = place
+    if part is None:
+        tensor.data = torch.from_numpy(weight)
+    else:
+        tensor.data[part] = torch.from_numpy(weight)
+
+
+def _turn_in_float64(network: Any) -> None:
+    """Let RoPE multiply in float64 too.
+
+    transformers casts positions and frequencies to float32 whatever the network's type, and an angle of p radians is then
+    off by up to 2^-24 p: on long sequences the largest part of what float32 costs.
+    """
+    import torch
+
+    def widened(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def turn(*args: Any, **keywords: Any) -> Any:
+            with patch.object(torch.Tensor, "float", torch.Tensor.double):
+                return forward(*args, **keywords)
+
+        return turn
+
+    for module in network.modules():
+        if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
+            module.forward = widened(module.forward)
 
 
 Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -298,15 +369,40 @@ def _round_inputs(
     """Round the input of every linear layer as ``rounding_of`` its scheme and its in_features says, if it says anything."""
     import torch
 
-    rounds = {}
-    for name, parameter in network.named_parameters():
-        scheme = quant.schemes.get(name)
-        if scheme is not None and scheme.kind != "none":
-            rounds[id(parameter)] = rounding_of(scheme, parameter.shape[-1])
+    tensors = _tensors(network)
+    rounds: dict[tuple[int, Any], Any] = {}
+    for name, scheme in quant.schemes.items():
+        place = _place(tensors, name)
+        if place is not None and scheme.kind != "none":
+            tensor, part = place
+            key = (id(tensor), None if part is None else part[0])
+            rounds[key] = rounding_of(scheme, quant.model.specs[name].shape[-1])
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
-        if isinstance(module, torch.nn.Linear) and (rounded := rounds.get(id(module.weight))):
+        if isinstance(module, torch.nn.Linear) and (rounded := rounds.get((id(module.weight), None))):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
+        if getattr(module, "gate_up_proj", None) is not None and hasattr(module, "num_experts"):
+            module.forward = _rounded_experts(module, rounds)
+
+
+def _rounded_experts(module: Any, rounds: Mapping[tuple[int, Any], Any]) -> Any:
+    """The experts' forward pass with the inputs of both their matmuls rounded."""
+    import torch
+
+    def linear(x: torch.Tensor, stacked: torch.Tensor, expert: int) -> torch.Tensor:
+        rounded = rounds.get((id(stacked), expert))
+        return torch.nn.functional.linear(rounded(x) if rounded else x, stacked[expert])
+
+    def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            tokens, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = linear(hidden[tokens], module.gate_up_proj, expert).chunk(2, -1)
+            given = linear(module.act_fn(gate) * up, module.down_proj, expert)
+            out.index_add_(0, tokens, given * weights[tokens, place, None])
+        return out
+
+    return forward
 
 
 def _ggml(scheme: Scheme, in_features: int) -> Rounding | None:

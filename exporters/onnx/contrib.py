@@ -227,6 +227,7 @@ class ContribOps:
             attributes |= {"do_rotary": 1, "rotary_interleaved": int(spec.rope.interleaved)}
             inputs += [cos, sin, *([position] if position else [])]
         else:
+            assert position is not None
             for at, heads in ((0, spec.heads), (1, spec.kv_heads)):
                 inputs[at] = self.graph.node(
                     "RotaryEmbedding", [inputs[at], position, cos, sin], f"{name}.{'qk'[at]}", domain=DOMAIN,
@@ -256,7 +257,11 @@ class ContribOps:
 
     def route(self, name: str, logits: Value, bias: str | None, moe: Moe) -> Routing:
         """Both matrices of a Routing; on equal scores TopK takes the lower number."""
-        g, at = self.graph, lambda part: f"{name}.{part}"
+        g = self.graph
+
+        def at(part: str) -> str:
+            return f"{name}.{part}"
+
         flat = g.constant("rows.experts", np.array([-1, moe.experts]))
         x = g.node("Reshape", [self._use(logits), flat], at("logits"))
         scores = (
@@ -289,7 +294,11 @@ class ContribOps:
 
     def _grouped(self, name: str, choice: str, moe: Moe) -> str:
         """Scores of the experts of the best groups; the others' become -inf."""
-        g, at = self.graph, lambda part: f"{name}.groups.{part}"
+        g = self.graph
+
+        def at(part: str) -> str:
+            return f"{name}.groups.{part}"
+
         each = moe.experts // moe.groups
         shape = g.constant("rows.groups", np.array([-1, moe.groups, each]))
         x = g.node("Reshape", [choice, shape], at("scores"))

@@ -55,7 +55,12 @@ def read_config(
         ModelError: what does not fit together, or a value that is not known.
     """
     fields.ignore(*NOT_COMPUTED)
-    given = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, act: "silu"}
+    given: dict[str, Any] = {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        act: "silu",
+    }
     given |= defaults or {}
 
     def take(name: str, default: Any = ...) -> Any:
@@ -297,6 +302,8 @@ def check_moe(moe: Moe, layers: int) -> Moe:
 
 def qwen_moe(fields: ConfigReader, layers: int, defaults: Mapping[str, int], **own: Any) -> Moe:
     """Routed experts as both generations of Qwen name them; ``own``: fields of Moe."""
+    # transformers 5 saves num_experts of qwen3_moe by another name.
+    defaults = {**defaults, "num_experts": int(fields.take("num_local_experts", defaults["num_experts"]))}
     step = int(fields.take("decoder_sparse_step", 1))
     dense = set(fields.take("mlp_only_layers", []))
     experts, top_k, width = (int(fields.take(name, default)) for name, default in defaults.items())

@@ -14,8 +14,11 @@ def _config(fields: ConfigReader) -> DecoderConfig:
             raise ModelError(f"{name} = {fields.raw[name]} of a phi3 model is not handled; known: 1.")
     new, old = dict(fields.take("rope_parameters", {})), dict(fields.take("rope_scaling", {}))
     given = old or new
-    if given.get("rope_type", given.get("type")) in ("su", "yarn"):
-        given["rope_type"] = "longrope"  # by the names that the first releases gave it
+    kind = given.get("rope_type") or given.get("type") or "default"
+    # The first releases call it su, and some yarn.
+    given["rope_type"] = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)
+    if given["rope_type"] not in ("default", "longrope"):
+        raise ModelError(f"rope_type '{kind}' is not handled of a phi3 model; known: default, longrope.")
     outside = {
         "rope_theta": fields.take("rope_theta", None),
         "original_max_position_embeddings": fields.take("original_max_position_embeddings", 4096),

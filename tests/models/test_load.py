@@ -172,10 +172,26 @@ BROKEN = [
     (lambda d: (d / "config.json").write_text("{}"), r"has no model_type"),
     (
         lambda d: edit_config(d, model_type="lama"),
-        r"'lama' is not a family.*did you mean 'llama'.*llama, mistral",
+        r"'lama' is not a family.*did you mean 'llama'.*llama, mistral, mixtral",
     ),
     (lambda d: edit_config(d, hidden_size=None), r"lacks hidden_size"),
-    (lambda d: edit_config(d, num_hidden_layers="two"), r"field of the wrong type"),
+    (lambda d: edit_config(d, num_hidden_layers="two"), r"num_hidden_layers = 'two' is not a positive"),
+    (lambda d: edit_config(d, rms_norm_eps="small"), r"field of the wrong type"),
+    (lambda d: edit_config(d, num_attention_heads=0), r"num_attention_heads = 0 is not a positive integer"),
+    (
+        lambda d: edit_config(d, num_key_value_heads=3),
+        r"num_attention_heads = 8 is no multiple of num_key_value_heads = 3; fits: 1, 2, 4, 8",
+    ),
+    (
+        lambda d: edit_config(d, num_attention_heads=12),
+        r"hidden_size = 64 is no multiple of num_attention_heads = 12",
+    ),
+    (
+        lambda d: edit_config(d, num_attention_heads=4),
+        r"k_proj\.weight is \[32, 64\] where config\.json says \[64, 64\]",
+    ),
+    (lambda d: edit_config(d, head_dim=7), r"RoPE turns pairs: 7 elements of a head of 7"),
+    (lambda d: edit_config(d, partial_rotary_factor=0.5), r"partial_rotary_factor = 0\.5 is not handled"),
     (
         lambda d: edit_config(d, final_logit_softcapping=30.0),
         r"has final_logit_softcapping = 30\.0.*does not handle",
@@ -207,6 +223,47 @@ def test_a_missing_shard_is_named(make_model: MakeModel) -> None:
     shard = sorted(directory.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ModelError, match=rf"names the shard {shard.name} \(\d+ tensors\), which is missing"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            r"'chunked_attention' in layer_types",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, r"layer_types names 1 layers of 2"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, r"has use_bidirectional_attention = true"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"has attn_logit_softcapping = 50"),
+        ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu"}, r"contradict each other"),
+        ("phi3", {"full_attn_mod": 2}, r"full_attn_mod = 2 of a phi3 model is not handled"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_type 'linear' is not handled of a phi3 model; known",
+        ),
+        ("mixtral", {"num_experts_per_tok": 5}, r"num_experts_per_tok = 5 of 4 experts"),
+        (
+            "deepseek_v2",
+            {"topk_method": "best"},
+            r"topk_method = 'best' is not handled.*group_limited_greedy",
+        ),
+        ("deepseek_v2", {"norm_topk_prob": True}, r"norm_topk_prob = true.*transformers leaves it out"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, r"scoring_func = 'softmax' is not handled.*sigmoid"),
+        ("deepseek_v3", {"n_group": 3}, r"8 experts do not divide into n_group = 3 groups"),
+        ("deepseek_v3", {"topk_group": 5}, r"topk_group = 5 of n_group = 4"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, r"latent attention has a key for each of its 8 heads"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, r"moe_layer_freq = 2"),
+    ],
+)
+def test_a_variant_that_no_family_computes_is_named(
+    make_model: MakeModel, family: str, fields: dict[str, Any], message: str
+) -> None:
+    directory = make_model(family, dtype="F32")
+    edit_config(directory, **fields)
+    with pytest.raises(ModelError, match=message):
         load(directory)
 
 

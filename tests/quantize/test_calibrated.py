@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 from tapeout.errors import ModelError, RecipeError, SchemeError
 from tapeout.generated import write_model
 from tapeout.models import load
-from tapeout.models.torch_ops import one_core_each
+from tapeout.models.graph import decoder
+from tapeout.models.torch_ops import TorchOps, one_core_each
 from tapeout.quantize import SCHEMES, Calibration, Quantized, quantize
 from tapeout.quantize.lattice import Floats, dequantize, fit, nearest, tensor_scale
 
@@ -121,19 +123,16 @@ def test_a_hessian_that_has_no_factor_is_damped_more_then_given_up(pool: ThreadP
 
 
 def distance(quant: Quantized, calibration: Calibration) -> float:
-    """Squared difference of the last hidden states from the original model's, on the calibration windows."""
-    from transformers import AutoModelForCausalLM
-
+    """Squared difference of the logits from the original model's, on the calibration windows."""
     tokens = torch.from_numpy(calibration.tokens(quant.model).astype(np.int64))
-    states = []
-    for own in (False, True):
-        network = AutoModelForCausalLM.from_pretrained(quant.model.directory, dtype=torch.float32)
-        for name, parameter in network.named_parameters():
-            if own and name in quant:
-                parameter.data = torch.from_numpy(quant.float32(name))
-        with torch.inference_mode():
-            states.append(network.model(tokens).last_hidden_state)
-    return float((states[0] - states[1]).pow(2).mean())
+    own = {name: torch.from_numpy(quant.float32(name)) for name in quant}
+    original = {name: torch.from_numpy(quant.model.checkpoint[name].float32()) for name in quant}
+    total = 0.0
+    with torch.inference_mode():
+        for ids in tokens:
+            one, other = (decoder(TorchOps(w.__getitem__), quant.model.config, ids) for w in (original, own))
+            total += float((one - other).pow(2).mean())
+    return total / len(tokens)
 
 
 def test_data_is_worth_it(tmp_path: Path, text: Calibration) -> None:
@@ -148,21 +147,105 @@ def test_data_is_worth_it(tmp_path: Path, text: Calibration) -> None:
 
 
 @pytest.mark.parametrize("rounding", ["awq", "smoothquant"])
-@pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    ("family", "fields", "folded"),
+    [
+        ("llama", {}, ["0.input", "1.post_attention"]),
+        ("llama", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}, ["0.input"]),
+        ("gemma3_text", {}, ["0.input", "1.pre_feedforward"]),
+        ("phi3", {"num_key_value_heads": 2}, ["0.input", "1.post_attention"]),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, ["0.post_attention", "1.input"]),
+        ("deepseek_v2", {}, ["0.post_attention", "1.self_attn.q_a", "1.self_attn.kv_a"]),
+    ],
+)
 def test_folded_scales_leave_the_function(
-    tmp_path: Path, text: Calibration, rounding: str, fields: dict[str, Any]
+    tmp_path: Path, text: Calibration, rounding: str, family: str, fields: dict[str, Any], folded: list[str]
 ) -> None:
     """At 8 bits next to nothing is lost, so a scale that is not taken off where it should be would show."""
-    model = load(write_model(tmp_path / "tiny", "llama", fields, dtype="F32"))
+    model = load(write_model(tmp_path / "tiny", family, fields, dtype="F32"))
     quant = quantize(model, "int8-g32", rounding=rounding, calibration=text)
-    assert {
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.1.post_attention_layernorm.weight",
-    } <= quant.folded
-    name = "model.layers.0.input_layernorm.weight"
-    assert not np.array_equal(quant.float32(name), model.checkpoint[name].float32())
+    for norm in folded:
+        name = f"model.layers.{norm}_layernorm.weight"
+        assert name in quant.folded
+        assert not np.array_equal(quant.float32(name), model.checkpoint[name].float32())
+    routed = model.config.routed(1)
+    assert ("model.layers.1.post_attention_layernorm.weight" in quant.folded) == (
+        routed is None and family != "gemma3_text"  # experts have no scale that suits them all
+    )
     plain = quantize(model, "int8-g32")
     assert distance(quant, text) < 4 * distance(plain, text)
+
+
+# Experts
+
+
+def test_an_expert_is_rounded_by_its_own_tokens(tmp_path: Path, text: Calibration) -> None:
+    """The Hessian of one expert, by hand, gives the codes that the store has."""
+    model = load(write_model(tmp_path / "tiny", "mixtral", {"num_hidden_layers": 1}, dtype="F32"))
+    plan = {"*": "none", "*.experts.2.w1": "int4-g32"}  # nothing before it is rounded
+    quant = quantize(model, "int4-g32", rounding="gptq", calibration=text, overrides=plan)
+    seen: dict[str, Any] = {}
+
+    class Watched(TorchOps):
+        def linear(self, name: str, x: Any, weight: str, bias: str | None) -> Any:
+            seen.setdefault(weight, []).append(x)
+            return super().linear(name, x, weight, bias)
+
+    name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    for ids in text.tokens(model):
+        ops = Watched(lambda name: torch.from_numpy(model.checkpoint[name].float32()))
+        decoder(ops, model.config, torch.from_numpy(ids.astype(np.int64)))
+    x = torch.cat(seen[name])
+    tokens = text.tokens(model).size
+    assert 0.1 * tokens < len(x) < 0.9 * tokens
+    with ThreadPoolExecutor(1, initializer=one_core_each) as pool:
+        factor = gptq.factorize(x.T @ x, pool)
+        weight = model.checkpoint[name].float32()
+        grid = fit(weight, SCHEMES["int4-g32"], factor.importance)
+        codes = gptq.round_gptq(weight, SCHEMES["int4-g32"], factor, grid, pool)
+    off = dequantize(codes, SCHEMES["int4-g32"], grid)
+    # The Hessian is summed in another order: a weight in the middle between two codes may fall to either side.
+    assert (np.abs(quant.float32(name) - off) > 1e-6).mean() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("rounding", "scheme"), [("gptq", "int4-g32"), ("awq", "int4-g32"), ("rtn", "w8a8-static")]
+)
+def test_experts_that_few_tokens_reach_are_rounded_without_data_and_told(
+    tmp_path: Path, text: Calibration, rounding: str, scheme: str
+) -> None:
+    model = write_model(tmp_path / "tiny", "mixtral", {"num_hidden_layers": 1}, dtype="F32")
+
+    def prefer(values: Floats) -> None:
+        values[[0, 3]] = values[1]  # one score for three: two at most are chosen, and never the last
+
+    edit(model, "model.layers.0.block_sparse_moe.gate.weight", prefer)
+    quant = quantize(load(model), scheme, rounding=rounding, calibration=text)
+    (note,) = [note for note in quant.notes if "experts" in note]
+    assert "model.layers.0.block_sparse_moe.experts.*: rounded without data, since fewer than 12.5%" in note
+    assert re.search(r"them: 3 \(0\) \(tokens\)", note)
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in quant
+    if scheme == "int4-g32":
+        lone = quantize(load(model), scheme)
+        for part in ("w1", "w2", "w3"):
+            name = f"model.layers.0.block_sparse_moe.experts.3.{part}.weight"
+            assert np.array_equal(quant.float32(name), lone.float32(name))
+    else:
+        name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+        assert quant[name.format(3)].input_scale >= quant[name.format(1)].input_scale > 0
+
+
+def test_data_is_worth_it_to_experts(tmp_path: Path, text: Calibration) -> None:
+    model = load(write_model(tmp_path / "tiny", "qwen3_moe", {"num_hidden_layers": 1}, dtype="F32"))
+    loss = []
+    for rounding in ("rtn", "gptq"):
+        quant = quantize(
+            model, "int4-g32", rounding=rounding, calibration=text, overrides={"*self_attn*": "none"}
+        )
+        plain = quantize(model, "int4-g32", overrides={"*self_attn*": "none"})
+        loss.append(distance(quant, text) / distance(plain, text))
+    assert loss[1] < 0.85
+    assert loss[1] < loss[0] < 1.0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from tapeout.errors import ModelError, PackageError, TapeoutError
 from tapeout.models import load
+from tapeout.models.graph import decoder
+from tapeout.models.torch_ops import TorchOps
 from tapeout.quantize import QuantTensor, quantize
 from tapeout.validate import reference
 
@@ -191,3 +193,46 @@ def test_what_does_not_fit_is_an_error_by_name(make_model: MakeModel, tmp_path: 
     (Path(directory) / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="no tokenizer"):
         session.tokenize("a")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "phi3"])
+def test_codes_of_experts_and_fused_tensors_reach_their_places(make_model: MakeModel, family: str) -> None:
+    """transformers stacks experts in memory: the reference of a store equals the graph with the store's weights."""
+    model = load(make_model(family, dtype="F32"))
+    quant = quantize(model, "int4-g32")
+    ids = [(i * 31 + 7) % 256 for i in range(20)]
+    with torch.inference_mode():
+        ops = TorchOps(lambda name: torch.from_numpy(quant.float32(name)))
+        expected = decoder(ops, model.config, torch.tensor(ids)).numpy()
+    found = reference.open_session(str(model.directory), str(quant.directory)).prefill(ids)
+    plain = reference.open_session(str(model.directory)).prefill(ids)
+    # float32 sums of up to 128 products, ten in a row, see tests/models/test_graph.py.
+    assert np.abs(found - expected).max() < 3e-5 < 1e-2 < np.abs(plain - expected).max()
+    whole = reference.open_weights(model.directory, ((name, quant.float32(name)) for name in quant))
+    np.testing.assert_array_equal(whole.prefill(ids), found)
+    name = next(n for n in quant if "experts.1." in n or "qkv_proj" in n)
+    weight = model.checkpoint[name].float32()
+    np.testing.assert_array_equal(whole.substitute(name, weight), quant.float32(name))
+    assert not np.array_equal(whole.prefill(ids), found)
+    np.testing.assert_array_equal(whole.substitute(name, quant.float32(name)), weight)
+    with pytest.raises(ModelError, match=r"holds no .*model\.norm\.weight"):
+        reference.open_weights(
+            model.directory, ((n, quant.float32(n)) for n in quant if n != "model.norm.weight")
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_rounded_inputs_of_experts_are_those_of_linears(make_model: MakeModel, family: str) -> None:
+    """Each matmul's input is off by half a step of its block, a 254th of the largest: logits by about a hundredth."""
+    model = load(make_model(family, dtype="F32"))
+    quant = quantize(model, "int8-g32")
+    ids = [(i * 31 + 7) % 256 for i in range(20)]
+    exact = reference.open_session(str(model.directory), str(quant.directory)).prefill(ids)
+    ggml = reference.open_session(str(model.directory), str(quant.directory), "ggml").prefill(ids)
+    off = np.sqrt(((ggml - exact) ** 2).mean()) / exact.std()
+    assert 1e-3 < off < 5e-2
+    if family == "qwen2_moe":
+        only = quantize(model, "none", overrides={"*.experts.*": "int8-g32"})
+        exact = reference.open_session(str(model.directory), str(only.directory)).prefill(ids)
+        ggml = reference.open_session(str(model.directory), str(only.directory), "ggml").prefill(ids)
+        assert 3e-4 < np.sqrt(((ggml - exact) ** 2).mean()) / exact.std() < off
