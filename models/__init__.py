@@ -174,7 +174,7 @@ def load(source: str | Path) -> Model:
         config = sentence.applied(config, directory)
     specs = kind.tensors(config)
     if quantization is None:
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, ignored=lambda name: kind.optional(config, name))
         _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(config, n)})
     elif quantization["quant_method"] == "gguf":
         checkpoint = Checkpoint(directory, gguf.tensors(Path(quantization["file"]), config, specs))

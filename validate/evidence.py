@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Evidence:
     text: Path | None = None
     tokens: int = 4096
     progress: Progress | None = None
+    metric: ClassVar[str] = "mean KL, nats"
     _deployed: WorkerSession | None = None
     _worker: WorkerSession | None = None
 
@@ -82,6 +84,10 @@ class Evidence:
     def dequantized(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are."""
         return self._dequantized[:-1]
+
+    def cost(self, distance: Distance) -> float:
+        """What ``metric`` says: a rounding of inputs costs this much on average."""
+        return distance.kl
 
     @cached_property
     def predicted(self) -> Distance:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,8 +21,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.exporters import onnx
-from tapeout.models import Model, load
+from tapeout.models import EncoderConfig, Model, load
 from tapeout.quantize import Quantized, Scheme, open_store
+from tapeout.validate import encoders
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -131,13 +132,17 @@ class Reference:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
-            except Exception as error:  # what it raises depends on which of its files is missing
-                raise ModelError(f"transformers finds no tokenizer in {self._directory}: {error}") from error
+            self._tokenizer = _tokenizer(self._directory)
         return self._tokenizer
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # what it raises depends on which of its files is missing
+        raise ModelError(f"transformers finds no tokenizer in {directory}: {error}") from error
 
 
 def open_session(
@@ -146,7 +151,7 @@ def open_session(
     arithmetic: Literal["float32", "float64", "ggml", "mlas"] = "float32",
     layers: int | None = None,
     threads: int | None = None,
-) -> Reference:
+) -> Reference | encoders.EncoderReference:
     """Load the reference of a model.
 
     Args:
@@ -177,7 +182,8 @@ def open_session(
     if arithmetic in ("ggml", "mlas") and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    network = _network(source, layers)
+    encodes = isinstance(source.config, EncoderConfig)
+    network = encoders.network(source, layers) if encodes else _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
@@ -186,6 +192,8 @@ def open_session(
     if quant is not None and arithmetic in ("ggml", "mlas"):
         _round_inputs(network, quant, _ggml if arithmetic == "ggml" else _mlas)
     facts = _facts(before, begin, source.config.max_position_embeddings)
+    if encodes:
+        return encoders.EncoderReference(source, network, facts, cache(partial(_tokenizer, source.directory)))
     return Reference(source.directory, network, facts)
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, ModelError, SchemeError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
 from tapeout.exporters.gguf import blocks, k_blocks
-from tapeout.models import DecoderConfig, SourceTensor
+from tapeout.models import DecoderConfig, EncoderConfig, SourceTensor
 from tapeout.models.rope import divisors
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4
@@ -174,6 +174,10 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         ModelError: a field of the model's config that no arch expresses, or nvfp4 where llama.cpp drops half of it.
         SchemeError: a tensor's scheme that GGUF does not carry.
     """
+    if isinstance(quant.model.config, EncoderConfig):
+        raise ModelError(
+            f"{quant.model.name} is an encoder ({quant.model.config.family}), which is not expressible in our GGUF: use --format onnx."
+        )
     config = quant.model.decoder
     _check(config)
     arch, context, notes = _arch(config, sliding_window)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,12 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
+from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.files import writing
+from tapeout.models import EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
+from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
@@ -87,8 +91,12 @@ def build(quant: Quantized, *, layers: int | None = None, exact: bool = False) -
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
-    ops = ContribOps(graph, config.max_position_embeddings, exact)
-    ops.logits(decoder(ops, config, ops.ids(), count))
+    if isinstance(config, EncoderConfig):
+        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact, keep_sums=config.pre_norm)
+        encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
+    else:
+        ops = ContribOps(graph, config.max_position_embeddings, exact)
+        ops.logits(decoder(ops, config, ops.ids(), count))
     return graph, graph.finish()
 
 
@@ -109,6 +117,9 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
         "tapeout.source_sha256": quant.source_sha256,
         "tapeout.codes_sha256": quant.digest,
     }
+    config = quant.model.config
+    if isinstance(config, EncoderConfig):
+        facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
     return graph.model(facts, OPSET)
 
 
@@ -134,7 +145,10 @@ def _bytes_per_token(graph: Graph) -> int:
     for each in graph.initializers.values():
         for piece in each.pieces:
             share = 1.0
-            if piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
+            if isinstance(config, EncoderConfig):
+                spec = graph.quant.model.specs[piece.sources[0]]
+                share = 1 / spec.shape[0] if spec.role in (Role.EMBEDDING, Role.POSITION) else 1.0
+            elif piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
                 share = 1 / config.vocab_size
             elif config.moe and any(
                 f".{config.moe.expert.split('{}')[0].lstrip('.')}" in source for source in piece.sources

@@ -287,9 +287,17 @@ def test_a_real_sentence_encoder_tells_meanings_apart() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     model = load(package.get_model_path())
     assert isinstance(model.config, EncoderConfig)
-    assert (model.config.output, model.config.pooling, model.config.normalize) == ("sentence_embedding", "mean", True)
+    assert (model.config.output, model.config.pooling, model.config.normalize) == (
+        "sentence_embedding",
+        "mean",
+        True,
+    )
     assert model.config.max_position_embeddings == 256
-    texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "The central bank raised interest rates again."]
+    texts = [
+        "A cat sits on the mat.",
+        "A kitten rests on a rug.",
+        "The central bank raised interest rates again.",
+    ]
     tokenizer = tokenizers.Tokenizer.from_file(str(model.directory / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.enable_padding()
