@@ -81,9 +81,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 24},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+    },
     "gemma3_text": {
+        "tie_word_embeddings": True,
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
         "sliding_window": 24,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, ModelError, SchemeError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
 from tapeout.exporters.gguf import blocks, k_blocks
-from tapeout.models import DecoderConfig, EncoderConfig, SourceTensor
+from tapeout.exporters.gguf.arch import ARCHS, choose
+from tapeout.models import DecoderConfig, EncoderConfig, Role, SourceTensor
 from tapeout.models.rope import divisors
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4
@@ -126,6 +128,8 @@ class Entry:
         kind: GGUF type (``Q4_0``).
         block: how rows of codes become bytes; None for float types.
         heads: rotary heads whose rows are interleaved; 0: rows stay.
+        members: the experts whose tensors are stacked here, ``source`` the first; shape [experts, out, in].
+        offset: is added to the checkpoint's values (norms).
         scale_of: for what all scales of another tensor (its Hugging Face name) are multiplied with: NVFP4's float32.
     """
 
@@ -137,6 +141,13 @@ class Entry:
     heads: int = 0
     values: npt.NDArray[np.float32] | None = None
     scale_of: str | None = None
+    members: tuple[str, ...] = ()
+    offset: float = 0.0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that this one holds, one after the other."""
+        return self.members or ((self.source,) if self.source else ())
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +182,7 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
     """Decide arch, types and order.
 
     Raises:
-        ModelError: a field of the model's config that no arch expresses, or nvfp4 where llama.cpp drops half of it.
+        ModelError: a field of the model's config that its arch does not express, or nvfp4 where llama.cpp drops half of it.
         SchemeError: a tensor's scheme that GGUF does not carry.
     """
     if isinstance(quant.model.config, EncoderConfig):
@@ -179,32 +190,84 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
             f"{quant.model.name} is an encoder ({quant.model.config.family}), which is not expressible in our GGUF: use --format onnx."
         )
     config = quant.model.decoder
-    _check(config)
-    arch, context, notes = _arch(config, sliding_window)
     count = config.num_layers if layers is None else layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
-    names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, config.num_layers)
-    entries = []
-    if config.rope.kind == "llama3":
-        factors = divisors(config.rope).astype(np.float32)
-        entries.append(Entry("rope_freqs.weight", None, factors.shape, "F32", values=factors))
+    arch, context, notes = choose(config, sliding_window, count)
+    known = ARCHS["llama" if arch == "granite_swa" else arch]
+    names = library().get_tensor_name_map(library().MODEL_ARCH[known.tensors], config.num_layers)
+    entries = _rope_tables(config)
+    experts = _experts(config)
     for source, spec in quant.model.specs.items():
         layer = int(source.split(".")[2]) if source.startswith("model.layers.") else -1
-        if layer >= count:
+        if layer >= count or (source in experts and experts[source][0] != source):
             continue
-        kind, block, note = ("F32", None, None) if as_float32 else _kind(quant, source)
+        # Experts are one tensor, in the place of the first.
+        members = experts.get(source, ())
+        kinds = [("F32", None, None)] if as_float32 else [_kind(quant, name) for name in members or (source,)]
+        kind, block, note = kinds[0]
+        if any(other[0] != kind for other in kinds):
+            raise SchemeError(
+                f"{source} and the other experts of its layer, which GGUF holds in one tensor, would be "
+                f"{', '.join(sorted({other[0] for other in kinds}))}: give all of them one scheme."
+            )
         if note and note not in notes:
             notes.append(note)
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(source.split(".")[-2], 0)
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        entries.append(Entry(name, source, spec.shape, kind, block, heads))
+        heads = 0
+        if known.interleaved and not config.mla:
+            heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(source.split(".")[-2], 0)
+        offset = config.norm_offset if spec.role is Role.NORM else 0.0
+        shape = (len(members), *spec.shape) if members else spec.shape
+        name = _name(names, source, bool(members))
+        entries.append(Entry(name, source, shape, kind, block, heads, members=members, offset=offset))
         if block is blocks.NVFP4:
+            if arch not in ("llama", "granite_swa") or members:
+                raise ModelError(
+                    f"{source} cannot be nvfp4 in GGUF arch '{arch}': it is proven of dense llamas. What fits: mxfp4."
+                )
             entries.append(_tensor_scale(quant, entries[-1], arch))
         if arch == "granite_swa" and source.endswith("self_attn.o_proj.weight"):
             sinks = np.full(config.num_heads, _NO_SINK)
             entries.append(Entry(f"blk.{layer}.attn_sinks.weight", None, sinks.shape, "F32", values=sinks))
     return Layout(arch, context, tuple(entries), tuple(notes), count)
+
+
+def _rope_tables(config: DecoderConfig) -> list[Entry]:
+    """Tables of factors that no number in the header says."""
+    rope, tables = config.rope, {}
+    if rope.kind == "llama3":
+        tables = {"rope_freqs": divisors(rope)}
+    if rope.kind == "longrope":
+        trained = int(rope.parameters["original_max_position_embeddings"])
+        tables = {
+            "rope_factors_long": divisors(rope, trained + 1),
+            "rope_factors_short": divisors(rope, trained),
+        }
+    return [
+        Entry(f"{name}.weight", None, table.shape, "F32", values=table.astype(np.float32))
+        for name, table in tables.items()
+    ]
+
+
+def _experts(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """For each expert's tensor, those of all experts that are stacked with it, in order."""
+    found = {}
+    for layer in range(config.num_layers):
+        if moe := config.routed(layer):
+            for part in zip(*(moe.weights(layer, e) for e in range(moe.experts)), strict=True):
+                found |= dict.fromkeys(part, part)
+    return found
+
+
+def _name(names: Any, source: str, stacked: bool) -> str:
+    """A tensor's name in the file."""
+    if source.endswith(".e_score_correction_bias"):
+        return f"{names.get_name(source.removesuffix('_bias'))}.bias"
+    if stacked:
+        source = re.sub(r"(experts)\.\d+\.", r"\1.", source)
+    name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+    assert name is not None, source
+    return str(name)
 
 
 def _tensor_scale(quant: Quantized, of: Entry, arch: str) -> Entry:
@@ -223,38 +286,6 @@ def _tensor_scale(quant: Quantized, of: Entry, arch: str) -> Entry:
     scale = tensor.scale_codes.block.reshape(1).astype(np.float32)
     name = of.name.removesuffix("weight") + "scale"
     return Entry(name, None, scale.shape, "F32", values=scale, scale_of=of.source)
-
-
-def _check(config: DecoderConfig) -> None:
-    """Stop at what arch llama does not compute."""
-    unfit: dict[str, Any] = {}
-    if config.family not in ("llama", "mistral"):
-        unfit["model_type"] = config.family
-    if config.hidden_act != "silu":
-        unfit["hidden_act"] = config.hidden_act
-    if config.rope.kind not in ("default", "linear", "llama3"):
-        unfit["rope_type"] = config.rope.kind
-    if config.head_dim % 2:
-        unfit["head_dim"] = config.head_dim
-    if unfit:
-        fields = ", ".join(f"{field} = {value}" for field, value in unfit.items())
-        raise ModelError(f"{fields} is not expressible in GGUF arch 'llama'.")
-
-
-def _arch(config: DecoderConfig, sliding_window: str) -> tuple[str, int, list[str]]:
-    """Arch, longest context, notes: a window that matters goes into granite_swa, or limits the context."""
-    window, context = config.sliding_window, config.max_position_embeddings
-    if window is None or window >= context:
-        return "llama", context, []
-    if sliding_window == "clamp":
-        note = f"arch llama has no sliding window: the context is clamped from {context} to the window of {window} tokens"
-        return "llama", window, [note]
-    note = (
-        f"the sliding window of {window} tokens is carried by arch granite_swa (scales 1, sinks that weigh 0): needs a "
-        "llama.cpp that knows this arch (llama-cpp-python 0.3.36 does); sliding_window='clamp' makes a file for any, with a "
-        f"context of {window}"
-    )
-    return "granite_swa", context, [note]
 
 
 def _kind(quant: Quantized, name: str) -> tuple[str, blocks.Block | None, str | None]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from tapeout.exporters.gguf.arch import ARCHS
 from tapeout.exporters.gguf.layout import Layout, library
+from tapeout.models import DecoderConfig
+from tapeout.models.decoder import Moe
+from tapeout.models.rope import attention_factor, mscale
 from tapeout.quantize import Quantized
 
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -55,15 +59,67 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_value_length(config.value_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    if config.rope.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(config.rope.parameters["factor"]))
+    _add_rope(writer, config)
+    if config.attention_softcap:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap:
+        writer.add_final_logit_softcapping(config.logit_softcap)
     if layout.arch == "granite_swa":
         writer.add_logit_scale(1.0)
+    if layout.arch == "granite_swa" or (ARCHS[layout.arch].windows and config.sliding_window):
         writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([True] * layout.layers)
+        writer.add_sliding_window_pattern([config.window(i) is not None for i in range(layout.layers)])
+    if config.moe:
+        _add_experts(writer, config.moe, layout)
+    if config.mla:
+        # Without the lengths of a compressed cache llama.cpp takes kv_b as it is, in the canonical codes.
+        writer.add_kv_lora_rank(config.mla.kv_rank)
+        writer.add_q_lora_rank(config.mla.q_rank or 0)
+
+
+def _add_rope(writer: Any, config: DecoderConfig) -> None:
+    rope, p = config.rope, config.rope.parameters
+    kinds = library().RopeScalingType
+    writer.add_rope_dimension_count(rope.dim)
+    writer.add_rope_freq_base(rope.theta)
+    if config.local_rope:
+        writer.add_rope_freq_base_swa(config.local_rope.theta)
+    if rope.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(kinds.LINEAR if rope.kind == "linear" else kinds.YARN)
+        writer.add_rope_scaling_factor(float(p["factor"]))
+    if rope.kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(int(p["original_max_position_embeddings"]))
+    if rope.kind == "yarn":
+        if config.mla:
+            writer.add_rope_scaling_yarn_log_mul(
+                0.1 * float(p["mscale_all_dim"])
+            )  # llama.cpp divides by 0.1 again
+        else:  # llama.cpp multiplies by YaRN's own factor itself
+            writer.add_rope_scaling_attn_factors(attention_factor(rope) / mscale(float(p["factor"])))
+    if rope.kind == "longrope":
+        writer.add_rope_scaling_type(kinds.LONGROPE)
+        writer.add_rope_scaling_attn_factors(attention_factor(rope))
+
+
+def _add_experts(writer: Any, moe: Moe, layout: Layout) -> None:
+    writer.add_expert_count(moe.experts)
+    writer.add_expert_used_count(moe.top_k)
+    if layout.arch == "llama":  # its experts are as wide as its other networks would be
+        return
+    writer.add_expert_feed_forward_length(moe.intermediate_size)
+    if layout.arch == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(moe.shared_size)
+    if layout.arch == "deepseek2":
+        gates = library().ExpertGatingFuncType
+        writer.add_leading_dense_block_count(
+            moe.layers.index(True) if True in moe.layers else len(moe.layers)
+        )
+        writer.add_expert_shared_count(moe.shared_size // moe.intermediate_size)
+        writer.add_expert_weights_scale(moe.scale)
+        writer.add_expert_weights_norm(moe.renormalize)
+        writer.add_expert_gating_func(gates.SIGMOID if moe.scoring == "sigmoid" else gates.SOFTMAX)
+        writer.add_expert_group_count(moe.groups)
+        writer.add_expert_group_used_count(moe.top_groups)

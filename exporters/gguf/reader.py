@@ -44,8 +44,9 @@ def read_codes(
         raise PackageError(f"{artifact.directory / artifact.files[0]}: {'; '.join(wrong[:5])}{more}.")
     scales = {entry.scale_of: tensors[entry.name].data for entry in layout.entries if entry.scale_of}
     for entry in layout.entries:
-        if entry.source:
-            yield entry.source, _read(entry, tensors[entry.name].data, quant, scales.get(entry.source))
+        for i, source in enumerate(entry.parts):
+            data = tensors[entry.name].data
+            yield source, _read(entry, source, data[i] if entry.members else data, quant, scales.get(source))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -110,19 +111,23 @@ def _difference(entry: Entry, tensor: Any | None) -> str | None:
 
 
 def _read(
-    entry: Entry, data: npt.NDArray[Any], quant: Quantized, scale: npt.NDArray[np.float32] | None
+    entry: Entry, source: str, data: npt.NDArray[Any], quant: Quantized, scale: npt.NDArray[np.float32] | None
 ) -> QuantTensor | npt.NDArray[np.float32]:
     order = entry.order()
     if order is not None:
         rows = np.empty_like(data)
         rows[order] = data
         data = rows
-    assert entry.source is not None
     if entry.block:
-        like = quant[entry.source]
+        like = quant[source]
         assert isinstance(like, QuantTensor)
         if scale is not None and like.scale_codes is not None:
             like = replace(like, scale_codes=replace(like.scale_codes, block=scale))
         return entry.block.unpack(data, like)
     bits = data.view(np.uint16) if entry.kind == "BF16" else data
-    return to_float32(bits, entry.kind)
+    values = to_float32(bits, entry.kind)
+    if entry.offset:
+        # Adding has rounded, so taking off again does not give the same: it is the same if adding gives this.
+        like = quant.float32(source)
+        return like if np.array_equal(like + np.float32(entry.offset), values) else values - entry.offset
+    return values

@@ -93,18 +93,25 @@ def write(
         files=tuple(file.path.name for file in files),
         context=layout.context,
         bytes_per_token=_bytes_per_token(quant, layout),
-        containers={entry.source: entry.kind for entry in layout.entries if entry.source},
+        containers={source: entry.kind for entry in layout.entries for source in entry.parts},
         notes=(*layout.notes, *vocabulary.notes),
     )
 
 
 def _bytes_per_token(quant: Quantized, layout: Layout) -> int:
-    """Bytes that a token reads: every tensor whole, but one row of an embedding table that is not the head as well."""
-    tied = quant.model.config.tie_word_embeddings
-    return sum(
-        entry.nbytes // entry.shape[0] if entry.name == "token_embd.weight" and not tied else entry.nbytes
-        for entry in layout.entries
-    )
+    """Bytes that a token reads: every tensor whole, but of the experts those that it is routed to, and one row of an embedding
+    table that is not the head as well.
+    """
+    config = quant.model.config
+    total = 0
+    for entry in layout.entries:
+        share = entry.nbytes
+        if entry.name == "token_embd.weight" and not config.tie_word_embeddings:
+            share //= entry.shape[0]
+        if entry.members and config.moe:
+            share = share * config.moe.top_k // config.moe.experts
+        total += share
+    return total
 
 
 @dataclass(frozen=True)
@@ -138,9 +145,16 @@ def _write_entry(quant: Quantized, entry: Entry, handle: int, offset: int, pool:
         assert entry.values is not None
         write_at(handle, entry.values, offset)
         return
-    tensor = quant[entry.source]
+    each = entry.nbytes // len(entry.parts)
+    for i, source in enumerate(entry.parts):
+        _write_tensor(quant[source], entry, handle, offset + i * each, each, pool)
+
+
+def _write_tensor(
+    tensor: QuantTensor | SourceTensor, entry: Entry, handle: int, offset: int, nbytes: int, pool: Executor
+) -> None:
     order = entry.order()
-    out, width = entry.shape[0], math.prod(entry.shape[1:])
+    out, width = tensor.shape[0], math.prod(tensor.shape[1:])
 
     def write_rows(first: int) -> None:
         step = max(1, _STEP_WEIGHTS // width)
@@ -148,7 +162,7 @@ def _write_entry(quant: Quantized, entry: Entry, handle: int, offset: int, pool:
         for row in range(first, end, step):
             rows = slice(row, min(row + step, end))
             index = rows if order is None else order[rows]
-            write_at(handle, _pack(tensor, index, entry), offset + row * (entry.nbytes // out))
+            write_at(handle, _pack(tensor, index, entry), offset + row * (nbytes // out))
 
     list(pool.map(write_rows, range(0, out, max(1, _TASK_WEIGHTS // width))))
 
@@ -163,4 +177,6 @@ def _pack(tensor: QuantTensor | SourceTensor, index: slice | Index, entry: Entry
             else rows.dequantize().astype(FLOATS[entry.kind], copy=False)
         )
     bits = tensor.bits()[index]
+    if entry.offset:
+        return to_float32(bits, tensor.dtype) + np.float32(entry.offset)
     return bits if entry.kind == tensor.dtype else to_float32(bits, tensor.dtype)

@@ -240,10 +240,73 @@ class ContribOps:
     def latent_attention(
         self, name: str, query: Value, latent: Value, key_rope: Value, weight: str, spec: Attention, mla: Mla
     ) -> str:
-        """Not written yet."""
-        raise ModelError(
-            "multi-head latent attention is not expressible in ONNX Runtime's operators yet: use GGUF."
+        """One key head of latents for GroupQueryAttention, with the queries' half of ``weight`` in the queries.
+
+        q · (W latent) = (Wᵀ q) · latent, and values are made after they are summed: no key or value of a head ever exists. The
+        operator's values are as wide as its keys, so a cached token takes twice kv_rank + rope_dim numbers.
+        """
+        g, heads, wide = self.graph, spec.heads, mla.kv_rank + mla.rope_dim
+        if wide % 8:
+            raise ModelError(
+                f"kv_lora_rank + qk_rope_head_dim = {wide} is not expressible in ONNX Runtime's GroupQueryAttention: it takes "
+                "multiples of 8."
+            )
+
+        def at(part: str) -> str:
+            return f"{name}.{part}"
+
+        def cut(x: str, sizes: tuple[int, int], first: str, second: str, axis: int) -> tuple[str, str]:
+            given = g.constant(f"sizes.{sizes[0]}.{sizes[1]}", np.array(sizes))
+            g.node("Split", [x, given], at(f"{first}.{second}"), [at(first), at(second)], axis=axis)
+            return at(first), at(second)
+
+        def shaped(x: str, shape: Sequence[int], out: str) -> str:
+            return g.node(
+                "Reshape", [x, g.constant(f"shape.{'.'.join(map(str, shape))}", np.array(shape))], out
+            )
+
+        # Float32, since no kernel multiplies parts of rows of codes by each head.
+        if g.quant.schemes[weight].kind != "none":
+            g.note(f"{weight} and those like it are float32: their halves are multiplied apart")
+        whole = shaped(g.vector(weight), (heads, mla.nope_dim + mla.v_dim, mla.kv_rank), at("kv_b"))
+        of_keys, of_values = cut(whole, (mla.nope_dim, mla.v_dim), "kv_b.keys", "kv_b.values", 1)
+        cos, sin, position = self._rope(spec.rope, always=True)
+        assert position is not None
+
+        def turn(x: str, count: int, out: str) -> str:
+            return g.node(
+                "RotaryEmbedding", [x, position, cos, sin], out, domain=DOMAIN,
+                num_heads=count, interleaved=int(spec.rope.interleaved),
+            )  # fmt: skip
+
+        q = shaped(self._use(query), (0, 0, heads, mla.nope_dim + mla.rope_dim), at("q"))
+        plain, turned = cut(q, (mla.nope_dim, mla.rope_dim), "q.plain", "q.rope", 3)
+        turned = turn(shaped(turned, (0, 0, -1), at("q.rope.flat")), heads, at("q.turned"))
+        plain = g.node("Transpose", [plain], at("q.heads"), perm=[0, 2, 1, 3])
+        plain = g.node("MatMul", [plain, of_keys], at("q.latent.heads"))
+        plain = g.node("Transpose", [plain], at("q.latent"), perm=[0, 2, 1, 3])
+        turned = shaped(turned, (0, 0, heads, mla.rope_dim), at("q.turned.heads"))
+        q = shaped(g.node("Concat", [plain, turned], at("q.whole"), axis=3), (0, 0, -1), at("q.flat"))
+        key = turn(self._use(key_rope), 1, at("k.turned"))
+        k = g.node("Concat", [self._use(latent), key], at("k"), axis=2)
+        cache = self._cache(spec.layer, 1, wide, None)
+        y = g.node(
+            "GroupQueryAttention", [q, k, k, *cache[:2], "last_position", "total_length"], at("latents"),
+            [at("latents"), *cache[2:]], domain=DOMAIN, num_heads=heads, kv_num_heads=1, scale=spec.scale,
+        )  # fmt: skip
+        y, _ = cut(
+            shaped(y, (0, 0, heads, wide), at("latents.wide")),
+            (mla.kv_rank, mla.rope_dim),
+            "latents.kept",
+            "unused",
+            3,
         )
+        y = g.node("Transpose", [y], at("latents.heads"), perm=[0, 2, 1, 3])
+        of_values = g.node("Transpose", [of_values], at("kv_b.values.turned"), perm=[0, 2, 1])
+        y = g.node(
+            "Transpose", [g.node("MatMul", [y, of_values], at("heads"))], at("tokens"), perm=[0, 2, 1, 3]
+        )
+        return shaped(y, (0, 0, -1), name)
 
     def gated(self, name: str, gate: Value, up: Value, act: str) -> str:
         """QuickGelu with alpha 1 is SiLU, in one node."""
@@ -407,7 +470,7 @@ class ContribOps:
         def run(at: str, rows: str, act: str) -> str:
             g = self.graph
             both = multiply(f"{at}.gate_up", rows, "gate_up", 2 * inner, hidden)
-            both = g.node("Reshape", [both, g.constant("pairs", np.array([0, -1, 2]))], f"{at}.pairs")
+            both = g.node("Reshape", [both, g.constant("pairs", np.array([0, inner, 2]))], f"{at}.pairs")
             gate, up = (
                 g.node("Gather", [both, g.constant(f"index.{i}", np.array(i))], f"{at}.{part}", axis=2)
                 for i, part in enumerate(("gate", "up"))

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "mixtral": ("mixtral", {"sliding_window": 8}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
 }
 
 
@@ -93,6 +98,31 @@ def test_every_family_is_the_reference(make_model: MakeModel, start: Open, case:
     assert apart(wanted, np.concatenate([*parts, session.prefill(IDS[37:])])) < CLOSE
     session.reset()
     assert apart(wanted[[-1]], session.append(IDS)) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-asym"])
+def test_experts_of_one_kernel_are_the_experts_one_by_one(
+    make_model: MakeModel, start: Open, tmp_path: Path, family: str, scheme: str
+) -> None:
+    """QMoE as it ships, its inputs left alone: the same data, stacked, rows of gate and up taking turns."""
+    import onnx as library
+
+    directory = make_model(family)
+    expected = start(directory, scheme, write={"exact": True}).prefill(IDS)
+    start(directory, scheme)
+    model = library.load(tmp_path / "onnx-1" / "model.onnx", load_external_data=False)
+    experts = [node for node in model.graph.node if node.op_type == "QMoE"]
+    assert len(experts) == (2 if family == "mixtral" else 1)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    (tmp_path / "level-0.onnx").write_bytes(model.SerializeToString())
+    session = onnxruntime.open_session(
+        str(tmp_path / "onnx-1"), context=256, graph=str(tmp_path / "level-0.onnx"), threads=1
+    )
+    assert apart(expected, session.prefill(IDS)) < CLOSE
 
 
 def test_the_cache_of_a_window_stays_at_its_size(make_model: MakeModel, start: Open) -> None:
