@@ -21,7 +21,7 @@ from tapeout.validate.report import GateResult, Report
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
 
-__all__ = ["GATES", "GateResult", "Limits", "Options", "Report", "validate"]
+__all__ = ["ENCODER_GATES", "GATES", "GateResult", "Limits", "Options", "Report", "validate"]
 
 ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
 GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
