@@ -164,7 +164,6 @@ def write_model(
         )
         _write_tokenizer(directory)
     read = kind.config(ConfigReader(raw))
-    norm_offset = float(getattr(read, "norm_offset", 0.0))
     shards = list(_shards(dict(kind.tensors(read)), dtype, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if shard_bytes is None:
@@ -176,7 +175,7 @@ def write_model(
         )
     random = np.random.default_rng(seed)
     for file, shard in zip(names, shards, strict=True):
-        arrays = {name: _data(spec, dtype, random, norm_offset) for name, spec in shard.items()}
+        arrays = {name: _data(spec, dtype, random, read) for name, spec in shard.items()}
         tensors = {
             name: safetensors.TensorSpec(
                 dtype=_SAFETENSORS_DTYPES[dtype], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
@@ -203,16 +202,17 @@ def _shards(
     yield shard
 
 
-def _data(spec: TensorSpec, dtype: str, random: np.random.Generator, norm_offset: float) -> npt.NDArray[Any]:
+def _data(spec: TensorSpec, dtype: str, random: np.random.Generator, config: Any) -> npt.NDArray[Any]:
     values = random.standard_normal(spec.shape, np.float32)
     if spec.role is Role.NORM:
-        values = np.float32(1 - norm_offset) + np.float32(0.2) * values
+        values = np.float32(1 - getattr(config, "norm_offset", 0.0)) + np.float32(0.2) * values
     elif spec.role is Role.BIAS:
         values *= np.float32(0.2)
     else:
         # Keeps activations near unit size; logits then have a spread that a comparison can be made on.
+        embedding = 0.5 / getattr(config, "embedding_scale", 1.0)
         looked_up = spec.role in (Role.EMBEDDING, Role.POSITION)
-        values *= np.float32(0.5) if looked_up else np.float32(spec.shape[-1] ** -0.5)
+        values *= np.float32(embedding if looked_up else spec.shape[-1] ** -0.5)
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(_SAFETENSORS_DTYPES[dtype])

@@ -26,6 +26,9 @@ _FLOAT32_DERIVATION = (
     "The same codes as float32, cache and all: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
     "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
 )
+# Of Gemma's activation, on llama.cpp.
+_GELU_LIMIT = 3e-3
+_GELU_DERIVATION = f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: off by 2^-11 of itself, and its input too, in each layer."
 _LEVEL_DERIVATION = (
     "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
     "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
@@ -107,10 +110,9 @@ class Cpu:
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The same codes without the runtime's rounding of inputs, and the shipped files with that rounding explained."""
         road = self._road
+        derivation, limit = road.bound(quant)
         return [
-            Lowering(
-                "weights", road.exact(self, artifact, quant, scratch), "max", road.weights, _WEIGHTS_LIMIT
-            ),
+            Lowering("weights", road.exact(self, artifact, quant, scratch), "max", derivation, limit),
             Lowering("runtime", road.open(self, artifact), "kl", road.runtime),
         ]
 
@@ -133,7 +135,13 @@ class _Gguf:
     arithmetic: ClassVar[Arithmetic] = "ggml"
     needs = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
     packages = ("llama_cpp", "gguf")
-    weights, runtime = _FLOAT32_DERIVATION, _GGML_DERIVATION
+    runtime = _GGML_DERIVATION
+
+    @staticmethod
+    def bound(quant: Quantized) -> tuple[str, float]:
+        if quant.model.config.hidden_act.startswith("gelu"):
+            return _GELU_DERIVATION, _GELU_LIMIT
+        return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT
 
     @staticmethod
     def write(cpu: Cpu, quant: Quantized, out: Path, progress: Progress | None) -> Artifact:
@@ -172,7 +180,11 @@ class _Onnx:
     arithmetic: ClassVar[Arithmetic] = "mlas"
     needs = "onnxruntime 1.32 or newer"
     packages = ("onnxruntime", "onnx")
-    weights, runtime = _LEVEL_DERIVATION, _MLAS_DERIVATION
+    runtime = _MLAS_DERIVATION
+
+    @staticmethod
+    def bound(quant: Quantized) -> tuple[str, float]:
+        return _LEVEL_DERIVATION, _WEIGHTS_LIMIT
 
     @staticmethod
     def write(cpu: Cpu, quant: Quantized, out: Path, progress: Progress | None) -> Artifact:
@@ -202,7 +214,17 @@ class _Onnx:
 
     @staticmethod
     def commands(artifact: Artifact) -> str:
-        return "python -c \"import onnxruntime; onnxruntime.InferenceSession('artifact/model.onnx')\""
+        lines = (
+            "import onnxruntime_genai as og",
+            'model = og.Model("artifact")  # pip install onnxruntime-genai',
+            "words = og.Tokenizer(model)",
+            "generator = og.Generator(model, og.GeneratorParams(model))",
+            'generator.append_tokens(words.encode("TEXT"))',
+            "while not generator.is_done():",
+            "    generator.generate_next_token()",
+            "print(words.decode(generator.get_sequence(0)))",
+        )
+        return "python - <<END\n" + "\n".join(lines) + "\nEND"
 
 
 def parse_size(text: str) -> int:

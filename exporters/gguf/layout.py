@@ -251,7 +251,7 @@ def _rope_tables(config: DecoderConfig) -> list[Entry]:
 
 def _experts(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """For each expert's tensor, those of all experts that are stacked with it, in order."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for layer in range(config.num_layers):
         if moe := config.routed(layer):
             for part in zip(*(moe.weights(layer, e) for e in range(moe.experts)), strict=True):

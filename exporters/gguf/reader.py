@@ -128,6 +128,10 @@ def _read(
     values = to_float32(bits, entry.kind)
     if entry.offset:
         # Adding has rounded, so taking off again does not give the same: it is the same if adding gives this.
-        like = quant.float32(source)
-        return like if np.array_equal(like + np.float32(entry.offset), values) else values - entry.offset
+        own = quant.float32(source)
+        return (
+            own
+            if np.array_equal(own + np.float32(entry.offset), values)
+            else values - np.float32(entry.offset)
+        )
     return values

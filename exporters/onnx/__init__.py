@@ -1,4 +1,4 @@
-"""ONNX, in the operators of ONNX Runtime: the codes in its own containers, the graph built from the one definition, weights beside it."""
+"""ONNX: the graph built from the one definition, in ONNX Runtime's operators or in the standard ones, and the codes beside it."""
 
 from __future__ import annotations
 

@@ -145,10 +145,83 @@ class Float8:
         return replace(like, packed=packed, scale=_one_scale(parts["scales"], like), scale_codes=None)
 
 
-Container = NBits | Bnb4 | Float8
+@dataclass(frozen=True)
+class Linear:
+    """ONNX's own DequantizeLinear: codes as integers of the format, signed where there is no zero point.
+
+    Attributes:
+        bits: of a code in the file: 4 or 8.
+        block: weights under a scale; None: a row.
+        zero_point: whether each block has one; codes and zero points are then unsigned.
+        turned: [in, out], as MatMul takes it; otherwise [out, in], for lookups.
+
+    Parts, turned: ``codes`` (u)int4 or (u)int8 [in, out]; ``scales`` float32 [in / block, out], or [out] of rows;
+    ``zero_points`` as the codes [in / block, out].
+    """
+
+    bits: int
+    block: int | None
+    zero_point: bool
+    turned: bool
+
+    @property
+    def kind(self) -> str:
+        """ONNX's type of the codes."""
+        return f"{'U' if self.zero_point else ''}INT{self.bits}"
+
+    @property
+    def axis(self) -> int:
+        """What DequantizeLinear calls so: along which blocks lie, or the one axis of the scales."""
+        return int(self.turned == (self.block is None))
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        """The parts of a matrix."""
+        each = (into // self.block, out) if self.block else (out,)
+        if self.block and not self.turned:
+            each = each[::-1]
+        found: Shapes = {
+            "codes": (self.kind, (into, out) if self.turned else (out, into)),
+            "scales": ("FLOAT", each),
+        }
+        if self.zero_point:
+            found["zero_points"] = (self.kind, each)
+        return found
+
+    def pack(self, tensor: QuantTensor) -> Parts:
+        """The parts of a whole tensor, since columns become rows."""
+        signed = np.uint8(0 if self.zero_point else 2 ** (tensor.bits - 1))
+        codes = tensor.codes() - signed
+        scale = tensor.scale.astype(np.float32)
+        parts: Parts = {"codes": self._integers(codes), "scales": scale.T if self.turned else scale}
+        if self.zero_point:
+            assert tensor.zero_point is not None
+            parts["zero_points"] = self._integers(np.asarray(tensor.zero_point))
+        return parts
+
+    def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
+        """Undo ``pack``; the parts are as onnx gives them: an integer a byte."""
+        signed = 0 if self.zero_point else 2 ** (like.bits - 1)
+        codes = self._rows(parts["codes"], *like.shape).astype(np.int16) + signed
+        scale = self._rows(parts["scales"], *like.scale.shape)
+        found = replace(like, scale=_one_scale(scale, like), scale_codes=None)
+        if self.zero_point:
+            points = self._rows(parts["zero_points"], *like.scale.shape)
+            found = replace(found, zero_point=points.astype(np.uint8))
+        return _with_codes(found, codes.astype(np.uint8))
+
+    def _rows(self, part: npt.NDArray[np.generic], rows: int, columns: int) -> npt.NDArray[np.generic]:
+        return part.reshape(columns, rows).T if self.turned else part.reshape(rows, columns)
+
+    def _integers(self, values: Bytes) -> Bytes:
+        """Packed as ONNX packs them: all of a tensor in a row, of two 4-bit ones the first in the low nibble."""
+        flat = np.ascontiguousarray(values.T if self.turned else values).reshape(1, -1)
+        return flat if self.bits == 8 else pack(flat & np.uint8(15), 4)
 
 
-def container_of(scheme: Scheme, into: int) -> Container | None:
+Container = NBits | Bnb4 | Float8 | Linear
+
+
+def container_of(scheme: Scheme, into: int) -> NBits | Bnb4 | Float8 | None:
     """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
     if scheme.levels == "nf4":
         return Bnb4()
@@ -159,6 +232,14 @@ def container_of(scheme: Scheme, into: int) -> Container | None:
     if bits is None or block is None or scheme.kind not in ("symmetric", "asymmetric"):
         return None
     return NBits(bits, block, zero_point=scheme.kind == "asymmetric")
+
+
+def linear_of(scheme: Scheme, into: int, *, turned: bool) -> Linear | None:
+    """The container of a matrix in standard operators; None: there is none."""
+    bits = {2: 4, 3: 4, 4: 4, 6: 8, 8: 8}.get(scheme.bits)
+    if bits is None or scheme.kind not in ("symmetric", "asymmetric"):
+        return None
+    return Linear(bits, scheme.group, scheme.kind == "asymmetric", turned)
 
 
 def block_of(scheme: Scheme, into: int) -> int | None:
@@ -184,7 +265,7 @@ def carries(scheme: Scheme) -> Carry:
     if container is None:
         if scheme.kind == "affine":
             return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
-        return Refused("onnxruntime has no 4-bit float on CPUs.", "int4-g32")
+        return Refused("onnxruntime has no kernel for these levels on CPUs.", "int4-g32")
     if isinstance(container, Bnb4):
         return Exact("MatMulBnb4, slow", 4 + 32 / container.block)
     if isinstance(container, Float8):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tapeout.exporters.onnx.blocks import Bnb4, NBits
-from tapeout.exporters.onnx.contrib import ContribOps, Cut, Routing, Sum
+from tapeout.exporters.onnx.blocks import NBits
+from tapeout.exporters.onnx.contrib import ContribOps
+from tapeout.exporters.onnx.emitter import Cut, Routing, Sum
 from tapeout.exporters.onnx.graph import DOMAIN, library
 from tapeout.models.encoder import EncoderConfig, SelfAttention
 from tapeout.models.rope import cos_sin
@@ -61,22 +62,15 @@ class EncoderContribOps(ContribOps):
         self.graph.outputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> Value:  # type: ignore[override]
-        """MatMulNBits, MatMulBnb4 or FusedMatMul; the bias of the latter two goes into what follows."""
-        x, container = self._use(x), self.graph.container(weight)
-        if isinstance(container, NBits):
-            return self._n_bits(name, x, weight, container, bias)
-        out = f"{name}.product" if bias else name
-        if isinstance(container, Bnb4):
-            codes, scales = self._parts(weight, container)
-            rows, into = self._shape(weight)
-            y = self.graph.node(
-                "MatMulBnb4", [x, codes, scales], out, domain=DOMAIN,
-                N=rows, K=into, block_size=container.block, quant_type=1, transB=1,
-            )  # fmt: skip
-        else:
-            matrix = self._floats(weight, container)
-            y = self.graph.node("FusedMatMul", [x, matrix], out, domain=DOMAIN, transB=1)
-        return Biased(name, y, self.graph.vector(bias)) if bias else y
+        """As for decoders, but the bias of a matmul that takes none goes into what follows."""
+        x = self._use(x)
+        if bias is None or isinstance(self.graph.container(weight), NBits):
+            return super().linear(name, x, weight, bias)
+        return Biased(name, super().linear(f"{name}.product", x, weight, None), self.graph.vector(bias))
+
+    def _wanted(self, name: str, x: Value) -> str:
+        """All of it: no row of a head's input is left out."""
+        return self._use(x)
 
     def positions(self, name: str, ids: Value, weight: str, padding: int | None) -> str:
         """The table's first rows, or a Gather where positions leave out padding."""

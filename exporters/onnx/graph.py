@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, SchemeError
 from tapeout.exporters import Refused
-from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, carries, container_of
+from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
 from tapeout.models import SourceTensor
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -28,7 +28,16 @@ _PAGE, _LINE = (
 _LARGE = 1 << 20
 
 FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
-WIDTHS = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2, "UINT8": 1, "FLOAT8E4M3FN": 1}
+BITS = {
+    "FLOAT": 32,
+    "FLOAT16": 16,
+    "BFLOAT16": 16,
+    "FLOAT8E4M3FN": 8,
+    "UINT8": 8,
+    "INT8": 8,
+    "UINT4": 4,
+    "INT4": 4,
+}
 
 
 def library() -> ModuleType:
@@ -64,7 +73,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of the run."""
-        return len(self.sources) * math.prod(self.shape) * WIDTHS[self.kind]
+        return -(-len(self.sources) * math.prod(self.shape) * BITS[self.kind] // 8)
 
 
 @dataclass
@@ -88,7 +97,7 @@ class Initializer:
     @property
     def nbytes(self) -> int:
         """Bytes of the constant."""
-        return math.prod(self.shape) * WIDTHS[self.kind]
+        return -(-math.prod(self.shape) * BITS[self.kind] // 8)
 
 
 @dataclass
@@ -254,6 +263,3 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data
-
-
-__all__ = ["DATA", "DOMAIN", "Bnb4", "Float8", "Graph", "Initializer", "NBits", "Piece", "library"]

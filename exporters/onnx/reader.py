@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
-from tapeout.exporters.onnx.graph import WIDTHS, Initializer, Piece, library
-from tapeout.exporters.onnx.writer import MODEL, build
+from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, library
+from tapeout.exporters.onnx.writer import MODEL, Dialect, build
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -21,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 def read_codes(
-    artifact: Artifact, quant: Quantized
+    artifact: Artifact, quant: Quantized, *, dialect: Dialect = "onnxruntime"
 ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
     """Yield every tensor of ``quant`` that the files hold, those of one initializer in memory at a time, by its Hugging Face name.
 
@@ -34,7 +35,7 @@ def read_codes(
     path = artifact.directory / MODEL
     model = _open(path)
     found = {each.name: each for each in model.graph.initializer}
-    graph, _ = build(quant)
+    graph, _ = build(quant, dialect=dialect)
     wrong = [
         text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
     ]
@@ -149,8 +150,8 @@ def _load(proto: Any, directory: Path) -> Array:
 def _rows(proto: Any, initializer: Initializer, piece: Piece, directory: Path) -> Array:
     """What a piece holds, [rows, sources, …] in its own type."""
     flat = _load(proto, directory).reshape(-1)
-    begin = (piece.offset - initializer.offset) // WIDTHS[piece.kind]
-    count = piece.nbytes // WIDTHS[piece.kind]
+    begin = (piece.offset - initializer.offset) * 8 // BITS[piece.kind]
+    count = len(piece.sources) * math.prod(piece.shape)
     rows = piece.shape[0] if len(piece.shape) > 1 else 1
     return flat[begin : begin + count].reshape(rows, len(piece.sources), -1)
 

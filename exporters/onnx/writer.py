@@ -7,18 +7,21 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
+from tapeout.exporters.onnx import genai
+from tapeout.exporters.onnx.blocks import Linear
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
 from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.files import writing
-from tapeout.models import EncoderConfig, Role
+from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
@@ -26,6 +29,8 @@ from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
 MODEL = "model.onnx"
+
+Dialect = Literal["onnxruntime", "standard"]
 
 _TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
 _STEP_WEIGHTS = 1 << 18  # weights in work at a time: their codes and parts fit a core's L2
@@ -37,10 +42,11 @@ def write(
     *,
     layers: int | None = None,
     exact: bool = False,
+    dialect: Dialect = "onnxruntime",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Write ``model.onnx``, ``model.onnx.data`` and the tokenizer's files into a directory.
+    """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer's files into a directory.
 
     Streams: a few rows a thread in memory, whatever the model's size. The bytes do not depend on ``threads``.
 
@@ -49,6 +55,7 @@ def write(
         directory: made when absent.
         layers: write the first decoder layers only.
         exact: as ``exact_graph``.
+        dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
 
@@ -57,11 +64,15 @@ def write(
         OutputError: the directory cannot be written.
         MissingToolchain: the onnx library is absent.
     """
-    graph, size = build(quant, layers=layers, exact=exact)
+    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect)
     files = tokenizer_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
+        context = quant.model.config.max_position_embeddings
+        generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
+        for name in generates:
+            (directory / name).write_text(genai.config(quant.model, context), encoding="utf-8")
         for file in files:
             shutil.copyfile(file, directory / file.name)
         with (directory / DATA).open("wb") as opened:
@@ -70,8 +81,8 @@ def write(
     return Artifact(
         format="onnx",
         directory=directory,
-        files=(MODEL, DATA, *(file.name for file in files)),
-        context=quant.model.config.max_position_embeddings,
+        files=(MODEL, DATA, *generates, *(file.name for file in files)),
+        context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
         notes=(*graph.notes, *_notes(quant)),
@@ -84,7 +95,9 @@ def exact_graph(quant: Quantized) -> bytes:
     return _model(build(quant, exact=True)[0], quant)
 
 
-def build(quant: Quantized, *, layers: int | None = None, exact: bool = False) -> tuple[Graph, int]:
+def build(
+    quant: Quantized, *, layers: int | None = None, exact: bool = False, dialect: Dialect = "onnxruntime"
+) -> tuple[Graph, int]:
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
     count = config.num_layers if layers is None else layers
@@ -92,11 +105,16 @@ def build(quant: Quantized, *, layers: int | None = None, exact: bool = False) -
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
     if isinstance(config, EncoderConfig):
+        if dialect == "standard":
+            raise ModelError(
+                f"{quant.model.name} is an encoder, which is written in ONNX Runtime's operators only."
+            )
         encoding = EncoderContribOps(graph, config.max_position_embeddings, exact, keep_sums=config.pre_norm)
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
-    else:
-        ops = ContribOps(graph, config.max_position_embeddings, exact)
-        ops.logits(decoder(ops, config, ops.ids(), count))
+        return graph, graph.finish()
+    kind = StandardOps if dialect == "standard" else ContribOps
+    ops = kind(graph, config.max_position_embeddings, exact)
+    ops.logits(decoder(ops, quant.model.decoder, ops.ids(), count))
     return graph, graph.finish()
 
 
@@ -183,6 +201,12 @@ def _write_pieces(
     tensors = [quant[source] for source in sources]
     shape = quant.model.specs[sources[0]].shape
     rows, width = shape[0], int(np.prod(shape[1:]))
+    if isinstance(pieces[0].container, Linear):  # columns become rows: a tensor at a time
+        (tensor,) = tensors
+        parts = _parts(tensor, slice(None), pieces[0])
+        for piece in pieces:
+            write_at(handle, parts[piece.part], piece.offset)
+        return
 
     def write_rows(first: int) -> None:
         step = max(1, _STEP_WEIGHTS // width)

@@ -150,7 +150,9 @@ def test_topics_are_what_the_script_makes(name: str) -> None:
 def test_held_out_clauses_are_main_clauses_nowhere_in_training() -> None:
     seen, held_out = topics.clauses()
     assert not set(seen) & set(held_out)
-    assert not {text for text, _ in topics.held_out_samples()} & {text for text, _ in topics.training_samples()}
+    assert not {text for text, _ in topics.held_out_samples()} & {
+        text for text, _ in topics.training_samples()
+    }
     # A main clause is the one that no link stands before; all of them are of ``seen``.
     mains = {str(clause) for clause in held_out}
     for text, _ in topics.training_samples():

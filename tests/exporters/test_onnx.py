@@ -186,7 +186,8 @@ def test_what_is_not_expressible_is_named(quantized, tmp_path: Path) -> None:
     ):
         onnx.write(quantized("nf4", name="b", overrides={"model.embed_tokens": "nf4"}), tmp_path)
     with pytest.raises(
-        SchemeError, match=r"is mxfp4: onnxruntime has no 4-bit float on CPUs\. What fits: int4-g32"
+        SchemeError,
+        match=r"is mxfp4: onnxruntime has no kernel for these levels on CPUs\. What fits: int4-g32",
     ):
         onnx.write(quantized("mxfp4", name="c"), tmp_path)
     quant = quantized("int8", name="d")

@@ -207,10 +207,10 @@ def batch(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.inference_mode()
 def accuracy(model: Any, samples: list[Sample]) -> float:
     """Share of the texts whose class the model finds."""
-    chosen = model(*batch([text for text, _ in samples])).argmax(-1).tolist()
+    with torch.inference_mode():
+        chosen = model(*batch([text for text, _ in samples])).argmax(-1).tolist()
     return sum(CLASSES[c] == topic for c, (_, topic) in zip(chosen, samples, strict=True)) / len(samples)
 
 
