@@ -77,7 +77,7 @@ def test_heldout_text_is_the_tasks(name: str) -> None:
     assert lines == [sample.prompt + sample.answer for sample in tasks(name)]
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_calibration_text_is_the_trainings(name: str) -> None:
     text = (embedded.path(name) / "calibration.txt").read_text()
     assert text == training.calibration_text(SCRIPTS[name].training_samples())

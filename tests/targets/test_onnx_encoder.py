@@ -162,6 +162,10 @@ def test_what_is_done_to_decoders_only_is_refused(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "tiny", "bert", {}, dtype="F32")
     with pytest.raises(ModelError, match=r"is an encoder \(bert\).*use --format onnx"):
         target("cpu").export(quantize(load(directory), "int8"), tmp_path / "out")
+    with pytest.raises(
+        ModelError, match=r"is an encoder \(bert\), which target null does not run.*--format onnx"
+    ):
+        target("null").export(quantize(load(directory), "int8"), tmp_path / "out")
     with pytest.raises(SchemeError, match=r"calibration runs decoders only. What fits: rounding rtn or hqq"):
         quantize(load(directory), "int4-g32", rounding="gptq")
     with pytest.raises(
