@@ -62,7 +62,7 @@ jobs, size = [], 0
 for name, each in assign(model, scheme, {}).items():
     source = model.checkpoint[name]
     if each.kind != "none":
-        step = max(1, (1 << 18) // source.shape[1])
+        step = max(1, (1 << 20) // source.shape[1])
         jobs += [(source, each, slice(row, row + step)) for row in range(0, source.shape[0], step)]
         size += source.nbytes
 with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

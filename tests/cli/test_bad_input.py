@@ -200,7 +200,7 @@ def test_a_signal_in_the_middle(make_model: MakeModel, tmp_path: Path, number: s
 
 
 def test_two_processes_and_one_output(make_model: MakeModel, tmp_path: Path) -> None:
-    model = make_model(hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+    model = make_model()
     command = [str(TAPEOUT), "export", "cpu", str(model), "--out", str(tmp_path / "out")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -292,13 +292,15 @@ def test_a_runtime_that_is_not_installed(copied: Path, tmp_path: Path) -> None:
     done = tapeout("run", copied, "--prompt", "1+1=", env=environment)
     assert done.returncode == 3
     assert "pip install 'tapeout[cpu]'" in paragraph(done)
-    validated = tapeout("validate", copied, "--model", "arithmetic", "--json", env=environment)
+    arguments = ("--model", "arithmetic", "--require", "decode", "--json")
+    validated = tapeout("validate", copied, *arguments, env=environment)
+    assert validated.returncode == 1
     gates = {gate["name"]: gate for gate in json.loads(validated.stdout)["gates"]}
-    assert gates["decode"]["status"] == "skipped"
+    assert gates["tokenizer"]["status"] == "skipped"
+    assert "pip install" in gates["tokenizer"]["reason"]
+    assert gates["decode"]["status"] == "failed"
     assert "pip install" in gates["decode"]["reason"]
     assert gates["codes"]["status"] == "passed", gates["codes"]["reason"]
-    required = tapeout("validate", copied, "--model", "arithmetic", "--require", "decode", env=environment)
-    assert required.returncode == 1
 
 
 def test_a_runtime_that_segfaults(copied: Path, tmp_path: Path) -> None:
