@@ -12,12 +12,23 @@ from typing import Any
 
 from tapeout import embedded
 from tapeout.errors import ModelError
-from tapeout.models import gguf
+from tapeout.models import gguf, sentence
 from tapeout.models.checkpoint import Checkpoint, SourceTensor
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
+from tapeout.models.encoder import EncoderConfig
 from tapeout.models.families import family
 
-__all__ = ["Checkpoint", "DecoderConfig", "Generation", "Model", "Role", "SourceTensor", "TensorSpec", "load"]
+__all__ = [
+    "Checkpoint",
+    "DecoderConfig",
+    "EncoderConfig",
+    "Generation",
+    "Model",
+    "Role",
+    "SourceTensor",
+    "TensorSpec",
+    "load",
+]
 
 # What travels with a model besides its weights, under the names that Hugging Face gives it.
 TOKENIZER_FILES = (
@@ -27,6 +38,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
@@ -67,10 +79,19 @@ class Model:
     name: str
     directory: Path
     raw_config: Mapping[str, Any]
-    config: DecoderConfig
+    config: DecoderConfig | EncoderConfig
     specs: Mapping[str, TensorSpec]
     checkpoint: Checkpoint
     quantization: Mapping[str, Any] | None = None
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The config of a decoder; ModelError if it is none."""
+        if isinstance(self.config, EncoderConfig):
+            raise ModelError(
+                f"{self.name} is an encoder ({self.config.family}), and this is done to decoders only."
+            )
+        return self.config
 
     def tokenizer_files(self) -> list[Path]:
         """The files of TOKENIZER_FILES that the model has."""
@@ -149,9 +170,11 @@ def load(source: str | Path) -> Model:
             f"{directory / 'config.json'} has {', '.join(f'{n} = {json.dumps(raw[n])}' for n in left)}, which the family "
             f"'{model_type}' does not handle; the model would not be the same without it."
         )
+    if isinstance(config, EncoderConfig):
+        config = sentence.applied(config, directory)
     specs = kind.tensors(config)
     if quantization is None:
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, ignored=lambda name: kind.optional(config, name))
         _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(config, n)})
     elif quantization["quant_method"] == "gguf":
         checkpoint = Checkpoint(directory, gguf.tensors(Path(quantization["file"]), config, specs))

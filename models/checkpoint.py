@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from io import FileIO
@@ -137,6 +137,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     Args:
         directory: what holds the safetensors files.
         tensors: the tensors, when they lie in another kind of file.
+        ignored: tensors of any type that nobody will ask for (row numbers of old encoders).
         quantized: whether types that are no weights' (integers, float8) may be there.
 
     Raises:
@@ -144,7 +145,12 @@ class Checkpoint(Mapping[str, SourceTensor]):
     """
 
     def __init__(
-        self, directory: Path, tensors: Mapping[str, SourceTensor] | None = None, *, quantized: bool = False
+        self,
+        directory: Path,
+        tensors: Mapping[str, SourceTensor] | None = None,
+        *,
+        quantized: bool = False,
+        ignored: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.directory = directory
         self._tensors: dict[str, SourceTensor] = dict(tensors or {})
@@ -153,7 +159,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
         for shard, names in promised.items():
             found, _ = read_header(directory / shard)
             for tensor in found.values():
-                if tensor.dtype not in FLOATS and not quantized:
+                if tensor.dtype not in FLOATS and not quantized and not ignored(tensor.name):
                     raise ModelError(
                         f"{tensor.name} in {tensor.file} is {tensor.dtype}; expected one of {', '.join(FLOATS)}."
                     )

@@ -29,7 +29,10 @@ class Role(StrEnum):
     """What a tensor is for: it decides the default scheme."""
 
     EMBEDDING = "embedding"  # [vocab, hidden], also the head when tied
-    HEAD = "head"  # [vocab, hidden]
+    POSITION = (
+        "position"  # [positions, hidden] or [token types, hidden] of encoders: small, added to embeddings
+    )
+    HEAD = "head"  # [vocab, hidden], or [classes, hidden]
     LINEAR = "linear"  # [out_features, in_features]
     ROUTER = "router"  # [experts, hidden], or [1, hidden] for the gate of a shared expert
     NORM = "norm"  # [hidden], or [head_dim] for norms of queries and keys

@@ -119,7 +119,7 @@ class Calibrated:
         Raises:
             ModelError: an activation is NaN or infinite (the first module is named), or a weight.
         """
-        config = self.model.config
+        config = self.model.decoder
         place = self.directory / ".calibration"
         place.mkdir(parents=True, exist_ok=True)
         (self.directory / "tensors").mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ class Calibrated:
 
     def _begin(self, layer: int, place: Path) -> _Layer:
         """A layer's graph, the weights that every token meets, and room for the values that are kept."""
-        config, at = self.model.config, f"model.layers.{layer}."
+        config, at = self.model.decoder, f"model.layers.{layer}."
         x, steps = trace.layer(config, layer)
         routed = config.routed(layer)
         of_experts = {n for e in range(routed.experts) for n in routed.weights(layer, e)} if routed else set()
@@ -425,7 +425,7 @@ class Calibrated:
 
     def _outside(self, path: Path) -> None:
         """Embedding, final norm and head: the head sees what the last layer gives, an embedding table no inputs at all."""
-        specs, config = self.model.specs, self.model.config
+        specs, config = self.model.specs, self.model.decoder
         head = graph.EMBEDDING if config.tie_word_embeddings else graph.HEAD
         x = self._map(path, "r")
         norm = {graph.NORM: self._tensor(self.model.checkpoint[graph.NORM].float32())}
@@ -447,7 +447,7 @@ class Calibrated:
 
     def _embed(self, place: Path) -> None:
         """The embeddings of all sequences."""
-        table, scale = self.model.checkpoint[graph.EMBEDDING], np.float32(self.model.config.embedding_scale)
+        table, scale = self.model.checkpoint[graph.EMBEDDING], np.float32(self.model.decoder.embedding_scale)
         x = self._map(place / "embedding.f32", "w+")
         for i, ids in enumerate(self.tokens):
             unique, at = np.unique(ids, return_inverse=True)

@@ -47,7 +47,9 @@ app.command(export_app)
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
 Many = Parameter(negative="", consume_multiple=False)
-ModelArgument = Annotated[str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count.")]
+ModelArgument = Annotated[
+    str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")
+]
 
 
 def _register_export(kind: type[targets.Target]) -> None:
@@ -305,7 +307,7 @@ def run(
     seed: int = 0,
     json: Json = False,
 ) -> int:
-    """Generate on the target's runtime, with the package's own generation settings.
+    """Generate on the target's runtime, with the package's own generation settings; or encode a text with an encoder's package.
 
     Example: tapeout run build/demo --prompt "12*3="
 
@@ -327,6 +329,20 @@ def run(
     opened = Package.open(package)
     if not opened.passed:
         stderr.print(f"[yellow]warning: {package} failed its gates; see {package / 'report.html'}[/]")
+    if opened.encoder_output:
+        import numpy as np
+
+        from tapeout.replay import encode
+
+        found = encode(opened, prompt)
+        if json:
+            _print_json(found)
+        else:
+            said = found.get("label") or " ".join(
+                f"{value:.6g}" for value in np.ravel(found[opened.encoder_output])
+            )
+            sys.stdout.write(f"{said}\n")
+        return 0
     given = {
         "temperature": temperature,
         "top_p": top_p,

@@ -11,7 +11,7 @@ from typing import Any
 from tapeout import targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
-from tapeout.models import load
+from tapeout.models import EncoderConfig, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
 from tapeout.validate.session import KV_BITS
@@ -71,6 +71,14 @@ def _store(path: Path) -> dict[str, Any]:
 def _model(path: Path) -> dict[str, Any]:
     model = load(path if path.exists() else str(path))
     config = model.config
+    heads: dict[str, Any]
+    if isinstance(config, EncoderConfig):
+        rope = config.rope
+        heads = {"heads": config.num_heads, "output": config.output, "pooling": config.pooling}
+        heads |= {"labels": config.labels} if config.labels else {}
+    else:
+        rope = config.rope
+        heads = {"heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide"}
     return {
         "kind": "model",
         "name": model.name,
@@ -80,11 +88,11 @@ def _model(path: Path) -> dict[str, Any]:
         "dtypes": dict(Counter(tensor.dtype for tensor in model.checkpoint.values())),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
-        "heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide",
+        **heads,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "sliding_window": config.sliding_window,
-        "rope": {"type": config.rope.kind, "theta": config.rope.theta, **config.rope.parameters},
+        "rope": {"type": rope.kind, "theta": rope.theta, **rope.parameters} if rope else None,
         "tied_head": config.tie_word_embeddings,
         "licence": model.licence,
         "tokenizer_files": [file.name for file in model.tokenizer_files()],

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
+from tapeout.models.decoder import ConfigReader, Role, TensorSpec
 from tapeout.models.families import family
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -50,6 +50,35 @@ _DEEPSEEK = {
     "v_head_dim": 16,
     "num_key_value_heads": 8,
 }
+SMALL_ENCODER: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 96,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 0,
+}
+_CLASSES = {"id2label": {"0": "world", "1": "sports", "2": "business", "3": "science"}}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": SMALL_ENCODER | {"architectures": ["BertModel"], "type_vocab_size": 2},
+    "roberta": SMALL_ENCODER | {"architectures": ["RobertaModel"], "type_vocab_size": 1, "pad_token_id": 1},
+    "distilbert": {
+        "architectures": ["DistilBertModel"],
+        "vocab_size": 272,
+        "dim": 64,
+        "hidden_dim": 128,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 96,
+        "pad_token_id": 0,
+    },
+    "efficient_encoder_v1": SMALL_ENCODER | _CLASSES,
+    "efficient_encoder_v2": SMALL_ENCODER | _CLASSES | {"rope_theta": 10000.0},
+}
+"""Fields of small encoders, by family."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
@@ -108,7 +137,7 @@ def write_model(
     Args:
         directory: made when absent.
         model_type: a known family.
-        config: fields over those of SMALL and of FAMILIES.
+        config: fields over those of SMALL and of FAMILIES, or of ENCODERS.
         dtype: F32, F16 or BF16 (truncated from float32).
         shard_bytes: begin a new file after this many bytes; None: one file.
         seed: the same seed gives the same bytes.
@@ -117,17 +146,25 @@ def write_model(
         ``directory``.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    encodes = model_type in ENCODERS
     name = model_type.removesuffix("_text").title().replace("_", "")
     named = {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
-    raw = {**named, **SMALL, **FAMILIES.get(model_type, {}), **(config or {})}
+    raw = {
+        **named,
+        **(ENCODERS[model_type] if encodes else SMALL | FAMILIES.get(model_type, {})),
+        **(config or {}),
+    }
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
-    (directory / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})
-    )
     kind = family(model_type)
-    _write_tokenizer(directory)
-    decoder = kind.config(ConfigReader(raw))
-    shards = list(_shards(dict(kind.tensors(decoder)), dtype, shard_bytes))
+    if encodes:
+        (_write_roberta_tokenizer if model_type == "roberta" else _write_wordpiece)(directory, raw)
+    else:
+        (directory / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})
+        )
+        _write_tokenizer(directory)
+    read = kind.config(ConfigReader(raw))
+    shards = list(_shards(dict(kind.tensors(read)), dtype, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if shard_bytes is None:
         names = ["model.safetensors"]
@@ -138,7 +175,7 @@ def write_model(
         )
     random = np.random.default_rng(seed)
     for file, shard in zip(names, shards, strict=True):
-        arrays = {name: _data(spec, dtype, random, decoder) for name, spec in shard.items()}
+        arrays = {name: _data(spec, dtype, random, read) for name, spec in shard.items()}
         tensors = {
             name: safetensors.TensorSpec(
                 dtype=_SAFETENSORS_DTYPES[dtype], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
@@ -165,18 +202,17 @@ def _shards(
     yield shard
 
 
-def _data(
-    spec: TensorSpec, dtype: str, random: np.random.Generator, config: DecoderConfig
-) -> npt.NDArray[Any]:
+def _data(spec: TensorSpec, dtype: str, random: np.random.Generator, config: Any) -> npt.NDArray[Any]:
     values = random.standard_normal(spec.shape, np.float32)
     if spec.role is Role.NORM:
-        values = np.float32(1 - config.norm_offset) + np.float32(0.2) * values
+        values = np.float32(1 - getattr(config, "norm_offset", 0.0)) + np.float32(0.2) * values
     elif spec.role is Role.BIAS:
         values *= np.float32(0.2)
     else:
         # Keeps activations near unit size; logits then have a spread that a comparison can be made on.
-        embedding = 0.5 / config.embedding_scale
-        values *= np.float32(embedding if spec.role is Role.EMBEDDING else spec.shape[-1] ** -0.5)
+        embedding = 0.5 / getattr(config, "embedding_scale", 1.0)
+        looked_up = spec.role in (Role.EMBEDDING, Role.POSITION)
+        values *= np.float32(embedding if looked_up else spec.shape[-1] ** -0.5)
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(_SAFETENSORS_DTYPES[dtype])
@@ -196,5 +232,64 @@ def _write_tokenizer(directory: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<eos>",
         "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
+
+
+def _write_wordpiece(directory: Path, raw: dict[str, Any]) -> None:
+    """BERT's tokenizer over characters: each letter, digit and mark at a word's begin and inside it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    marks = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    inside = [f"##{mark}" for mark in marks if mark.isalnum()]
+    pieces = [*special, *marks, *inside, "the", "##ing", "##ed", "and", "##er", "of", "##s"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    if len(vocabulary) > raw["vocab_size"]:
+        raise ValueError(f"vocab_size = {raw['vocab_size']}; the tokenizer has {len(vocabulary)} tokens.")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = dict(zip(("pad", "unk", "cls", "sep", "mask"), special, strict=True))
+    _describe_tokenizer(directory, {f"{name}_token": token for name, token in named.items()})
+
+
+def _write_roberta_tokenizer(directory: Path, raw: dict[str, Any]) -> None:
+    """A byte-level BPE without merges behind RoBERTa's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {
+        "bos": "<s>",
+        "pad": "<pad>",
+        "eos": "</s>",
+        "unk": "<unk>",
+        "mask": "<mask>",
+        "cls": "<s>",
+        "sep": "</s>",
+    }
+    _describe_tokenizer(directory, {f"{name}_token": token for name, token in named.items()})
+
+
+def _describe_tokenizer(directory: Path, special: dict[str, str]) -> None:
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **special,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1))

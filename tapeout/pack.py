@@ -20,7 +20,7 @@ from tapeout import CalledByItsName, __version__, targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import Generation, Model
+from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model
 from tapeout.quantize import Quantized
 from tapeout.targets import Target
 from tapeout.validate.report import Report
@@ -70,6 +70,12 @@ class Package:
     def passed(self) -> bool:
         """Whether all gates passed when it was made."""
         return bool(self.manifest["passed"])
+
+    @property
+    def encoder_output(self) -> str | None:
+        """``last_hidden_state``, ``sentence_embedding`` or ``logits`` of an encoder; None: the model is a decoder."""
+        output: str | None = self.manifest["model"].get("output")
+        return output
 
     @property
     def artifact(self) -> Artifact:
@@ -174,9 +180,11 @@ def pack(
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
-    window = min(artifact.context, config.sliding_window or artifact.context)
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
-    cache = int(values * KV_BITS[target.cache] / 8)
+    cache = 0
+    if isinstance(config, DecoderConfig):
+        window = min(artifact.context, config.sliding_window or artifact.context)
+        values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
+        cache = int(values * KV_BITS[target.cache] / 8)
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,
@@ -185,6 +193,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             "family": config.family,
             "licence": quant.model.licence,
             "source_sha256": quant.source_sha256,
+            **_encodes(quant.model),
         },
         "scheme": quant.scheme.name,
         "rounding": quant.rounding,
@@ -208,6 +217,14 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
         "generation": asdict(quant.model.generation),
         "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},
     }
+
+
+def _encodes(model: Model) -> dict[str, Any]:
+    """What a manifest says of an encoder, besides what it says of every model."""
+    config = model.config
+    if not isinstance(config, EncoderConfig):
+        return {}
+    return {"output": config.output, "labels": config.labels}
 
 
 def _digests(directory: Path) -> dict[str, dict[str, Any]]:

@@ -18,10 +18,20 @@ from tapeout.models.chat import render, special_tokens
 from tapeout.pack import Package
 from tapeout.quantize import Calibration, quantize
 from tapeout.recipe import Recipe
-from tapeout.validate import GateResult, Options, Report, check_names, gates, require, validate
+from tapeout.validate import (
+    ENCODER_GATES,
+    GATES,
+    GateResult,
+    Options,
+    Report,
+    check_names,
+    gates,
+    require,
+    validate,
+)
 from tapeout.validate.generate import generate as sample
 from tapeout.validate.metrics import Distance
-from tapeout.validate.throughput import machine, measure_throughput
+from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
 from tapeout.validate.worker import open_session
 
 Progress = Callable[[str, int, int], None]
@@ -129,13 +139,17 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
     try:
         with open_session(package.target().session(package.artifact)) as session:
             found.append(_golden(package, session))
-            throughput = measure_throughput(session, package.artifact)
+            throughput = _measure(package, session)
     except MissingToolchain as error:
         found.append(GateResult("golden", "skipped", reason=str(error)))
     except TapeoutError as error:
         found.append(GateResult("golden", "failed", reason=str(error)))
-    needing = ("codes", "lowering", "decode", "quality", "tokenizer", "task")
-    found += [GateResult(name, "skipped", reason="needs the model: give --model.") for name in needing]
+    every = ENCODER_GATES if package.encoder_output else GATES
+    found += [
+        GateResult(name, "skipped", reason="needs the model: give --model.")
+        for name in every
+        if name != "integrity"
+    ]
     manifest = package.manifest
     return Report(
         model=manifest["model"]["name"],
@@ -155,30 +169,57 @@ def _golden(package: Package, session: Any) -> GateResult:
     arrays = load_file(path)
     distance = Distance()
     for index in range(len(arrays) // 2):
-        session.reset()
-        logits = session.prefill(arrays[f"tokens.{index}"].tolist())[-1:]
+        ids = arrays[f"tokens.{index}"].tolist()
+        if package.encoder_output:
+            out = session.encode([ids], [[1] * len(ids)])
+            logits = out.reshape(-1, out.shape[-1])[:1]
+        else:
+            session.reset()
+            logits = session.prefill(ids)[-1:]
         distance.add(arrays[f"logits.{index}"][None], logits)
     reported = package.directory / "report.json"
     told = Report.read(reported).gates if reported.exists() else ()
     predicted = [gate.limit or 0.0 for gate in told if gate.name == "lowering/runtime"]
     limit = max([_GOLDEN_KL, *predicted])
-    good = distance.kl <= limit
-    reason = f"{distance.tokens} prompts of {path.name}: the logits that this package must give."
-    return GateResult("golden", "passed" if good else "failed", "mean KL, nats", distance.kl, limit, reason)
+    metric, value = "mean KL, nats", distance.kl
+    if package.encoder_output:
+        # Half of the squared relative error, which the report predicts, as KL is half of the variance of the logits' errors.
+        metric, value = "mean of 1 - cosine", distance.cosine
+    reason = f"{distance.tokens} prompts of {path.name}: what this package must give."
+    return GateResult("golden", "passed" if value <= limit else "failed", metric, value, limit, reason)
+
+
+def _measure(package: Package, session: Any, contexts: Sequence[int] = ()) -> dict[str, Any]:
+    measure = measure_encoder if package.encoder_output else measure_throughput
+    return measure(session, package.artifact, contexts)
 
 
 def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:
     """Measure a package's throughput; see ``throughput.measure_throughput``."""
     package = Package.open(directory)
     with open_session(package.target().session(package.artifact)) as session:
-        most = session.facts.context - 1
+        most = session.facts.context - (package.encoder_output is None)
         if wrong := [context for context in contexts if not 1 <= context <= most]:
             raise TapeoutError(
                 f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}."
             )
         if progress:
             progress("bench", 0, 1)
-        return measure_throughput(session, package.artifact, contexts)
+        return _measure(package, session, contexts)
+
+
+def encode(package: Package, text: str) -> dict[str, Any]:
+    """What an encoder's package gives of a text: ``label`` and ``logits``, ``sentence_embedding``, or ``last_hidden_state``.
+
+    Raises:
+        TapeoutError: the text has too many tokens, or one of its other kinds.
+    """
+    with open_session(package.target().session(package.artifact)) as session:
+        ids = session.tokenize(text)
+        (row,) = session.encode([ids], [[1] * len(ids)])
+    output, labels = package.encoder_output, package.manifest["model"].get("labels")
+    found = {"label": labels[int(row.argmax())]} if labels else {}
+    return {"text": text, **found, str(output): row.tolist(), "token_ids": ids}
 
 
 def generate(
@@ -195,6 +236,10 @@ def generate(
     Raises:
         ModelError: ``chat`` and no chat template. TapeoutError: one of its kinds.
     """
+    if package.encoder_output:
+        raise TapeoutError(
+            f"{package.directory} holds an encoder, which generates nothing: see replay.encode."
+        )
     if chat:
         if package.chat_template is None:
             raise ModelError(f"{package.directory} has no chat template; leave out --chat.")

@@ -160,7 +160,7 @@ class _Gguf:
 
     @staticmethod
     def bound(quant: Quantized) -> tuple[str, float]:
-        config = quant.model.config
+        config = quant.model.decoder
         if config.hidden_act.startswith("gelu"):
             return _GELU_DERIVATION, 4 * 2**-11 * math.sqrt(2 * config.num_layers)
         return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT

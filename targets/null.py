@@ -14,7 +14,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from tapeout.errors import ModelError
 from tapeout.exporters import Artifact, Carry, plain
+from tapeout.models import EncoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
 from tapeout.validate.reference import Reference, open_weights
@@ -53,7 +55,11 @@ class Null:
         return f"{', '.join(absent)} is not installed: pip install 'tapeout[reference]'." if absent else None
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
-        """Write one file a tensor."""
+        """Write one file a tensor; ModelError for an encoder."""
+        if isinstance(config := quant.model.config, EncoderConfig):
+            raise ModelError(
+                f"{quant.model.name} is an encoder ({config.family}), which target null does not run: use target cpu with --format onnx."
+            )
         artifact = plain.write(quant, out)
         if progress:
             progress("export", 1, 1)

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.validate.encoders import check_batch
 from tapeout.validate.session import Facts, Logits
 
-__all__ = ["OnnxRuntime", "open_session"]
+__all__ = ["OnnxEncoder", "OnnxRuntime", "open_session"]
 
 _CHUNK = 512  # tokens of one run: bounds attention's scores at heads × 512 × context floats
 
@@ -63,10 +64,7 @@ class OnnxRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+        _check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -134,9 +132,54 @@ class OnnxRuntime:
         self._length = total
 
 
+class OnnxEncoder:
+    """An EncoderSession on onnxruntime; see ``open_session``."""
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any) -> None:
+        self.facts = facts
+        self._session, self._tokenizer = session, tokenizer
+        self._vocab_size = int(session.get_modelmeta().custom_metadata_map["tapeout.vocab_size"])
+        # What a tokenizer.json cuts and pads to is the habit of whoever saved it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
+        """What the model gives of a batch; see EncoderSession."""
+        rows, seen = check_batch(ids, mask, self._vocab_size, self.facts.context)
+        try:
+            (out,) = self._session.run(None, {"input_ids": rows, "attention_mask": seen})
+        except Exception as error:  # its own tree, rooted in Exception
+            raise RuntimeCrash(
+                f"onnxruntime cannot run a batch of {list(rows.shape)} tokens: {error}"
+            ) from error
+        return cast(Logits, out)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the model takes it, the tokens around it too."""
+        _check_text(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._session = None
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+
+
 def open_session(
     directory: str, context: int, graph: str | None = None, threads: int | None = None
-) -> OnnxRuntime:
+) -> OnnxRuntime | OnnxEncoder:
     """Load ``model.onnx`` and its data on the CPU.
 
     Args:
@@ -174,9 +217,16 @@ def open_session(
     load_s = perf_counter() - begin
     tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
     version, device = f"onnxruntime {onnxruntime.__version__}", f"cpu, {threads} threads"
-    session = OnnxRuntime(Facts(version, device, load_s, 0, context), loaded, tokenizer)
-    session.decode(0)  # what is mapped counts as resident only once it was read
-    session.reset()
+    facts = Facts(version, device, load_s, 0, context)
+    session: OnnxRuntime | OnnxEncoder
+    # What is mapped counts as resident only once it was read.
+    if "tapeout.output" in loaded.get_modelmeta().custom_metadata_map:
+        session = OnnxEncoder(facts, loaded, tokenizer)
+        session.encode([[0]], [[1]])
+    else:
+        session = OnnxRuntime(facts, loaded, tokenizer)
+        session.decode(0)
+        session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)
     session.facts = Facts(version, device, load_s, resident, context)
     return session

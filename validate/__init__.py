@@ -11,17 +11,19 @@ from pathlib import Path
 from tapeout import CalledByItsName
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact
-from tapeout.models import Model
+from tapeout.models import EncoderConfig, Model
 from tapeout.quantize import Quantized
 from tapeout.validate import gates
+from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
 from tapeout.validate.report import GateResult, Report
 from tapeout.validate.session import Device, Logits
-from tapeout.validate.throughput import machine, measure_throughput
+from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
 
-__all__ = ["GATES", "GateResult", "Limits", "Options", "Report", "validate"]
+__all__ = ["ENCODER_GATES", "GATES", "GateResult", "Limits", "Options", "Report", "validate"]
 
+ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
 GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
 _GOLDEN_PROMPTS, _GOLDEN_TOKENS = 3, 16
 
@@ -67,16 +69,15 @@ def validate(
     if files is None:
         files = gates.digests(artifact)
     with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
-        evidence = Evidence(
+        kind = EncoderEvidence if isinstance(model.config, EncoderConfig) else Evidence
+        evidence = kind(
             artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
         )
         try:
             found = [
                 *gates.guarded("codes", gates.codes, evidence),
                 *gates.guarded("lowering", gates.lowering, evidence),
-                *gates.guarded("decode", gates.decode, evidence),
-                *gates.guarded("quality", lambda e: gates.quality(e, options.limits), evidence),
-                *gates.guarded("quality/cache", lambda e: gates.cache(e, options.limits), evidence),
+                *_own_gates(evidence, options.limits),
                 *gates.guarded("tokenizer", gates.tokenizer, evidence),
                 *gates.guarded("task", lambda e: gates.task(e, options.limits), evidence),
             ]
@@ -96,16 +97,35 @@ def validate(
     )
 
 
+def _own_gates(evidence: Evidence, limits: Limits) -> list[GateResult]:
+    """The gates that decoders and encoders do not share."""
+    if isinstance(evidence, EncoderEvidence):
+        return [
+            *gates.guarded("padding", gates.padding, evidence),
+            *gates.guarded("quality", lambda e: gates.encoder_quality(e, limits), evidence),
+        ]
+    return [
+        *gates.guarded("decode", gates.decode, evidence),
+        *gates.guarded("quality", lambda e: gates.quality(e, limits), evidence),
+        *gates.guarded("quality/cache", lambda e: gates.cache(e, limits), evidence),
+    ]
+
+
 def check_names(required: frozenset[str]) -> None:
     """TapeoutError for a required gate that does not exist."""
     for name in required:
-        if name not in GATES:
-            raise TapeoutError(f"'{name}' is not a gate{nearest(name, GATES)}.")
+        if name not in (known := list(dict.fromkeys([*GATES, *ENCODER_GATES]))):
+            raise TapeoutError(f"'{name}' is not a gate{nearest(name, known)}.")
 
 
 def require(results: list[GateResult], required: frozenset[str]) -> list[GateResult]:
-    """Turn the skips of required gates into failures."""
-    return [
+    """Turn the skips of required gates into failures, and the lack of one too: an encoder has no decode gate."""
+    ran = {gate.name.split("/")[0] for gate in results}
+    absent = [
+        GateResult(name, "failed", reason="required, but a model of this kind has no such gate.")
+        for name in sorted(required - ran)
+    ]
+    return absent + [
         replace(gate, status="failed", reason=f"required, but skipped: {gate.reason}")
         if gate.status == "skipped" and gate.name.split("/")[0] in required
         else gate
@@ -115,18 +135,22 @@ def require(results: list[GateResult], required: frozenset[str]) -> list[GateRes
 
 def _throughput(evidence: Evidence) -> Mapping[str, object]:
     try:
+        if isinstance(evidence, EncoderEvidence):
+            return measure_encoder(evidence.deployed, evidence.artifact)
         return measure_throughput(evidence.deployed, evidence.artifact)
     except TapeoutError:  # a gate has said why
         return {}
 
 
 def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
-    """Prompts, and the logits after each of the reference with the dequantized weights and the chosen cache."""
+    """Prompts, and the logits after each of the reference with the dequantized weights and the chosen cache; of encoders its first row."""
     try:
         pairs = list(zip(evidence.sequences, evidence.cached, strict=True))[:_GOLDEN_PROMPTS]
     except TapeoutError:
         return ()
     found = []
+    if isinstance(evidence, EncoderEvidence):
+        return tuple((tuple(ids), rows[0].copy()) for ids, rows in pairs)
     for ids, logits in pairs:
         length = min(_GOLDEN_TOKENS, len(ids))
         found.append((tuple(ids[:length]), logits[length - 1].copy()))

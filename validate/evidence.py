@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class Evidence:
     text: Path | None = None
     tokens: int = 4096
     progress: Progress | None = None
+    metric: ClassVar[str] = "mean KL, nats"
     _deployed: WorkerSession | None = None
 
     @cached_property
@@ -68,6 +69,10 @@ class Evidence:
     def dequantized(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are."""
         return self._dequantized[:-1]
+
+    def cost(self, distance: Distance) -> float:
+        """What ``metric`` says: a rounding of inputs costs this much on average."""
+        return distance.kl
 
     @cached_property
     def quantized(self) -> list[Logits]:
@@ -135,7 +140,7 @@ class Evidence:
     @property
     def window(self) -> int | None:
         """The sliding window in tokens, where the artifact's context goes past it."""
-        window = self.model.config.sliding_window
+        window = self.model.decoder.sliding_window
         return window if window and window < self.artifact.context else None
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
 from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import QuantTensor, Scheme
+from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import DECODED, Evidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
 from tapeout.validate.report import GateResult
 from tapeout.validate.session import KV_BITS, Logits, Lowering
 
-Gate = Callable[[Evidence], list[GateResult]]
+E = TypeVar("E", bound=Evidence)
+Gate = Callable[[E], list[GateResult]]
 
 # Rounding to the wider types that a runtime may use for what is not quantized: bfloat16 inputs are off by 2^-9 / sqrt(3) =
 # 0.11 % a matmul, a twentieth of the variance of int8 inputs (0.5 %), which cost about 3e-4 nats; and three times that.
@@ -74,7 +76,7 @@ def _usual_loss(bits: int) -> tuple[float, float]:
     }.get(bits, (0.1, 1.08))  # fmt: skip
 
 
-def guarded(name: str, gate: Gate, evidence: Evidence) -> list[GateResult]:
+def guarded(name: str, gate: Gate[E], evidence: E) -> list[GateResult]:
     """Run a gate: what a missing toolchain keeps from running is skipped, what crashes has failed."""
     try:
         return gate(evidence)
@@ -183,13 +185,13 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
     else:
         logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
     distance = _distance(reference, logits)
-    limit, value = check.limit, distance.max if check.metric == "max" else distance.kl
-    metric = "largest logit difference / std" if check.metric == "max" else "mean KL, nats"
+    limit, value = check.limit, distance.max if check.metric == "max" else evidence.cost(distance)
+    metric = "largest logit difference / std" if check.metric == "max" else evidence.metric
     reason = check.derivation
     if check.check == "runtime":
-        predicted = evidence.predicted.kl
+        predicted = evidence.cost(evidence.predicted)
         limit = _TWICE * predicted + _FLOAT_FLOOR
-        reason = f"{check.derivation} Predicted for this model and text: {predicted:.2g} nats."
+        reason = f"{check.derivation} Predicted for this model and text: {predicted:.2g} ({evidence.metric})."
     if value > limit and check.check == "weights":
         noise = evidence.float_noise
         limit = max(limit, _NOISES * noise)
@@ -406,6 +408,54 @@ def task(evidence: Evidence, limits: Limits) -> list[GateResult]:
     before, after = accuracy(evidence.expected.answers), accuracy(evidence.said.answers)
     reason = f"{len(evidence.tasks)} tasks; the original answers {before:.1%} exactly, at most {limits.task:.1%} may be lost."
     return [_verdict("task", "exact answers", after, before - limits.task, reason, at_least=True)]
+
+
+def padding(evidence: EncoderEvidence) -> list[GateResult]:
+    """Compare sequences of different lengths in one padded batch with each alone, on the device."""
+    sequences = evidence.of_different_lengths
+    session = evidence.deployed
+    together = evidence.encode(session, sequences)
+    alone = [evidence.encode(session, [ids])[0] for ids in sequences]
+    distance = _distance(alone, together)
+    predicted = evidence.cost(evidence.predicted)
+    limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
+    reason = (
+        f"{len(sequences)} sequences of {min(map(len, sequences))} to {max(map(len, sequences))} tokens, padded on the right, against "
+        "each alone. Two runs of one arithmetic in another order differ by two roundings of their inputs at most: twice "
+        f"{predicted:.2g} on average, at most twice that, and {_FLOAT_FLOOR:.0e} for float types."
+    )
+    return [_verdict("padding", evidence.metric, evidence.cost(distance), limit, reason)]
+
+
+def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResult]:
+    """Compare the reference with dequantized weights with the original, by what the encoder is asked for.
+
+    Of class logits, KL and the likeliest class, as of a decoder's tokens. Of states and embeddings the angle: 1 - cos is half the
+    squared relative error, as KL is half the variance of the logits' errors, and so it has KL's limit.
+    """
+    if evidence.model.quantization:
+        method = evidence.model.quantization["quant_method"]
+        reason = f"the model came quantized by {method}: there is no original."
+        return [GateResult("quality", "skipped", reason=reason)]
+    limits = limits.for_scheme(evidence.quant.scheme)
+    assert limits.kl is not None
+    assert limits.top1 is not None
+    distance = _distance(evidence.original, evidence.quantized)
+    what = f"original ‖ dequantized on {len(evidence.sequences)} texts."
+    if evidence.config.output == "logits":
+        return [
+            _verdict("quality/kl", "mean KL, nats", distance.kl, limits.kl, what),
+            _verdict(
+                "quality/top1",
+                "share of equal likeliest classes",
+                distance.top1,
+                limits.top1,
+                what,
+                at_least=True,
+            ),
+        ]
+    reason = f"the angle between {evidence.config.output} of {what}"
+    return [_verdict("quality/cosine", "mean of 1 - cosine", distance.cosine, limits.kl, reason)]
 
 
 def _distance(reference: list[Logits], other: list[Logits]) -> Distance:

@@ -24,6 +24,7 @@ class Distance:
         worst_kl: the largest of a token.
         agree: tokens whose likeliest next token is the same; a tie in the other model counts as agreement.
         worst: largest absolute difference of logits.
+        cosine_sum: of 1 - the cosine of the angle between both rows, over rows.
     """
 
     tokens: int = 0
@@ -31,6 +32,8 @@ class Distance:
     worst_kl: float = 0.0
     agree: int = 0
     worst: float = 0.0
+    cosine_sum: float = 0.0
+    _squared_error: float = 0.0
     _sum: float = 0.0
     _squares: float = 0.0
     _values: int = 0
@@ -58,6 +61,10 @@ class Distance:
             chosen = np.take_along_axis(theirs, mine.argmax(axis=1)[:, None], axis=1)[:, 0]
             self.agree += int((chosen == theirs.max(axis=1)).sum())
             self.worst = max(self.worst, float(np.abs(mine - theirs).max(initial=0.0)))
+            lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
+            cosines = (mine * theirs).sum(axis=1) / np.maximum(lengths, 1e-30)
+            self.cosine_sum += float((1 - cosines).sum())
+            self._squared_error += float(((mine - theirs) ** 2).sum())
             self._sum += float(mine.sum())
             self._squares += float((mine**2).sum())
             self._values += mine.size
@@ -74,12 +81,24 @@ class Distance:
         return self.agree / max(1, self.tokens)
 
     @property
+    def cosine(self) -> float:
+        """Mean over rows of 1 - the cosine of the angle between both."""
+        return self.cosine_sum / max(1, self.tokens)
+
+    @property
+    def error(self) -> float:
+        """Mean squared difference, in units of the variance of the reference's values."""
+        return self._squared_error / max(1, self._values) / max(1e-30, self._deviation**2)
+
+    @property
     def max(self) -> float:
         """Largest absolute difference, in units of the standard deviation of the reference's logits."""
+        return self.worst / max(1e-30, self._deviation)
+
+    @property
+    def _deviation(self) -> float:
         mean = self._sum / max(1, self._values)
-        return self.worst / max(
-            1e-30, float(np.sqrt(max(0.0, self._squares / max(1, self._values) - mean**2)))
-        )
+        return float(np.sqrt(max(0.0, self._squares / max(1, self._values) - mean**2)))
 
 
 def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -22,8 +22,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf, onnx
-from tapeout.models import Model, load
+from tapeout.models import EncoderConfig, Model, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
+from tapeout.validate import encoders
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -145,16 +146,20 @@ class Reference:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-            # transformers 5 rebuilds Llama's, Gemma's and T5's from their vocabulary and drops the file's own normalizer.
-            as_written = (Path(self._directory) / "tokenizer.json").exists()
-            kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
-            try:
-                self._tokenizer = kind.from_pretrained(self._directory, local_files_only=True)
-            except Exception as error:  # what it raises depends on which of its files is missing
-                raise ModelError(f"transformers finds no tokenizer in {self._directory}: {error}") from error
+            self._tokenizer = _tokenizer(self._directory)
         return self._tokenizer
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # transformers 5 rebuilds Llama's, Gemma's, T5's and BERT's from their vocabulary and drops the file's own normalizer.
+    as_written = (Path(directory) / "tokenizer.json").exists()
+    kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # what it raises depends on which of its files is missing
+        raise ModelError(f"transformers finds no tokenizer in {directory}: {error}") from error
 
 
 def open_session(
@@ -164,7 +169,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
-) -> Reference:
+) -> Reference | encoders.EncoderReference:
     """Load the reference of a model.
 
     Args:
@@ -201,7 +206,8 @@ def open_session(
     if arithmetic in _ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    network = _network(source, layers)
+    encodes = isinstance(source.config, EncoderConfig)
+    network = encoders.network(source, layers) if encodes else _network(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
@@ -210,8 +216,10 @@ def open_session(
     if quant is not None and arithmetic in _ROUNDED:
         _round_inputs(network, quant, _ROUNDED[arithmetic])
     if kv_cache is not None:
-        _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.config))
+        _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
     facts = _facts(before, begin, source.config.max_position_embeddings)
+    if encodes:
+        return encoders.EncoderReference(source, network, facts, cache(partial(_tokenizer, source.directory)))
     return Reference(source.directory, network, facts)
 
 

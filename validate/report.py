@@ -199,6 +199,8 @@ def throughput_table(figures: Mapping[str, Any]) -> Table:
     """Throughput as a table for the terminal."""
     from rich.table import Table
 
+    if "encodings" in figures:
+        return _encodings_table(figures)
     table = Table(
         "context",
         "first token",
@@ -220,5 +222,25 @@ def throughput_table(figures: Mapping[str, Any]) -> Table:
             f"{row['prefill_tokens_per_s']:.1f} tokens/s",
             f"{row['decode_tokens_per_s']:.1f} tokens/s",
             f"{row['roofline_fraction']:.0%} of {figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
+        )
+    return table
+
+
+def _encodings_table(figures: Mapping[str, Any]) -> Table:
+    """The same of an encoder."""
+    from rich.table import Table
+
+    table = Table("batch", "tokens", "run p50 / p90 / p99", "sequences", "tokens", title_justify="left")
+    table.title = (
+        f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
+    )
+    for row in figures["encodings"]:
+        quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
+        table.add_row(
+            str(row["batch"]),
+            str(row["context"]),
+            f"{quantiles} ms",
+            f"{row['sequences_per_s']:.1f} / s",
+            f"{row['tokens_per_s']:.0f} / s",
         )
     return table

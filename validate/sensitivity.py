@@ -149,10 +149,13 @@ def open_session(model: str, windows: Sequence[Sequence[int]], threads: int | No
         threads: None: as many as this process has cores.
 
     Raises:
-        MissingToolchain: torch or transformers is not installed.
+        MissingToolchain: torch or transformers is not installed. ModelError: the model is an encoder.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    return Sensitivity(load(model), reference.open_session(model, threads=threads), windows, threads)
+    source = load(model)
+    _ = source.decoder  # KL of next tokens is what is measured
+    opened = cast(reference.Reference, reference.open_session(model, threads=threads))
+    return Sensitivity(source, opened, windows, threads)
 
 
 class SensitivitySession(WorkerSession):

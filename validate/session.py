@@ -66,6 +66,29 @@ class Session(Protocol):
         """Free the model."""
 
 
+class EncoderSession(Protocol):
+    """An encoder loaded on a runtime."""
+
+    facts: Facts
+
+    def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
+        """What the model gives of a batch, float32: [batch, tokens, hidden], or [batch, width] of embeddings and class logits.
+
+        Args:
+            ids: [batch, tokens].
+            mask: [batch, tokens]: 1, or 0 at padding; what comes out there means nothing.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` by the artifact's own tokenizer as the model takes them, with the tokens that belong around it."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids by the artifact's own tokenizer, special tokens kept."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 @dataclass(frozen=True)
 class SessionSpec:
     """How a worker process opens a session: data only, so that it can cross to another Python environment.

@@ -19,6 +19,7 @@ from tapeout.validate.worker import WorkerSession
 
 _ARRAY_BYTES = 256 << 20  # of all threads' arrays together: several times any last-level cache
 _NEW_TOKENS, _REPEATS = 32, 3
+_ENCODINGS = 20  # repeats of an encoder's run, of which quantiles are taken
 
 
 def machine() -> dict[str, Any]:
@@ -111,4 +112,47 @@ def measure_throughput(
         "bytes_per_token": artifact.bytes_per_token,
         "bandwidth_bytes_per_s": reading,
         "contexts": rows,
+    }
+
+
+def measure_encoder(
+    session: WorkerSession, artifact: Artifact, contexts: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Time an encoder's session: warm-up apart, 20 repeats, batches of 1 and 8.
+
+    Args:
+        session: the artifact as it is deployed.
+        artifact: says how many bytes of weights a run reads.
+        contexts: lengths of sequences in tokens; default: 16 and 128 as far as the context goes.
+
+    Returns:
+        runtime, device, load_s, resident_bytes, bytes_per_token, bandwidth_bytes_per_s, and for each of ``encodings``: batch,
+        context, run_p50_s, run_p90_s, run_p99_s, samples, sequences_per_s, tokens_per_s (of the median run).
+    """
+    facts = session.facts
+    rows = []
+    for context in contexts or sorted({min(length, facts.context) for length in (16, 128)}):
+        for batch in (1, 8):
+            times = session.time_encoding(batch, context, _ENCODINGS)
+            p50, p90, p99 = (float(np.quantile(times, q)) for q in (0.5, 0.9, 0.99))
+            rows.append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "run_p50_s": p50,
+                    "run_p90_s": p90,
+                    "run_p99_s": p99,
+                    "samples": len(times),
+                    "sequences_per_s": batch / p50,
+                    "tokens_per_s": batch * context / p50,
+                }
+            )
+    return {
+        "runtime": facts.runtime,
+        "device": facts.device,
+        "load_s": facts.load_s,
+        "resident_bytes": facts.resident_bytes,
+        "bytes_per_token": artifact.bytes_per_token,
+        "bandwidth_bytes_per_s": bandwidth(),
+        "encodings": rows,
     }

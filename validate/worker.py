@@ -32,8 +32,8 @@ from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.models import Generation
 from tapeout.validate.generate import Said, say
-from tapeout.validate.session import Facts, Logits, Session, SessionSpec
-from tapeout.validate.timing import Timing, measure
+from tapeout.validate.session import EncoderSession, Facts, Logits, Session, SessionSpec
+from tapeout.validate.timing import Timing, measure, measure_encoding
 
 __all__ = ["Timing", "WorkerSession", "open_session"]
 
@@ -108,6 +108,11 @@ class WorkerSession:
         """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
         return cast(Logits, self._call("prefill", ids=[int(token) for token in ids]))
 
+    def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
+        """What an encoder gives of a batch; see EncoderSession."""
+        rows, seen = ([[int(value) for value in row] for row in each] for each in (ids, mask))
+        return cast(Logits, self._call("encode", ids=rows, mask=seen))
+
     def decode(self, token: int) -> Logits:
         """Append one token by the runtime's token-by-token road; return float32 [vocab]."""
         return cast(Logits, self._call("decode", token=int(token)))
@@ -136,6 +141,10 @@ class WorkerSession:
             "time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk
         )
         return Timing(tuple(raw["prefill_s"]), tuple(map(tuple, raw["decode_s"])))
+
+    def time_encoding(self, batch: int, tokens: int, repeats: int) -> list[float]:
+        """Run ``measure_encoding`` in the worker."""
+        return cast(list[float], self._call("time_encoding", batch=batch, tokens=tokens, repeats=repeats))
 
     def close(self) -> None:
         """Free the model and end the worker, by force when it does not answer; may be called twice."""
@@ -233,7 +242,7 @@ def serve(requests: int, replies: int) -> None:
     """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
     threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
     source, sink = os.fdopen(requests, "rb", 0), os.fdopen(replies, "wb", 0)
-    session: Session | None = None
+    session: Session | EncoderSession | None = None
     factory = ""
     while True:
         try:
@@ -247,13 +256,15 @@ def serve(requests: int, replies: int) -> None:
                 factory = arguments["factory"]
                 module, _, function = factory.partition(":")
                 session = getattr(importlib.import_module(module), function)(**arguments["arguments"])
-                value = asdict(cast(Session, session).facts)
+                value = asdict(session.facts) if session else None
             elif name == "release":
                 if session:
                     session.close()
                 session = None
             elif name == "time":
                 value = asdict(measure(cast(Session, session), **arguments))
+            elif name == "time_encoding":
+                value = measure_encoding(cast(EncoderSession, session), **arguments)
             elif name == "say":
                 arguments["generation"]["stop_token_ids"] = tuple(arguments["generation"]["stop_token_ids"])
                 generation = Generation(**arguments.pop("generation"))

@@ -39,7 +39,7 @@ def largest_kind(layout: Layout) -> str:
 def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     """Add everything but the tokenizer to a ``gguf.GGUFWriter``."""
     gguf = library()
-    config, model = quant.model.config, quant.model
+    config, model = quant.model.decoder, quant.model
     kind = largest_kind(layout)
     writer.add_type("model")
     writer.add_name(name)

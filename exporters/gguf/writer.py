@@ -103,7 +103,7 @@ def _bytes_per_token(quant: Quantized, layout: Layout) -> int:
     """Bytes that a token reads: every tensor whole, but of the experts those that it is routed to, and one row of an embedding
     table that is not the head as well.
     """
-    config = quant.model.config
+    config = quant.model.decoder
     total = 0
     for entry in layout.entries:
         share = entry.nbytes

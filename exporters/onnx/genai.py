@@ -11,7 +11,7 @@ CONFIG = "genai_config.json"
 
 def config(model: Model, context: int) -> str:
     """The file's text; generation defaults are the model's own."""
-    c, generation = model.config, model.generation
+    c, generation = model.decoder, model.generation
     stop = list(generation.stop_token_ids)
     # The cache of latents is that of one key head.
     heads, width = (1, c.mla.kv_rank + c.mla.rope_dim) if c.mla else (c.num_kv_heads, c.head_dim)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,13 @@ from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
 from tapeout.exporters.onnx.blocks import Linear
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
+from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.files import writing
+from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
+from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
@@ -67,7 +70,9 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
         context = quant.model.config.max_position_embeddings
-        (directory / genai.CONFIG).write_text(genai.config(quant.model, context), encoding="utf-8")
+        generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
+        for name in generates:
+            (directory / name).write_text(genai.config(quant.model, context), encoding="utf-8")
         for file in files:
             shutil.copyfile(file, directory / file.name)
         with (directory / DATA).open("wb") as opened:
@@ -76,7 +81,7 @@ def write(
     return Artifact(
         format="onnx",
         directory=directory,
-        files=(MODEL, DATA, genai.CONFIG, *(file.name for file in files)),
+        files=(MODEL, DATA, *generates, *(file.name for file in files)),
         context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
@@ -98,9 +103,17 @@ def build(
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
+    if isinstance(config, EncoderConfig):
+        if dialect == "standard":
+            raise ModelError(
+                f"{quant.model.name} is an encoder, which is written in ONNX Runtime's operators only."
+            )
+        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact, keep_sums=config.pre_norm)
+        encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
+        return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
     ops = kind(graph, config.max_position_embeddings, exact)
-    ops.logits(decoder(ops, config, ops.ids(), count))
+    ops.logits(decoder(ops, quant.model.decoder, ops.ids(), count))
     return graph, graph.finish()
 
 
@@ -121,6 +134,9 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
         "tapeout.source_sha256": quant.source_sha256,
         "tapeout.codes_sha256": quant.digest,
     }
+    config = quant.model.config
+    if isinstance(config, EncoderConfig):
+        facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
     return graph.model(facts, OPSET)
 
 
@@ -146,7 +162,10 @@ def _bytes_per_token(graph: Graph) -> int:
     for each in graph.initializers.values():
         for piece in each.pieces:
             share = 1.0
-            if piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
+            if isinstance(config, EncoderConfig):
+                spec = graph.quant.model.specs[piece.sources[0]]
+                share = 1 / spec.shape[0] if spec.role in (Role.EMBEDDING, Role.POSITION) else 1.0
+            elif piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
                 share = 1 / config.vocab_size
             elif config.moe and any(
                 f".{config.moe.expert.split('{}')[0].lstrip('.')}" in source for source in piece.sources

@@ -10,7 +10,7 @@ from tapeout.models.decoder import ACTIVATIONS, ConfigReader, DecoderConfig, Mla
 from tapeout.models.rope import mscale, scaling
 
 # Fields that describe training, file handling or defaults of generate(), and never the function computed.
-_NOT_COMPUTED = (
+NOT_COMPUTED = (
     "architectures",
     "model_type",
     "attention_dropout",
@@ -54,7 +54,7 @@ def read_config(
     Raises:
         ModelError: what does not fit together, or a value that is not known.
     """
-    fields.ignore(*_NOT_COMPUTED)
+    fields.ignore(*NOT_COMPUTED)
     given: dict[str, Any] = {
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tapeout.errors import ModelError, nearest
 
-NAMES = ("arithmetic", "count")
+NAMES = ("arithmetic", "count", "topics_v1", "topics_v2")
+"""The last two are encoders."""
 
 
 def path(name: str) -> Path:

@@ -164,7 +164,9 @@ def int4_copy(model: Any) -> Any:
     for module in rounded.modules():
         if isinstance(module, torch.nn.Embedding):
             module.weight.data = _round(module.weight.data, low=-127, high=127)
-        elif isinstance(module, torch.nn.Linear) and module is not rounded.lm_head:  # tied to the embedding
+        elif isinstance(module, torch.nn.Linear) and module is not getattr(
+            rounded, "lm_head", None
+        ):  # tied to the embedding
             module.weight.data = _round(module.weight.data, low=-8, high=7)
     return rounded
 

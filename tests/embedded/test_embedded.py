@@ -16,8 +16,12 @@ transformers = pytest.importorskip("transformers")
 from tapeout.embedded import training  # noqa: E402
 from tapeout.embedded.arithmetic import train as arithmetic  # noqa: E402
 from tapeout.embedded.count import train as count  # noqa: E402
+from tapeout.embedded.topics_v1 import train as topics  # noqa: E402
+from tapeout.models import EncoderConfig, efficient  # noqa: E402
+from tapeout.models import load as load_ours  # noqa: E402
 
-SCRIPTS = {"arithmetic": arithmetic, "count": count}
+SCRIPTS: dict[str, Any] = {"arithmetic": arithmetic, "count": count}
+TOPICS = {"topics_v1": 1, "topics_v2": 2}
 DTYPES = {"arithmetic": "bfloat16", "count": "float16"}
 
 
@@ -42,14 +46,14 @@ def test_unknown_name_lists_the_embedded_models() -> None:
         embedded.path("arithmetics")
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_held_out_tasks_are_answered_in_the_saved_dtype(name: str) -> None:
     model, tokenizer = load(name)
     assert model.dtype == getattr(torch, DTYPES[name])
     assert training.accuracy(model, tokenizer, tasks(name)) >= 0.99
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_held_out_tasks_survive_int4(name: str) -> None:
     model, tokenizer = load(name)
     assert training.accuracy(training.int4_copy(model), tokenizer, tasks(name)) >= 0.98
@@ -59,7 +63,7 @@ def test_count_continues_to_49() -> None:
     assert training.answers(*load("count"), ["40 41 42"]) == [" 43 44 45 46 47 48 49"]
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_held_out_samples_are_not_trained_on(name: str) -> None:
     trained = SCRIPTS[name].training_samples()
     held_out = tasks(name)
@@ -67,13 +71,13 @@ def test_held_out_samples_are_not_trained_on(name: str) -> None:
     assert not {sample.prompt for sample in held_out} & {sample.prompt for sample in trained}
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_heldout_text_is_the_tasks(name: str) -> None:
     lines = (embedded.path(name) / "heldout.txt").read_text().splitlines()
     assert lines == [sample.prompt + sample.answer for sample in tasks(name)]
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_calibration_text_is_the_trainings(name: str) -> None:
     text = (embedded.path(name) / "calibration.txt").read_text()
     assert text == training.calibration_text(SCRIPTS[name].training_samples())
@@ -122,7 +126,46 @@ def test_characters_outside_the_vocabulary_are_dropped() -> None:
     assert tokenizer.decode(tokenizer("7 × 8é=\n")["input_ids"]) == "78="
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_tokenizer_is_the_one_that_the_script_makes(name: str) -> None:
     file = json.loads((embedded.path(name) / "tokenizer.json").read_text())
     assert json.loads(SCRIPTS[name].tokenizer().backend_tokenizer.to_str()) == file
+
+
+def encoder(name: str) -> Any:
+    model = load_ours(name)
+    assert isinstance(model.config, EncoderConfig)
+    network = efficient.network(model.config)
+    weights = {name: torch.from_numpy(model.checkpoint[name].float32()) for name in model.specs}
+    network.load_state_dict(weights)
+    return network
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_topics_of_held_out_texts_are_found_and_survive_int4(name: str) -> None:
+    network = encoder(name)
+    assert topics.accuracy(network, tasks(name)) >= 0.98
+    assert topics.accuracy(training.int4_copy(network), tasks(name)) >= 0.97
+    # Counting words is far from enough.
+    assert topics.by_words(tasks(name)) < 0.8
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_topics_are_what_the_script_makes(name: str) -> None:
+    folder = embedded.path(name)
+    assert json.loads((folder / "config.json").read_text()) == topics.config_fields(TOPICS[name])
+    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(topics.tokenizer().to_str())
+    assert tasks(name) == topics.held_out_samples()
+    assert (folder / "heldout.txt").read_text().splitlines() == [text for text, _ in tasks(name)]
+
+
+def test_held_out_clauses_are_main_clauses_nowhere_in_training() -> None:
+    seen, held_out = topics.clauses()
+    assert not set(seen) & set(held_out)
+    assert not {text for text, _ in topics.held_out_samples()} & {
+        text for text, _ in topics.training_samples()
+    }
+    # A main clause is the one that no link stands before; all of them are of ``seen``.
+    mains = {str(clause) for clause in held_out}
+    for text, _ in topics.training_samples():
+        assert not any(text == main or text.endswith((f", {main}", f"surprise {main}")) for main in mains)

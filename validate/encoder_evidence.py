@@ -1,0 +1,129 @@
+"""What the gates look at where the model is an encoder: whole texts in padded batches; there is no cache and no next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from tapeout.errors import RuntimeCrash
+from tapeout.models import EncoderConfig
+from tapeout.validate.encoders import padded
+from tapeout.validate.evidence import Evidence
+from tapeout.validate.generate import Said
+from tapeout.validate.metrics import Distance
+from tapeout.validate.session import EncoderSession, Logits
+from tapeout.validate.worker import WorkerSession
+
+_BATCH = 8
+_LONGEST = 128  # tokens of a text
+_FEWEST = 16  # characters of a text that is more than a heading
+
+
+class EncoderEvidence(Evidence):
+    """Evidence whose sequences are texts with the tokens around them, and whose rows are states, embeddings or class logits."""
+
+    metric: ClassVar[str] = "squared error / variance"
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The model's."""
+        return cast(EncoderConfig, self.model.config)
+
+    def cost(self, distance: Distance) -> float:
+        """Relative squared error: it grows with a rounding of inputs as KL does, which means nothing of states and embeddings."""
+        return distance.error
+
+    @cached_property
+    def dequantized(self) -> list[Logits]:
+        """What the reference gives with the weights that the codes are."""
+        return self.record("dequantized", self.reference(), self.sequences)
+
+    @property
+    def cached(self) -> list[Logits]:
+        """The same: there is no cache to round."""
+        return self.dequantized
+
+    @cached_property
+    def predicted(self) -> Distance:
+        """What the runtime's rounding of matmul inputs does to the reference when it rounds the same."""
+        rounded = self.dequantized
+        if self.device.arithmetic != "float32":
+            spec = self.reference(arithmetic=self.device.arithmetic)
+            rounded = self.record("rounded", spec, self.sequences)
+        distance = Distance()
+        for exact, other in zip(self.dequantized, rounded, strict=True):
+            distance.add(exact, other)
+        return distance
+
+    @property
+    def of_different_lengths(self) -> list[list[int]]:
+        """A batch of the first sequences, each cut to another length, the first to one token."""
+        first = self.sequences[:_BATCH]
+        if not first:
+            raise RuntimeCrash(
+                "the evaluation text gives no sequence with this tokenizer: give a longer one."
+            )
+        return [ids[: max(1, len(ids) * at // max(1, len(first) - 1))] for at, ids in enumerate(first)]
+
+    def encode(self, session: EncoderSession, sequences: Sequence[Sequence[int]]) -> list[Logits]:
+        """Rows of each sequence, [tokens, hidden] or [1, width], from one padded batch."""
+        ids, mask = padded(sequences, self.config.pad_token_id)
+        out = session.encode(ids.tolist(), mask.tolist())
+        if self.config.output == "last_hidden_state":
+            return [rows[: len(each)] for rows, each in zip(out, sequences, strict=True)]
+        return [row[None] for row in out]
+
+    def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
+        """Run sequences through an open session in batches; rows in a mapped file."""
+        path = self.scratch / f"{name}.f32"
+        wanted = list(sequences)
+        shapes: list[tuple[int, int]] = []
+        with path.open("wb") as file:
+            for first in range(0, len(wanted), _BATCH):
+                for rows in self.encode(session, wanted[first : first + _BATCH]):
+                    shapes.append((rows.shape[0], rows.shape[1]))
+                    np.ascontiguousarray(rows).tofile(file)
+                self._tell(name, min(first + _BATCH, len(wanted)), len(wanted))
+        starts = np.cumsum([0, *(4 * rows * width for rows, width in shapes)])
+        return [
+            np.memmap(path, np.float32, "r", int(at), shape)
+            for at, shape in zip(starts, shapes, strict=False)
+        ]
+
+    def say(self, session: WorkerSession, tasks: str) -> Said:
+        """Ask a session for its tokens of the corpus, their text, and the class of each task's text."""
+        said = session.say(self.strings, [], self.model.generation)
+        asked = self._tokenized(session, [prompt for prompt, _ in self.tasks])
+        for first in range(0, len(asked), _BATCH):
+            rows = self.encode(session, asked[first : first + _BATCH])
+            said.answers.extend(self.config.labels[int(row[0].argmax())] for row in rows)
+            self._tell(tasks, len(said.answers), len(asked))
+        return said
+
+    @cached_property
+    def tasks(self) -> list[tuple[str, str]]:
+        """The model's own (text, class) pairs; an encoder without classes has none."""
+        return super().tasks if self.config.output == "logits" else []
+
+    def _tokenized(self, session: WorkerSession, texts: list[str]) -> list[list[int]]:
+        """As many tokens of each text as are evaluated, the last one kept: it ends the text."""
+        most = min(_LONGEST, self.artifact.context, session.facts.context)
+        found = session.say(texts, [], self.model.generation).ids
+        return [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
+
+    def _sequences(self, session: Any) -> list[list[int]]:
+        if self.tasks and self.text is None:
+            texts = [prompt for prompt, _ in self.tasks]
+        else:
+            texts = [line.strip() for line in self._text().splitlines() if len(line.strip()) >= _FEWEST]
+        kept: list[list[int]] = []
+        total = 0
+        for ids in self._tokenized(session, texts):
+            total += len(ids)
+            if total > self.tokens and kept:
+                break
+            kept.append(ids)
+        return kept
