@@ -47,7 +47,9 @@ app.command(export_app)
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
 Many = Parameter(negative="", consume_multiple=False)
-ModelArgument = Annotated[str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")]
+ModelArgument = Annotated[
+    str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")
+]
 
 
 def _register_export(kind: type[targets.Target]) -> None:

@@ -281,7 +281,10 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match=r"is a file; a model is the directory"):
         load(tmp_path / "file")
-    with pytest.raises(ModelError, match=r"neither a directory, nor an embedded model \(arithmetic, count, topics_v1, topics_v2\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"neither a directory, nor an embedded model \(arithmetic, count, topics_v1, topics_v2\)",
+    ):
         load("arithmetik")
 
 
