@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from tapeout.files import lock
 from tapeout.generated import write_model
 
 MakeModel = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 
 
 def pytest_configure() -> None:
@@ -34,6 +37,24 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """No test finds a store that another one made, nor the user's own; and nothing asks a hub."""
     monkeypatch.setenv("TAPEOUT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once("name", make)`` lets the first of xdist's workers ``make(directory)``; gives directory and result to all."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def shared(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+        place, made = root / f"once-{name}" / "work", root / f"once-{name}" / "made.pickle"
+        with lock(place.parent, wait=True):
+            if not made.exists():
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+                made.write_bytes(pickle.dumps(make(place)))
+        return place, pickle.loads(made.read_bytes())
+
+    return shared
 
 
 @pytest.fixture

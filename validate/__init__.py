@@ -38,6 +38,7 @@ class Options:
         tokens: most tokens that are evaluated.
         require: gates that count as failed when they are skipped.
         progress: called with (stage, done, total).
+        throughput: whether it is measured too.
         files: digests that a package's manifest promises, by path below ``root``; None: the artifact's files must stay as they
             are while the gates run.
     """
@@ -47,6 +48,7 @@ class Options:
     tokens: int = 4096
     require: frozenset[str] = frozenset()
     progress: Callable[[str, int, int], None] | None = None
+    throughput: bool = True
     files: Mapping[str, str] | None = None
     root: Path | None = None
 
@@ -81,7 +83,8 @@ def validate(
                 *gates.guarded("tokenizer", gates.tokenizer, evidence),
                 *gates.guarded("task", lambda e: gates.task(e, options.limits), evidence),
             ]
-            throughput, golden = _throughput(evidence), _golden(evidence)
+            throughput = _throughput(evidence) if options.throughput else {}
+            golden = _golden(evidence)
         finally:
             evidence.close()
     results = require([*gates.integrity(root, files), *found], options.require)

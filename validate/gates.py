@@ -359,7 +359,11 @@ def tokenizer(evidence: Evidence) -> list[GateResult]:
         if a != b and i not in known and evidence.gives_text
     ]
     classes = {
-        name: {i for i, text in enumerate(strings) if LIMITS[name].holds(text, evidence.added_tokens)}
+        name: {
+            i
+            for i, (text, again) in enumerate(zip(strings, expected.texts, strict=True))
+            if LIMITS[name].holds(text, evidence.added_tokens, again)
+        }
         for name in evidence.artifact.tokenizer_limits
     }
     apart = set().union(*classes.values())

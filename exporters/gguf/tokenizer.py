@@ -196,8 +196,10 @@ def _byte_level(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
         raise ModelError(
             f"tokenizer.json cuts digits apart but has the token {double!r}: llama.cpp's '{pre}' cuts only around numbers."
         )
-    notes = notes_of(pre) + _byte_notes(read.vocab)
+    lost = _byte_notes(read.vocab)
+    notes = notes_of(pre) + lost
     limits = _normalizer_limits(raw["normalizer"]) + (["wide-space"] if strips else [])
+    limits += ["lost-byte"] if lost and bpe["merges"] else []
     limits += ["space-beyond-ascii"] if pre == "deepseek-llm" else []
     if pre == "gpt-2" and raw["post_processor"] and raw["post_processor"]["type"] == "RobertaProcessing":
         pre = "roberta-bpe"
@@ -304,7 +306,7 @@ def _unigram(raw: Mapping[str, Any], read: _Read) -> Vocabulary:
 
 
 def _byte_notes(vocab: Mapping[str, int]) -> list[str]:
-    """A byte without a token vanishes in both, but before merging here and after it in llama.cpp: the gate decides."""
+    """A byte without a token vanishes in both, but before merging here and after it in llama.cpp."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     missing = set(ByteLevel.alphabet()) - vocab.keys()

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 MakeModel = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 TAPEOUT = Path(sys.executable).with_name("tapeout")
 
 
@@ -215,11 +216,13 @@ def test_two_processes_and_one_output(make_model: MakeModel, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("package") / "out"
-    done = tapeout("export", "cpu", "arithmetic", "--scheme", "int4-g32", "--out", out)
+def package(once: Once) -> Path:
+    place, done = once(
+        "package",
+        lambda work: tapeout("export", "cpu", "arithmetic", "--scheme", "int4-g32", "--out", work / "out"),
+    )
     assert done.returncode == 0, done.stderr
-    return out
+    return place / "out"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from tapeout.generated import write_model
 
 MakeModel = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 Done = subprocess.CompletedProcess[str]
 TAPEOUT = Path(sys.executable).with_name("tapeout")
 VERBS = ("quantize", "validate", "bench", "run", "inspect", "verify", "targets", "export null", "export cpu")
@@ -66,22 +67,26 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def null(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    work = tmp_path_factory.mktemp("null")
-    model, recipe = write_model(work / "tiny", dtype="F32"), work / "loose.toml"
-    recipe.write_text(RECIPE)
-    environment = {"TAPEOUT_CACHE": str(work / "cache")}
-    done = tapeout("export", "null", "tiny", "--recipe", recipe, "--json", cwd=work, **environment)
-    return Exported(work / "tiny-int8-null", model, recipe, done, environment)
+def null(once: Once) -> Exported:
+    def make(work: Path) -> Exported:
+        model, recipe = write_model(work / "tiny", dtype="F32"), work / "loose.toml"
+        recipe.write_text(RECIPE)
+        environment = {"TAPEOUT_CACHE": str(work / "cache")}
+        done = tapeout("export", "null", "tiny", "--recipe", recipe, "--json", cwd=work, **environment)
+        return Exported(work / "tiny-int8-null", model, recipe, done, environment)
+
+    return cast(Exported, once("null", make)[1])
 
 
 @pytest.fixture(scope="module")
-def cpu(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    work = tmp_path_factory.mktemp("cpu")
-    environment = {"TAPEOUT_CACHE": str(work / "cache")}
-    arguments = ("--scheme", "int4-g32", "--rounding", "rtn", "--threads", "1", "--require", "task")
-    done = tapeout("export", "cpu", "arithmetic", "--out", work / "demo", *arguments, **environment)
-    return Exported(work / "demo", Path("arithmetic"), work / "none", done, environment)
+def cpu(once: Once) -> Exported:
+    def make(work: Path) -> Exported:
+        environment = {"TAPEOUT_CACHE": str(work / "cache")}
+        arguments = ("--scheme", "int4-g32", "--rounding", "rtn", "--threads", "1", "--require", "task")
+        done = tapeout("export", "cpu", "arithmetic", "--out", work / "demo", *arguments, **environment)
+        return Exported(work / "demo", Path("arithmetic"), work / "none", done, environment)
+
+    return cast(Exported, once("cpu", make)[1])
 
 
 def test_export_prints_its_report_as_one_document(null: Exported) -> None:

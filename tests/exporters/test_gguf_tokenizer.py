@@ -25,6 +25,7 @@ from tapeout.errors import ModelError
 from tapeout.exporters import gguf
 from tapeout.exporters.gguf import pretokenizers, tokenizer
 from tapeout.models import Model, load
+from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import quantize
 
 HOSTILE = [
@@ -299,3 +300,12 @@ def test_a_model_without_tokenizer_json_says_how_to_make_it(make_model) -> None:
     (model.directory / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="save_pretrained"):
         tokenizer.read(model)
+
+
+def test_lost_bytes_matter_where_there_are_merges_across_them() -> None:
+    """``arithmetic`` has characters alone; ``count`` has numbers, which Hugging Face merges across what the vocabulary lacks."""
+    assert "lost-byte" not in tokenizer.read(load("arithmetic")).limits
+    assert "lost-byte" in tokenizer.read(load("count")).limits
+    holds = LIMITS["lost-byte"].holds
+    assert holds("12³4", [], "124")
+    assert not holds("124", [], "124")

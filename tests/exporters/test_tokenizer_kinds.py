@@ -148,7 +148,14 @@ def check(
     added = [token.content for token in made.get_added_tokens_decoder().values()]
     strip = found.add_space_prefix
     texts = texts or strings_of(made)
-    classes = {name: {text for text in texts if LIMITS[name].holds(text, added)} for name in found.limits}
+    again = {
+        text: made.decode(made.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        for text in texts
+    }
+    classes = {
+        name: {text for text in texts if LIMITS[name].holds(text, added, again[text])}
+        for name in found.limits
+    }
     apart = set().union(*classes.values())
     assert len(apart) < len(texts) / 2
     for text in texts:
