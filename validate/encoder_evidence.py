@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
-
-import numpy as np
 
 from tapeout.errors import RuntimeCrash
 from tapeout.models import EncoderConfig
@@ -53,10 +51,7 @@ class EncoderEvidence(Evidence):
         if self.device.arithmetic != "float32":
             spec = self.reference(arithmetic=self.device.arithmetic)
             rounded = self.record("rounded", spec, self.sequences)
-        distance = Distance()
-        for exact, other in zip(self.dequantized, rounded, strict=True):
-            distance.add(exact, other)
-        return distance
+        return Distance.between(self.dequantized, rounded)
 
     @property
     def of_different_lengths(self) -> list[list[int]]:
@@ -76,22 +71,10 @@ class EncoderEvidence(Evidence):
             return [rows[: len(each)] for rows, each in zip(out, sequences, strict=True)]
         return [row[None] for row in out]
 
-    def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
-        """Run sequences through an open session in batches; rows in a mapped file."""
-        path = self.scratch / f"{name}.f32"
-        wanted = list(sequences)
-        shapes: list[tuple[int, int]] = []
-        with path.open("wb") as file:
-            for first in range(0, len(wanted), _BATCH):
-                for rows in self.encode(session, wanted[first : first + _BATCH]):
-                    shapes.append((rows.shape[0], rows.shape[1]))
-                    np.ascontiguousarray(rows).tofile(file)
-                self._tell(name, min(first + _BATCH, len(wanted)), len(wanted))
-        starts = np.cumsum([0, *(4 * rows * width for rows, width in shapes)])
-        return [
-            np.memmap(path, np.float32, "r", int(at), shape)
-            for at, shape in zip(starts, shapes, strict=False)
-        ]
+    def _answers(self, session: Any, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """In padded batches."""
+        for first in range(0, len(sequences), _BATCH):
+            yield from self.encode(session, sequences[first : first + _BATCH])
 
     def say(self, session: WorkerSession, tasks: str) -> Said:
         """Ask a session for its tokens of the corpus, their text, and the class of each task's text."""

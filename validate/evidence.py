@@ -92,10 +92,7 @@ class Evidence:
         return self._predict(slice(-1, None))
 
     def _predict(self, which: slice) -> Distance:
-        distance = Distance()
-        for exact, rounded in zip(self._cached[which], self._rounded[which], strict=True):
-            distance.add(exact, rounded)
-        return distance
+        return Distance.between(self._cached[which], self._rounded[which])
 
     @cached_property
     def _dequantized(self) -> list[Logits]:
@@ -132,10 +129,7 @@ class Evidence:
     def float_noise(self) -> float:
         """How far float32 itself takes the reference from float64: largest logit difference / std."""
         exact = self.record("float64", self.reference(arithmetic="float64"), self.sequences)
-        distance = Distance()
-        for mine, theirs in zip(exact, self.dequantized, strict=True):
-            distance.add(mine, theirs)
-        return distance.max
+        return Distance.between(exact, self.dequantized).max
 
     @property
     def window(self) -> int | None:
@@ -230,24 +224,28 @@ class Evidence:
         with _opened(spec) as session:
             return self.run(name, session, sequences)
 
-    def run(self, name: str, session: Session, sequences: Iterable[Sequence[int]]) -> list[Logits]:
+    def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
         path = self.scratch / f"{name}.f32"
         wanted = list(sequences)
         shapes: list[tuple[int, ...]] = []
         with path.open("wb") as file:
-            for done, ids in enumerate(wanted):
-                session.reset()
-                logits = session.prefill(ids)
+            for logits in self._answers(session, wanted):
                 shapes.append(logits.shape)
-                logits.tofile(file)
-                self._tell(name, done + 1, len(wanted))
+                np.ascontiguousarray(logits).tofile(file)
+                self._tell(name, len(shapes), len(wanted))
         at = 0
         found: list[Logits] = []
         for shape in shapes:
             found.append(np.memmap(path, np.float32, "r", at, shape))
             at += shape[0] * shape[1] * 4
         return found
+
+    def _answers(self, session: Any, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """What a session gives of each sequence, in their order."""
+        for ids in sequences:
+            session.reset()
+            yield session.prefill(ids)
 
     def say(self, session: WorkerSession, tasks: str) -> Said:
         """Ask a session for its tokens of the corpus, their text, and its answers to the tasks."""

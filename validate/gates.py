@@ -249,8 +249,7 @@ def decode(evidence: Evidence) -> list[GateResult]:
     past = f", {length - window} tokens past the window of {window}" if window else ""
     for road, logits in roads.items():
         expected = whole[-len(logits) :]
-        distance = Distance()
-        distance.add(expected, logits)
+        distance = Distance.between([expected], [logits])
         overturned = _overturned(expected, logits, lead)
         reason = (
             f"{road} against one prefill of {length} tokens{past}; top-1 equal on {distance.top1:.1%}. Two runs of one "
@@ -463,9 +462,7 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
 
 
 def _distance(reference: list[Logits], other: list[Logits]) -> Distance:
-    distance = Distance()
-    for mine, theirs in zip(reference, other, strict=True):
-        distance.add(mine, theirs)
+    distance = Distance.between(reference, other)
     if not distance.tokens:
         raise RuntimeCrash(
             "the evaluation text gives no token with this tokenizer: give a text of the model's own kind."

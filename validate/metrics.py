@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,14 @@ class Distance:
     _sum: float = 0.0
     _squares: float = 0.0
     _values: int = 0
+
+    @classmethod
+    def between(cls, references: Iterable[Logits], others: Iterable[Logits]) -> Distance:
+        """Sequences of logits against as many others; see ``add`` for what it raises."""
+        distance = cls()
+        for reference, other in zip(references, others, strict=True):
+            distance.add(reference, other)
+        return distance
 
     def add(self, reference: Logits, other: Logits, who: str = "the device") -> None:
         """Add logits [tokens, vocab] of both.

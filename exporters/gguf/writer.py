@@ -17,14 +17,12 @@ from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.gguf import metadata, tokenizer
 from tapeout.exporters.gguf.layout import FLOATS, Entry, Index, Layout, lay_out, library
+from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
-
-_TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
-_STEP_WEIGHTS = 1 << 20  # weights in work at a time: enough that the packers, not Python, take the time
 
 
 def write(
@@ -157,15 +155,11 @@ def _write_tensor(
     order = entry.order()
     out, width = tensor.shape[0], math.prod(tensor.shape[1:])
 
-    def write_rows(first: int) -> None:
-        step = max(1, _STEP_WEIGHTS // width)
-        end = min(out, first + max(1, _TASK_WEIGHTS // width))
-        for row in range(first, end, step):
-            rows = slice(row, min(row + step, end))
-            index = rows if order is None else order[rows]
-            write_at(handle, _pack(tensor, index, entry), offset + row * (nbytes // out))
+    def write_rows(rows: slice) -> None:
+        index = rows if order is None else order[rows]
+        write_at(handle, _pack(tensor, index, entry), offset + rows.start * (nbytes // out))
 
-    list(pool.map(write_rows, range(0, out, max(1, _TASK_WEIGHTS // width))))
+    by_rows(write_rows, out, width, pool)
 
 
 def _pack(tensor: QuantTensor | SourceTensor, index: slice | Index, entry: Entry) -> npt.NDArray[np.generic]:

@@ -20,6 +20,7 @@ from tapeout.exporters.onnx.contrib import OPSET, ContribOps
 from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.exporters.onnx.standard import StandardOps
+from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
 from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
@@ -31,9 +32,6 @@ from tapeout.quantize.store import write_at
 MODEL = "model.onnx"
 
 Dialect = Literal["onnxruntime", "standard"]
-
-_TASK_WEIGHTS = 1 << 21  # weights that one task of the pool packs
-_STEP_WEIGHTS = 1 << 18  # weights in work at a time: their codes and parts fit a core's L2
 
 
 def write(
@@ -207,17 +205,13 @@ def _write_pieces(
             write_at(handle, parts[piece.part], piece.offset)
         return
 
-    def write_rows(first: int) -> None:
-        step = max(1, _STEP_WEIGHTS // width)
-        end = min(rows, first + max(1, _TASK_WEIGHTS // width))
-        for row in range(first, end, step):
-            taken = slice(row, min(row + step, end))
-            parts = [_parts(tensor, taken, pieces[0]) for tensor in tensors]
-            for piece in pieces:
-                each = [part[piece.part].reshape(taken.stop - row, -1) for part in parts]
-                write_at(handle, np.stack(each, axis=1), piece.offset + row * (piece.nbytes // rows))
+    def write_rows(taken: slice) -> None:
+        parts = [_parts(tensor, taken, pieces[0]) for tensor in tensors]
+        for piece in pieces:
+            each = [part[piece.part].reshape(taken.stop - taken.start, -1) for part in parts]
+            write_at(handle, np.stack(each, axis=1), piece.offset + taken.start * (piece.nbytes // rows))
 
-    list(pool.map(write_rows, range(0, rows, max(1, _TASK_WEIGHTS // width))))
+    by_rows(write_rows, rows, width, pool)
 
 
 def _parts(tensor: object, rows: slice, piece: Piece) -> dict[str, npt.NDArray[np.generic]]:

@@ -125,13 +125,13 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def test_the_same_bytes_for_any_number_of_threads(
     quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tapeout.exporters.gguf import writer
+    from tapeout.exporters import steps
 
     quant = quantized("int4-g32-asym")
     whole = gguf.write(quant, tmp_path / "1", threads=1)
     # Tasks and steps of a few rows, so that there are many.
-    monkeypatch.setattr(writer, "_TASK_WEIGHTS", 1000)
-    monkeypatch.setattr(writer, "_STEP_WEIGHTS", 300)
+    monkeypatch.setattr(steps, "_TASK_WEIGHTS", 1000)
+    monkeypatch.setattr(steps, "_STEP_WEIGHTS", 300)
     cut = gguf.write(quant, tmp_path / "3", threads=3)
     assert (tmp_path / "1" / whole.files[0]).read_bytes() == (tmp_path / "3" / cut.files[0]).read_bytes()
     assert str(tmp_path).encode() not in (tmp_path / "1" / whole.files[0]).read_bytes()
