@@ -28,9 +28,9 @@ SETTINGS = [f"cmake.define.LLAMA_BUILD_{part}=OFF" for part in PARTS_OFF] + [
     "wheel.exclude=bin/**;include/**;llama_cpp/lib/cmake/**;llama_cpp/lib/pkgconfig/**",
 ]
 if platform.machine() in ("x86_64", "AMD64"):
-    # Its AMX kernels crash where the compiler drops the tile configuration (GCC 12 does; llama.cpp's pull request 26954).
-    NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    SETTINGS += [f"cmake.define.CMAKE_{language}_FLAGS={NO_AMX}" for language in ("C", "CXX")]
+    # GCC 12 takes the writes of ggml's AMX tile configuration for dead: its _tile_loadconfig names only the first 8 of 64 bytes as
+    # read (llama.cpp's pull request 26954). What then runs crashes. With AMX a 1.1B in Q4_0 decodes more than twice as fast.
+    SETTINGS += ["cmake.define.CMAKE_CXX_FLAGS=-fno-dse -fno-tree-dse"]
 CPU_FACTS = r"^(?:vendor_id|cpu family|model|flags|Features|isa|CPU (?:implementer|architecture|part))\s*:.*"
 LOADS = "import sys, llama_cpp as l; l.llama_backend_init(); sys.exit(l.__version__ != sys.argv[1])"
 
