@@ -136,6 +136,13 @@ class Judge:
             return whole, whole
         return whole, self._judge(held | {name: self._original[name] for name in ends})
 
+    def divergence(self, weights: dict[str, Any]) -> float:
+        """Mean KL where only these weights, as numpy arrays, are not the original's."""
+        import torch
+
+        held = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+        return self._judge(self._original | held).mean_kl
+
     def _logits(self) -> Iterator[Any]:
         """Of a few windows after the other, float64 [windows, tokens, vocabulary]."""
         import torch

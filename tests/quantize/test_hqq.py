@@ -1,4 +1,4 @@
-"""Half-quadratic rounding: never worse than rtn in either error, as good as the package it comes from, the same everywhere."""
+"""Half-quadratic rounding: never worse than rtn in any error, as good as the package it comes from, the same everywhere."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ def assert_never_worse(weight: Floats, scheme: Scheme, importance: Floats | None
         slack = 1 + 2 * (unit / 16 + 24) * 2.0**-24
         least = errors(weight, scheme, plain, power, importance)
         assert (errors(weight, scheme, ours, power, importance) <= least * slack + 1e-44).all()
+    largest = [
+        (np.abs(lattice.dequantize(r.codes, scheme, r.grid) - weight) ** 2 * (1 if importance is None else importance))
+        .reshape(len(weight), -1, unit)
+        .max(axis=2)
+        for r in (plain, ours)
+    ]
+    assert (largest[1] <= largest[0] * (1 + 2.0**-20) + 1e-44).all()
 
 
 @pytest.mark.parametrize("make", [normal, student])
@@ -84,19 +91,19 @@ def test_no_group_is_worse_whatever_the_weights(scheme: Scheme, weight: Floats) 
 
 @pytest.mark.parametrize(
     ("name", "gaussian", "heavy"),
-    # What is left of the l_p error of rtn, at p = 0.7 as HQQ has it; measured on 512 x 1024 weights, and rounded up to a half
-    # percent: a change that loses more than that is seen.
+    # What is left of the l_p error of rtn, at p = 0.7 as HQQ has it; measured on 512 x 1024 weights, and rounded up. Little
+    # is gained, since no group's largest error may grow: without that rule int4-g128 has 0.981 and 0.965, and a worse model.
     [
-        ("int4-g32", 0.995, 0.996),
-        ("int4-g64", 0.99, 0.988),
-        ("int4-g128", 0.981, 0.965),
-        ("int4-g64-asym", 0.995, 0.995),
-        ("int3-g64", 0.999, 0.999),
-        ("int2-g64", 0.999, 0.985),
-        ("nf4", 0.995, 0.997),
-        ("nf4-dq", 0.98, 0.985),
-        ("int8-g32", 0.99, 0.995),
-        ("q4_k", 0.999, 0.999),
+        ("int4-g32", 0.9975, 0.9995),
+        ("int4-g64", 0.999, 0.9998),
+        ("int4-g128", 0.9997, 1),
+        ("int4-g64-asym", 0.999, 0.9995),
+        ("int3-g64", 0.9999, 1),
+        ("int2-g64", 1, 1),
+        ("nf4", 0.9975, 0.999),
+        ("nf4-dq", 0.985, 0.99),
+        ("int8-g32", 0.9925, 0.996),
+        ("q4_k", 0.9997, 0.9997),
     ],
 )
 def test_it_is_better_than_rtn(name: str, gaussian: float, heavy: float) -> None:

@@ -1,0 +1,40 @@
+"""Exports a checkpoint to ONNX in a peer's own way: ``python onnx_export.py genai|optimum|optimum-int8 MODEL OUT``.
+
+genai: onnxruntime-genai's model builder, INT4 in groups of 32, activations in int8. optimum: float32 with a cache.
+optimum-int8: the graph that optimum left in MODEL, its matmuls rounded to int8 with dynamic activations.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+
+def genai(model: Path, out: Path) -> None:
+    from onnxruntime_genai.models.builder import create_model
+
+    with tempfile.TemporaryDirectory() as cache:
+        create_model(
+            None, str(model), str(out), "int4", "cpu", cache, int4_block_size=32, int4_accuracy_level=4
+        )
+
+
+def optimum(model: Path, out: Path) -> None:
+    from optimum.exporters.onnx import main_export
+
+    main_export(str(model), out, task="text-generation-with-past", do_validation=False)
+
+
+def optimum_int8(model: Path, out: Path) -> None:
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    quantizer = ORTQuantizer.from_pretrained(model, file_name="model.onnx")
+    settings = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+    quantizer.quantize(settings, save_dir=out, file_suffix=None, use_external_data_format=True)
+
+
+if __name__ == "__main__":
+    road, source, target = sys.argv[1:]
+    {"genai": genai, "optimum": optimum, "optimum-int8": optimum_int8}[road](Path(source), Path(target))
