@@ -140,14 +140,23 @@ def quantize_by_peer(source: Path, out: Path, kind: str) -> Ran:
     return run(peer() / "build" / "bin" / "llama-quantize", *same, source, out, kind, str(cores()))
 
 
-def export_by_us(model: Path, out: Path, scheme: str, cache: Path) -> Ran:
+def export_by_us(
+    model: Path,
+    out: Path,
+    scheme: str,
+    cache: Path,
+    format: str = "gguf",  # noqa: A002
+    overrides: dict[str, str] | None = None,
+) -> Ran:
     """Load → quantize → export in a fresh process with an empty store."""
     code = (
-        "import sys; from pathlib import Path; from tapeout import load, quantize, target\n"
-        "quant = quantize(load(sys.argv[1]), sys.argv[2])\n"
-        "out = Path(sys.argv[3]); out.mkdir(parents=True); target('cpu').export(quant, out)"
+        "import json, sys; from pathlib import Path; from tapeout import load, quantize, target\n"
+        "quant = quantize(load(sys.argv[1]), sys.argv[2], overrides=json.loads(sys.argv[5]))\n"
+        "out = Path(sys.argv[3]); out.mkdir(parents=True)\n"
+        "target('cpu', format=sys.argv[4]).export(quant, out)"
     )
-    return run(sys.executable, "-c", code, model, scheme, out, environment={"TAPEOUT_CACHE": str(cache)})
+    words = (model, scheme, out, format, json.dumps(overrides or {}))
+    return run(sys.executable, "-c", code, *words, environment={"TAPEOUT_CACHE": str(cache)})
 
 
 def cores() -> int:

@@ -1,0 +1,157 @@
+"""A 1.1B Llama in INT4 on ONNX Runtime: ours against onnxruntime-genai's builder, optimum, and our own GGUF on llama.cpp.
+
+    python benchmarks/onnx_decode.py [--rounds 5] [--prefill 512] [--decode 128] [--no-float]
+
+Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; medians count. Ours runs on
+onnxruntime as tapeout runs it, and on onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
+without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+from quality_peers import environment
+
+ENVIRONMENTS = {
+    "genai": (
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "onnx==1.23.2",
+        "onnx-ir",
+        "onnxruntime==1.32.0",
+        "onnxruntime-genai==0.18.0",
+    ),
+    "optimum": ("torch==2.13.0", "optimum-onnx==0.1.0", "onnx==1.23.2", "onnxruntime==1.32.0", "accelerate"),
+}
+_PEERS = Path(__file__).resolve().parent / "peers"
+
+
+@dataclass
+class Side:
+    """One artifact on one runtime, in a process that waits to be told."""
+
+    child: subprocess.Popen[str]
+    first: list[float]
+    tokens: list[float]
+    resident: int = 0
+
+    def take(self) -> dict[str, object]:
+        assert self.child.stdin
+        assert self.child.stdout
+        if not (line := self.child.stdout.readline()):
+            sys.exit(f"{self.child.args} ended with {self.child.wait()}")
+        told: dict[str, object] = json.loads(line)
+        return told
+
+
+def artifacts(work: Path, with_float: bool) -> dict[str, tuple[str, Path, Path]]:
+    """Who → kind, directory, Python that runs it; what is not there yet is made."""
+    model = common.checkpoint("1b", work)
+    ours = {}
+    for kind in ("onnx", "gguf"):
+        ours[kind] = work / f"onnx_decode-{kind}"
+        if not (ours[kind] / "whole").exists():
+            # The builder's head is INT4 too. It leaves the embedding in float32; ours is int8.
+            store, head = work / "onnx_decode-store", {"lm_head": "int4-g32"}
+            common.export_by_us(model, ours[kind], "int4-g32", store, format=kind, overrides=head)
+            (ours[kind] / "whole").touch()
+    built = by_peer("genai", model, work / "onnx_decode-genai")
+    here, genai = Path(sys.executable), environment("genai", ENVIRONMENTS["genai"])
+    found = {
+        "tapeout, onnxruntime": ("tapeout-onnx", ours["onnx"], here),
+        "tapeout, onnxruntime-genai": ("genai", ours["onnx"], genai),
+        "genai's builder, onnxruntime-genai": ("genai", built, genai),
+        "tapeout GGUF, llama.cpp": ("tapeout-gguf", ours["gguf"], here),
+    }
+    if with_float:
+        whole = by_peer("optimum", model, work / "onnx_decode-optimum")
+        found["optimum float32, onnxruntime"] = (
+            "optimum",
+            whole,
+            environment("optimum", ENVIRONMENTS["optimum"]),
+        )
+        int8 = by_peer("optimum-int8", whole, work / "onnx_decode-optimum-int8")
+        found["optimum int8, onnxruntime"] = ("optimum", int8, found["optimum float32, onnxruntime"][2])
+    return found
+
+
+def by_peer(road: str, model: Path, out: Path) -> Path:
+    """What ``peers/onnx_export.py`` makes of a model; made once."""
+    if not (out / "whole").exists():
+        name = road.partition("-")[0]
+        common.run(
+            environment(name, ENVIRONMENTS[name]), _PEERS / "onnx_export.py", road, model, out, environment={}
+        )
+        (out / "whole").touch()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--no-float", action="store_true", help="without optimum's artifacts")
+    parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
+    arguments = parser.parse_args()
+    sides = {}
+    lengths = ["--prefill", str(arguments.prefill), "--decode", str(arguments.decode)]
+    made = artifacts(arguments.work, not arguments.no_float)
+    for who, (kind, path, python) in made.items():
+        command = [str(python), "-P", str(_PEERS / "decoder.py"), kind, str(path), *lengths]
+        child = subprocess.Popen(
+            [*command, "--threads", str(common.cores())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        sides[who] = Side(child, [], [])
+        sides[who].take()
+    for _ in range(arguments.rounds):
+        for side in sides.values():
+            assert side.child.stdin
+            side.child.stdin.write("time\n")
+            side.child.stdin.flush()
+            told = side.take()
+            side.first.append(told["prefill_s"])  # type: ignore[arg-type]
+            side.tokens.append(statistics.median(told["decode_s"]))  # type: ignore[call-overload]
+            side.resident = max(side.resident, told["resident_bytes"])  # type: ignore[call-overload]
+    rows = {}
+    for who, side in sides.items():
+        side.child.communicate("")
+        size = sum(p.stat().st_size for p in made[who][1].iterdir() if p.is_file())
+        rows[who] = {
+            "prefill_tokens_per_s": round(arguments.prefill / statistics.median(side.first), 1),
+            "decode_tokens_per_s": round(1 / statistics.median(side.tokens), 2),
+            "resident_gb": round(side.resident / 1e9, 2),
+            "file_mb": round(size / 1e6, 1),
+        }
+        row = rows[who]
+        print(
+            f"{who:36} prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:6.2f} tokens/s  "
+            f"{row['resident_gb']:5.2f} GB resident, {row['file_mb']:7.1f} MB"
+        )
+    ours, theirs = rows["tapeout, onnxruntime-genai"], rows["genai's builder, onnxruntime-genai"]
+    ratios = {
+        what: round(ours[f"{what}_tokens_per_s"] / theirs[f"{what}_tokens_per_s"], 3)
+        for what in ("prefill", "decode")
+    }
+    print(
+        f"on onnxruntime-genai, ours / the builder's: prefill {ratios['prefill']}, decode {ratios['decode']}"
+    )
+    common.report(
+        {"benchmark": "onnx_decode", "rounds": arguments.rounds, "rows": rows, "same_runtime": ratios}
+    )
+
+
+if __name__ == "__main__":
+    main()

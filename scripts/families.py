@@ -1,0 +1,175 @@
+"""Every family × format × scheme on target ``cpu``: are the codes in the file, and does the runtime compute the model?
+
+    .venv/bin/python scripts/families.py [--out docs/families.md]
+
+Writes the table and ends with 1 when a gate failed. ``tests/conformance/test_families.py`` runs every cell again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tapeout.build import target
+from tapeout.errors import ModelError, TapeoutError
+from tapeout.exporters import Refused
+from tapeout.generated import ENCODERS, write_model
+from tapeout.models import EncoderConfig, load
+from tapeout.quantize import SCHEMES, quantize
+from tapeout.validate import gates
+from tapeout.validate.encoder_evidence import EncoderEvidence
+from tapeout.validate.evidence import Evidence
+
+FORMATS = ("gguf", "onnx")
+SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
+# Every row of a weight is whole groups of 128.
+_WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+_EXPERTS: dict[str, Any] = _WIDE | {"moe_intermediate_size": 128}
+_LATENT: dict[str, Any] = _EXPERTS | {
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "v_head_dim": 16,
+    "rms_norm_eps": 1e-6,  # GGUF has one epsilon for all norms, and that of the latents is fixed
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 16 for i in range(8)],
+    "long_factor": [2.0 + i / 2 for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _WIDE),
+    "llama, llama3 RoPE": ("llama", _WIDE | {"rope_scaling": _LLAMA3, "tie_word_embeddings": True}),
+    "llama, linear RoPE": ("llama", _WIDE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama, YaRN": ("llama", _WIDE | {"rope_scaling": _YARN}),
+    "llama, LongRoPE": ("llama", _WIDE | {"rope_scaling": _LONG}),
+    "mistral, window": ("mistral", _WIDE | {"sliding_window": 24, "num_key_value_heads": 1}),
+    "mixtral": ("mixtral", _WIDE),
+    "gemma": ("gemma", _WIDE),
+    "gemma2": ("gemma2", _WIDE),
+    "gemma3_text": ("gemma3_text", _WIDE),
+    "phi3": ("phi3", _WIDE | {"num_key_value_heads": 8}),
+    "qwen2": ("qwen2", _WIDE),
+    "qwen3": ("qwen3", _WIDE),
+    "qwen2_moe": ("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 128}),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS),
+    "deepseek_v2": ("deepseek_v2", _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "deepseek_v2, groups of experts": ("deepseek_v2", _LATENT),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    **{
+        name: (name, {"dim": 128, "hidden_dim": 256} if name == "distilbert" else _WIDE) for name in ENCODERS
+    },
+}
+"""Rows of the table: a family, and fields of its config."""
+
+# Past the sliding window; a prompt of one token; an odd length.
+SEQUENCES = [[(i * i * 7 + i * 31 + j * 13) % 256 for i in range(length)] for j, length in enumerate((61, 1, 64, 64, 64))]
+HEAD = """\
+# Every family × format × scheme on target `cpu`
+
+Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
+(rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
+format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
+`transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
+the runtime's own rounding costs as a share of its limit. Bounds: [gates](gates.md).
+
+"""
+
+
+def cell(row: str, form: str, scheme: str, work: Path) -> str:
+    """What the gates say of one cell; ``work`` is an empty directory."""
+    family, fields = MODELS[row]
+    model = load(write_model(work / "model", family, fields, dtype="F32"))
+    device = target("cpu", format=form, threads=1)  # a model so small is done before two threads have met
+    if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
+        return f"refused: {carry.reason}"
+    quant = quantize(model, scheme, out=work / "codes")
+    (work / "artifact").mkdir()
+    (work / "scratch").mkdir()
+    try:
+        artifact = device.export(quant, work / "artifact")
+    except (ModelError, TapeoutError) as error:
+        return f"refused: {error}"
+    kind = EncoderEvidence if isinstance(model.config, EncoderConfig) else Evidence
+    evidence = kind(artifact, model, quant, device, work / "scratch")
+    if kind is Evidence:
+        evidence.sequences = SEQUENCES
+    else:
+        evidence.sequences = evidence.sequences[:4]
+    try:
+        found = [*gates.codes(evidence), *gates.lowering(evidence)]
+    finally:
+        evidence.close()
+    if bad := [gate for gate in found if gate.status != "passed"]:
+        return "; ".join(f"**{gate.name} {gate.status}**: {gate.reason}" for gate in bad)
+    weights, runtime = found[1:]
+    assert (weights.name, runtime.name) == ("lowering/weights", "lowering/runtime")
+    return f"{weights.value:.1e}, {runtime.value / runtime.limit:.0%}"  # type: ignore[operator]
+
+
+def table(cells: dict[tuple[str, str, str], str]) -> str:
+    """The table; what is refused whatever the scheme takes one cell a format."""
+    lines = [
+        f"| family | {' | '.join(f'{form} `{scheme}`' for form in FORMATS for scheme in SHOWN)} |",
+        f"|{' --- |' * (1 + len(FORMATS) * len(SHOWN))}",
+    ]
+    notes: list[str] = []
+    for row in MODELS:
+        shown = []
+        for form in FORMATS:
+            for scheme in SHOWN:
+                said = cells[row, form, scheme]
+                if said.startswith("refused: "):
+                    if (reason := said.removeprefix("refused: ")) not in notes:
+                        notes.append(reason)
+                    said = f"refused ({notes.index(reason) + 1})"
+                shown.append(said)
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    told = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
+    return "\n".join(lines) + ("\n\nRefused, since:\n\n" + "\n".join(told) if told else "") + "\n"
+
+
+def written(text: str) -> dict[tuple[str, str, str], str]:
+    """The cells of a written table, with the reasons of what is refused."""
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    found = {}
+    for line in text.splitlines():
+        row, *cells = [part.strip() for part in line.strip("|").split("|")]
+        if row in MODELS:
+            wheres = [(form, scheme) for form in FORMATS for scheme in SHOWN]
+            for (form, scheme), said in zip(wheres, cells, strict=True):
+                number = re.fullmatch(r"refused \((\d+)\)", said)
+                found[row, form, scheme] = f"refused: {reasons[number[1]]}" if number else said
+    return found
+
+
+def main() -> None:
+    """Run all cells and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/families.md"))
+    arguments = parser.parse_args()
+    cells = {}
+    for row in MODELS:
+        for form in FORMATS:
+            for scheme in SHOWN:
+                with tempfile.TemporaryDirectory(prefix="tapeout-") as work:
+                    cells[row, form, scheme] = cell(row, form, scheme, Path(work))
+                print(f"{row}, {form} {scheme}: {cells[row, form, scheme]}", flush=True)
+    arguments.out.write_text(HEAD + table(cells), encoding="utf-8")
+    sys.exit(any("**" in said for said in cells.values()))
+
+
+if __name__ == "__main__":
+    main()
