@@ -40,7 +40,7 @@ _LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0 + i / 16 for i in range(8)],
     "long_factor": [2.0 + i / 2 for i in range(8)],
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 256,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -54,13 +54,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, llama3 RoPE": ("llama", _WIDE | {"rope_scaling": _LLAMA3, "tie_word_embeddings": True}),
     "llama, linear RoPE": ("llama", _WIDE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "llama, YaRN": ("llama", _WIDE | {"rope_scaling": _YARN}),
-    "llama, LongRoPE": ("llama", _WIDE | {"rope_scaling": _LONG}),
+    "llama, LongRoPE": ("llama", _WIDE | {"rope_scaling": _LONG, "max_position_embeddings": 1024}),
+    "llama, dynamic RoPE": (
+        "llama",
+        _WIDE | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
     "mistral, window": ("mistral", _WIDE | {"sliding_window": 24, "num_key_value_heads": 1}),
     "mixtral": ("mixtral", _WIDE),
     "gemma": ("gemma", _WIDE),
-    "gemma2": ("gemma2", _WIDE),
-    "gemma3_text": ("gemma3_text", _WIDE),
+    "gemma2": ("gemma2", _WIDE | {"query_pre_attn_scalar": 16}),
+    "gemma2, another attention scale": ("gemma2", _WIDE),
+    "gemma3_text": ("gemma3_text", _WIDE | {"query_pre_attn_scalar": 16}),
     "phi3": ("phi3", _WIDE | {"num_key_value_heads": 8}),
+    "phi3, LongRoPE": ("phi3", _WIDE | {"rope_scaling": _LONG, "max_position_embeddings": 1024}),
     "qwen2": ("qwen2", _WIDE),
     "qwen3": ("qwen3", _WIDE),
     "qwen2_moe": ("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 128}),
@@ -68,14 +74,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
     "deepseek_v2, groups of experts": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
-    **{
-        name: (name, {"dim": 128, "hidden_dim": 256} if name == "distilbert" else _WIDE) for name in ENCODERS
-    },
+    **{name: (name, {"dim": 128, "hidden_dim": 256} if name == "distilbert" else _WIDE) for name in ENCODERS},
 }
 """Rows of the table: a family, and fields of its config."""
 
 # Past the sliding window; a prompt of one token; an odd length.
-SEQUENCES = [[(i * i * 7 + i * 31 + j * 13) % 256 for i in range(length)] for j, length in enumerate((61, 1, 64, 64, 64))]
+SEQUENCES = [
+    [(i * i * 7 + i * 31 + j * 13) % 256 for i in range(length)]
+    for j, length in enumerate((61, 1, 64, 64, 64))
+]
 HEAD = """\
 # Every family × format × scheme on target `cpu`
 

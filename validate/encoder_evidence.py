@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from tapeout.errors import RuntimeCrash
 from tapeout.models import EncoderConfig
@@ -23,7 +23,10 @@ _FEWEST = 16  # characters of a text that is more than a heading
 class EncoderEvidence(Evidence):
     """Evidence whose sequences are texts with the tokens around them, and whose rows are states, embeddings or class logits."""
 
-    metric: ClassVar[str] = "squared error / variance"
+    @property
+    def metric(self) -> str:
+        """What ``cost`` is."""
+        return "squared error / variance"
 
     @property
     def config(self) -> EncoderConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +47,6 @@ class Evidence:
     text: Path | None = None
     tokens: int = 4096
     progress: Progress | None = None
-    metric: ClassVar[str] = "mean KL, nats"
     _deployed: WorkerSession | None = None
 
     @cached_property
@@ -70,9 +69,18 @@ class Evidence:
         """The reference's logits with the weights that the codes are."""
         return self._dequantized[:-1]
 
+    @property
+    def metric(self) -> str:
+        """What ``cost`` is."""
+        return "median KL, nats" if self.model.decoder.moe else "mean KL, nats"
+
     def cost(self, distance: Distance) -> float:
-        """What ``metric`` says: a rounding of inputs costs this much on average."""
-        return distance.kl
+        """What a rounding of inputs costs: on average, or, where a router chooses experts, the median token.
+
+        Of two experts that are nearly tied any rounding may choose the other. That costs a token a thousand times the usual, on device
+        and in prediction alike, but not the same tokens: a mean over some hundred of them is the luck of one or two.
+        """
+        return distance.typical_kl if self.model.decoder.moe else distance.kl
 
     @cached_property
     def quantized(self) -> list[Logits]:

@@ -30,7 +30,7 @@ _FLOAT_FLOOR = 5e-5
 # The deviation of a logit that costs as much: KL is half the variance of the logits' errors.
 _FLOAT_DEVIATION = (2 * _FLOAT_FLOOR) ** 0.5
 # A device's rounding errors are another draw of the same distribution as the emulated ones, and their cost is averaged over
-# all tokens: it is near the predicted one, and never twice as large.
+# all tokens: it is near the predicted one, and never twice as large. (Of a model with routed experts the median token: ``Evidence.cost``.)
 _TWICE = 2.0
 # Device and reference are each as far from the exact numbers as float32 takes them; and as much again for what a runtime
 # approximates (exponentials, reciprocal roots) within a few units in the last place.
@@ -228,7 +228,7 @@ def _bisect(evidence: Evidence, limit: float) -> str:
 def decode(evidence: Evidence) -> list[GateResult]:
     """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
     session, window, ids = evidence.deployed, evidence.window, evidence.probe
-    length, predicted = len(ids), evidence.predicted_probe.kl
+    length, predicted = len(ids), evidence.cost(evidence.predicted_probe)
     # Once two runs have parted, each has a rounding error of its own: their variances add up.
     limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
     # A lead of one logit over another moves by four errors at most: of two logits, on two roads.
@@ -253,8 +253,8 @@ def decode(evidence: Evidence) -> list[GateResult]:
         overturned = _overturned(expected, logits, lead)
         reason = (
             f"{road} against one prefill of {length} tokens{past}; top-1 equal on {distance.top1:.1%}. Two runs of one "
-            f"arithmetic in another order differ by two roundings of their inputs at most: twice {predicted:.2g} nats on "
-            f"average, at most twice that, and {_FLOAT_FLOOR:.0e} for float types."
+            f"arithmetic in another order differ by two roundings of their inputs at most: twice {predicted:.2g} "
+            f"({evidence.metric}), at most twice that, and {_FLOAT_FLOOR:.0e} for float types."
         )
         if overturned:
             reason = (
@@ -262,7 +262,7 @@ def decode(evidence: Evidence) -> list[GateResult]:
                 f"rounding explains. {reason}"
             )
         name = "decode" if road == "decode" else f"decode/{road.replace(' ', '-')}"
-        result = _verdict(name, "mean KL, nats", distance.kl, limit, reason)
+        result = _verdict(name, evidence.metric, evidence.cost(distance), limit, reason)
         results.append(result if not overturned else replace(result, status="failed"))
     return results
 

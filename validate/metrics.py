@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ class Distance:
     agree: int = 0
     worst: float = 0.0
     cosine_sum: float = 0.0
+    _kls: list[npt.NDArray[np.float64]] = field(default_factory=list)
     _squared_error: float = 0.0
     _sum: float = 0.0
     _squares: float = 0.0
@@ -64,6 +65,7 @@ class Distance:
                     f"{who} gives NaN or infinite logits after token {rows.start + int(np.argmax(bad))}."
                 )
             kl = kl_divergence(mine, theirs)
+            self._kls.append(kl)
             self.kl_sum += float(kl.sum())
             self.worst_kl = max(self.worst_kl, float(kl.max(initial=0.0)))
             chosen = np.take_along_axis(theirs, mine.argmax(axis=1)[:, None], axis=1)[:, 0]
@@ -82,6 +84,11 @@ class Distance:
     def kl(self) -> float:
         """Mean KL a token, in nats."""
         return self.kl_sum / max(1, self.tokens)
+
+    @property
+    def typical_kl(self) -> float:
+        """KL of the median token, in nats."""
+        return float(np.median(np.concatenate(self._kls))) if self.tokens else 0.0
 
     @property
     def top1(self) -> float:

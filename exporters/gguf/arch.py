@@ -134,6 +134,11 @@ def choose(config: DecoderConfig, sliding_window: str, layers: int) -> tuple[str
     if config.rope.kind == "longrope":
         trained = int(config.rope.parameters["original_max_position_embeddings"])
         if trained < context:
+            if trained % 256:
+                raise ModelError(
+                    f"original_max_position_embeddings = {trained} with longrope is not expressible in GGUF: llama.cpp rounds a context up "
+                    f"to a multiple of 256, and beyond {trained} tokens it takes the long factors for all of them."
+                )
             notes.append(
                 f"the context is clamped from {context} to {trained} tokens: llama.cpp chooses between LongRoPE's factors once, by "
                 "the context that it is given, and not when the text grows past it"
