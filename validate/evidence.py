@@ -22,12 +22,14 @@ from tapeout.exporters import Artifact
 from tapeout.models import Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
+from tapeout.validate.divergence import Divergence, against_graph
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
 _REFERENCE = "tapeout.validate.reference:open_session"
+_GRAPH = "tapeout.validate.primitives:open_session"
 DECODED = 64  # tokens that the decode gate takes one by one
 _WINDOW = 512  # tokens of a sequence of text
 _AT_ONCE = 20  # tasks that a worker answers before it is heard of
@@ -201,10 +203,25 @@ class Evidence:
             _give_back(self._deployed)
             self._deployed = None
 
+    def walk(self, index: int) -> Divergence | None:
+        """Where the artifact first parts from the graph with the weights that the codes are, over one of the sequences.
+
+        None: the target does not show it. The graph's own logits stand beside the reference's, which are not ours.
+        """
+        scratch = self.scratch / "walk"
+        scratch.mkdir(exist_ok=True)
+        spec = self.device.traced(self.artifact, scratch)
+        if spec is None:
+            return None
+        store = str(self.quant.directory)
+        graph = SessionSpec(_GRAPH, {"model": str(self.model.directory), "store": store})
+        ids = self.sequences[index]
+        with _opened(spec) as device, _opened(graph) as known:
+            return against_graph(device, known, ids, scratch, self.dequantized[index])
+
     def reference(
         self,
         *,
-        layers: int | None = None,
         quantized: bool = True,
         arithmetic: str = "float32",
         rounded_cache: bool = False,
@@ -213,7 +230,6 @@ class Evidence:
         arguments = {
             "model": str(self.model.directory),
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
-            "layers": layers,
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
         }
