@@ -65,7 +65,7 @@ class TorchEncoderOps(TorchOps):
         if spec.rope:
             q, k = (self._rotate(x.flatten(0, 1), spec.rope).view_as(x) for x in (q, k))
             if self.inside:
-                self.inside(inside(name, "rope"), "rope", k.transpose(1, 2).flatten(2))
+                self.inside(inside(name, "rope"), "rope", k.transpose(1, 2).flatten(2), key)
         seen = None if self.mask is None else self.mask[:, None, None, :]
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
         return out.transpose(1, 2).reshape(batch, tokens, -1)

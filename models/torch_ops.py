@@ -56,12 +56,12 @@ class TorchOps:
     Attributes:
         weights: where they come from.
         cache: None: every call sees whole sequences.
-        inside: is shown what attentions make on their way (``graph.inside``): name, what it is, value.
+        inside: is shown what attentions make on their way (``graph.inside``): name, what it is, value, and of what it is made.
     """
 
     weights: Weights
     cache: Cache | None = None
-    inside: Callable[[str, str, torch.Tensor], None] | None = None
+    inside: Callable[[str, str, torch.Tensor, torch.Tensor], None] | None = None
 
     def embedding(self, name: str, ids: torch.Tensor, weight: str, scale: float) -> torch.Tensor:
         x = self.weights(weight)[ids]
@@ -93,12 +93,12 @@ class TorchOps:
         )
         q, k = self._rotate(q, spec.rope), self._rotate(k, spec.rope)
         if self.inside:
-            self.inside(inside(name, "rope"), "rope", k.transpose(0, 1).flatten(1))
+            self.inside(inside(name, "rope"), "rope", k.transpose(0, 1).flatten(1), key)
         if self.cache:
             k, v = self.cache.append(spec.layer, k, v, window=spec.window)
         shared = spec.heads // spec.kv_heads
         k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-        self._show_scores(name, q, k, spec)
+        self._show_scores(name, q, k, spec, query)
         return _attend(q, k, v, spec)
 
     def latent_attention(
@@ -116,16 +116,17 @@ class TorchOps:
         q = query.view(len(query), spec.heads, -1).transpose(0, 1)
         plain, turned = q.split((mla.nope_dim, mla.rope_dim), -1)
         q = torch.cat((plain, self._rotate(turned, spec.rope)), -1)
-        latent, key_rope = latent[None], self._rotate(key_rope[None], spec.rope)
+        latent, turned = latent[None], self._rotate(key_rope[None], spec.rope)
         if self.inside:
-            self.inside(inside(name, "rope"), "rope", key_rope[0])
+            self.inside(inside(name, "rope"), "rope", turned[0], key_rope)
+        key_rope = turned
         if self.cache:
             latent, key_rope = self.cache.append(spec.layer, latent, key_rope, window=spec.window)
         kv = torch.nn.functional.linear(latent[0], self.weights(weight))
         kv = kv.view(len(kv), spec.heads, -1).transpose(0, 1)
         k, v = kv.split((mla.nope_dim, mla.v_dim), -1)
         k = torch.cat((k, key_rope.expand(spec.heads, -1, -1)), -1)
-        self._show_scores(name, q, k, spec)
+        self._show_scores(name, q, k, spec, query)
         return _attend(q, k, v, spec)
 
     def gated(self, name: str, gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
@@ -187,11 +188,14 @@ class TorchOps:
     def softcap(self, name: str, x: torch.Tensor, cap: float) -> torch.Tensor:
         return (x / cap).tanh() * cap
 
-    def _show_scores(self, name: str, q: torch.Tensor, k: torch.Tensor, spec: Attention) -> None:
+    def _show_scores(
+        self, name: str, q: torch.Tensor, k: torch.Tensor, spec: Attention, query: torch.Tensor
+    ) -> None:
         """What softmax is taken of [heads, tokens, total], NaN where the mask leaves it out."""
         if self.inside:
             scores = _scores(q, k, spec).masked_fill(~_mask(q, k, spec), np.nan)
-            self.inside(inside(name, "scores"), "scores" if spec.softcap is None else "softcap", scores)
+            what = "scores" if spec.softcap is None else "softcap"
+            self.inside(inside(name, "scores"), what, scores, query)
 
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Turn the first ``rope.dim`` elements of the new tokens [heads, tokens, dim]."""

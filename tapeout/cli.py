@@ -523,7 +523,7 @@ def _plan(
 def _growth(found: Divergence) -> Table:
     """What each layer gives is off by, with a bar of a block a factor of ten above float32's rounding, and where most of it was made."""
     alone = any(value.own is not None for value in found.values)
-    table = Table("", "off by", "", "its largest own" if alone else "largest", "at", title_justify="left")
+    table = Table("", "off by", "", "alone" if alone else "most", "where", title_justify="left")
     table.title = f"difference / size, {found.tokens} tokens"
     for layer, (grown, own, worst) in found.layers().items():
         bar = "█" * max(0, round(log10(max(grown, 1e-8)) + 8))

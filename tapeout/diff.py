@@ -140,7 +140,7 @@ def diff(
                 expected = _expected(theirs.model, store, ids)
                 found = against_graph(first, second, ids, scratch, expected)
             else:
-                found = between(second, first, ids, scratch)
+                found = between(first, second, ids, scratch)
     return Found(mine.given, theirs.given, found, tuple(notes))
 
 

@@ -190,10 +190,11 @@ class Tracer:
         """What softmax is taken of, which scales it first; without the room that the cache has for more tokens."""
         scale = np.frombuffer(bytes(tensor.op_params), np.float32)[0]
         (scores,) = self._scores.values()
-        scores = scores[0] * scale
-        self._save(
-            inside(f"layers.{layer}.attention.context", "scores"), scores[..., : scores.shape[1]], "SOFT_MAX"
-        )
+        tokens = scores.shape[2]
+        mask = _array(ctypes.addressof(tensor.src[1].contents), tensor.src[1].contents)[0, 0]
+        seen = np.isfinite(mask[:tokens, :tokens])
+        scores = np.where(seen, scores[0, :, :, :tokens] * scale, np.nan)
+        self._save(inside(f"layers.{layer}.attention.context", "scores"), scores, "SOFT_MAX")
 
     def _save(self, name: str, values: npt.NDArray[np.float32], op: str, rounding: float = 0.0) -> None:
         assert self._out is not None

@@ -209,6 +209,8 @@ class TracedOnnx:
             array = value[0] if value.ndim > 2 and len(value) == 1 else value
             if name.startswith("present."):  # [heads, tokens, width]
                 array = array.transpose(1, 0, 2).reshape(tokens, -1)
+            if name.endswith(_SCORES):
+                array = np.where(array == 0, np.nan, array)  # nothing is written where the mask is
             if save(out, stable, array):
                 found[stable] = Shown(self._operators[name])
         return found

@@ -71,6 +71,7 @@ class Divergence:
         values: in the order of their making.
         first: the first that parts; None: none does.
         hidden: what ``first`` was made from that the device does not show, so that it may be at fault instead.
+        also: other values that part, though all that they were made from is the same.
         tokens: of the sequence.
         oracle: rms of what the graph's own output is off by from transformers', over its rms; None: not compared.
     """
@@ -78,6 +79,7 @@ class Divergence:
     values: tuple[Value, ...]
     first: Value | None
     hidden: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     tokens: int = 0
     oracle: float | None = None
 
@@ -92,19 +94,19 @@ class Divergence:
         first = self.first
         at = self.values.index(first)
         size = first.grown if first.own is None else first.own
-        how = "" if first.own is None else " on the same inputs"
-        said = (
-            f"The first primitive that parts is {first.name} ({first.op}):{how} it is off by {size:.2g} of its size, "
-            f"where {first.limit:.2g} is what float types explain"
-        )
-        if at:
-            said += f"; {self.values[at - 1].name} before it agrees"
-        said += "."
+        off = f"is off by {size:.2g} of its size, where {first.limit:.2g} is what float types explain"
+        if not np.isfinite(size):
+            off = "has numbers where the other has none: another mask, or NaN"
+        alone = "" if first.own is None else " on the same inputs"
+        before = f"; {self.values[at - 1].name} before it agrees" if at else ""
+        said = f"The first primitive that parts is {first.name} ({first.op}):{alone} it {off}{before}."
         if self.hidden:
-            said += f" It was made from {', '.join(self.hidden)}, which the runtime does not show: that may be at fault."
-        if others := [each.name for each in self.values[at + 1 :] if each.own is not None and each.parts]:
-            more = f" … and {len(others) - 3} more" if len(others) > 3 else ""
-            said += f" So do {', '.join(others[:3])}{more}, each on its own inputs."
+            said += (
+                f" It was made from {', '.join(self.hidden)}, not shown by the runtime: that may be at fault."
+            )
+        if self.also:
+            more = f" … and {len(self.also) - 3} more" if len(self.also) > 3 else ""
+            said += f" So do {', '.join(self.also[:3])}{more}, each on its own inputs."
         return said + self._sworn()
 
     def _sworn(self) -> str:
@@ -126,8 +128,17 @@ class Divergence:
             "first": self.first.name if self.first else None,
             "finding": self.words(),
             "may_be_at_fault": list(self.hidden),
+            "also": list(self.also),
             "graph_from_transformers": self.oracle,
-            "values": [{**asdict(each), "parts": each.parts} for each in self.values],
+            # JSON has no infinity, which stands for a number where the other has none.
+            "values": [
+                {
+                    key: None if isinstance(value, float) and not np.isfinite(value) else value
+                    for key, value in asdict(each).items()
+                }
+                | {"parts": each.parts}
+                for each in self.values
+            ],
         }
 
 
@@ -150,24 +161,27 @@ def against_graph(
         TapeoutError: they are different models: no value in common, or one of another shape.
     """
     mine, whole, forced = scratch / "device", scratch / "graph", scratch / "forced"
-    shown, known = device.trace(ids, mine), graph.trace(ids, whole)
+    shown, known = device.trace(ids, _at(mine)), graph.trace(ids, _at(whole))
     grown = dict(_apart(whole, mine, _common(known, shown)))
-    graph.trace(ids, forced, given=str(mine))
+    graph.trace(ids, _at(forced), given=str(mine))
     own = dict(_apart(forced, mine, list(grown)))
     limits = {name: _limit(len(ids), shown[name]) for name in grown}
     if any(own[name] > limits[name] for name in grown):
         single = scratch / "single"
-        graph.trace(ids, single, given=str(mine), double=False)
+        graph.trace(ids, _at(single), given=str(mine), double=False)
         noise = dict(_apart(forced, single, list(grown)))
         limits = {name: max(limit, _NOISES * noise[name]) for name, limit in limits.items()}
     values = tuple(Value(name, known[name].op, grown[name], own[name], limits[name]) for name in grown)
     first = next((each for each in values if each.parts), None)
-    hidden = tuple(_hidden(first.name, known, shown)) if first else ()
+    parted = {each.name for each in values if each.parts}
+    cleared = {read for each in values if not each.parts for read in known[each.name].reads}
+    hidden = [name for name in _hidden(first.name, known, shown) if name not in cleared] if first else []
+    also = [name for name in grown if name in parted and not parted & {*known[name].reads}]
     oracle = None
     if expected is not None:
         given = np.load(whole / f"{list(known)[-1]}.npy")
         oracle = _relative(expected.astype(np.float64), given.astype(np.float64))
-    return Divergence(values, first, hidden, len(ids), oracle)
+    return Divergence(values, first, tuple(dict.fromkeys(hidden)), tuple(also[1:]), len(ids), oracle)
 
 
 def between(one: WorkerSession, other: WorkerSession, ids: Sequence[int], scratch: Path) -> Divergence:
@@ -177,14 +191,19 @@ def between(one: WorkerSession, other: WorkerSession, ids: Sequence[int], scratc
         TapeoutError: they are different models: no value in common, or one of another shape.
     """
     a, b = scratch / "one", scratch / "other"
-    known, shown = one.trace(ids, a), other.trace(ids, b)
+    known, shown = one.trace(ids, _at(a)), other.trace(ids, _at(b))
     values: list[Value] = []
     most = 0.0
     for name, grown in _apart(a, b, _common(known, shown)):
         limit = max(_limit(len(ids), known[name]), _limit(len(ids), shown[name]), _GROWTH * most)
         values.append(Value(name, known[name].op, grown, None, limit))
         most = max(most, grown)
-    return Divergence(tuple(values), next((each for each in values if each.parts), None), (), len(ids))
+    return Divergence(tuple(values), next((each for each in values if each.parts), None), tokens=len(ids))
+
+
+def _at(place: Path) -> str:
+    place.mkdir(parents=True, exist_ok=True)
+    return str(place)
 
 
 def _limit(tokens: int, shown: Shown) -> float:
@@ -209,7 +228,7 @@ def _common(one: Mapping[str, Shown], other: Mapping[str, Shown]) -> list[str]:
 
 
 def _apart(reference: Path, other: Path, names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Rms of each value's difference over rms of the reference's, where that is a number; infinite for a NaN of the other."""
+    """Rms of each value's difference over rms of the reference's, without what is NaN in both; infinite for a NaN of one."""
     for name in names:
         mine, theirs = (np.load(at / f"{name}.npy", mmap_mode="r") for at in (reference, other))
         if mine.shape != theirs.shape:
@@ -218,7 +237,7 @@ def _apart(reference: Path, other: Path, names: Sequence[str]) -> Iterator[tuple
             )
         told = np.isfinite(mine)
         x, y = mine[told].astype(np.float64), theirs[told].astype(np.float64)
-        yield name, _relative(x, y) if np.isfinite(y).all() else float("inf")
+        yield name, _relative(x, y) if np.array_equal(told, np.isfinite(theirs)) else float("inf")
 
 
 def _relative(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:

@@ -9,7 +9,7 @@ import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -51,6 +51,7 @@ class Evidence:
     progress: Progress | None = None
     metric: ClassVar[str] = "mean KL, nats"
     _deployed: WorkerSession | None = None
+    _walks: dict[int, Divergence | None] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -206,18 +207,19 @@ class Evidence:
     def walk(self, index: int) -> Divergence | None:
         """Where the artifact first parts from the graph with the weights that the codes are, over one of the sequences.
 
-        None: the target does not show it. The graph's own logits stand beside the reference's, which are not ours.
+        None: the target does not show it. What transformers gives stands beside the graph, which is ours.
         """
-        scratch = self.scratch / "walk"
-        scratch.mkdir(exist_ok=True)
-        spec = self.device.traced(self.artifact, scratch)
-        if spec is None:
-            return None
-        store = str(self.quant.directory)
-        graph = SessionSpec(_GRAPH, {"model": str(self.model.directory), "store": store})
-        ids = self.sequences[index]
-        with _opened(spec) as device, _opened(graph) as known:
-            return against_graph(device, known, ids, scratch, self.dequantized[index])
+        if index not in self._walks:
+            scratch = self.scratch / f"walk-{index}"
+            scratch.mkdir()
+            spec = self.device.traced(self.artifact, scratch)
+            self._walks[index] = spec and self._walk(spec, index, scratch)
+        return self._walks[index]
+
+    def _walk(self, spec: SessionSpec, index: int, scratch: Path) -> Divergence:
+        arguments = {"model": str(self.model.directory), "store": str(self.quant.directory)}
+        with _opened(spec) as device, _opened(SessionSpec(_GRAPH, arguments)) as graph:
+            return against_graph(device, graph, self.sequences[index], scratch, self.dequantized[index])
 
     def reference(
         self,

@@ -206,7 +206,7 @@ def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: S
     farthest = [Distance.between([a], [b]).max for a, b in zip(reference, logits, strict=True)]
     try:
         found = evidence.walk(int(np.argmax(farthest)))
-    except (MissingToolchain, RuntimeCrash) as error:
+    except TapeoutError as error:
         return f"Where it first parts could not be found: {error}"
     return found.words() if found else f"Target {evidence.device.name} does not show where it first parts."
 

@@ -65,7 +65,7 @@ class Primitives:
     def trace(
         self, ids: Sequence[int], out: str, given: str | None = None, *, double: bool = True
     ) -> dict[str, Shown]:
-        """As TracedSession says, scores outside the mask NaN.
+        """As TracedSession says.
 
         Args:
             ids: one sequence.
@@ -111,33 +111,40 @@ class _Watched:
         self._ops, self._out, self._given, self._batched = ops, out, given, batched
         self._names: dict[int, str] = {}
         self._values: list[Any] = []  # kept, so that no other takes their ids
-        self._reads: tuple[str, ...] = ()
-        ops.inside = self.see
+        self._inside: list[str] = []  # what the attention at work has shown
+        ops.inside = self._see_inside
 
-    def see(self, name: str, op: str, value: torch.Tensor) -> None:
+    def see(self, name: str, op: str, value: torch.Tensor, reads: Sequence[str] = ()) -> None:
         """Write down a value, the first of its name."""
         array = value.numpy()
         array = array[0] if self._batched and array.ndim == 3 else array
         if name not in self.shown and save(self._out, name, array):
-            self.shown[name] = Shown(op, 0.0, self._reads)
-            self._reads = (*self._reads, name)  # what an attention makes on its way goes into what it gives
+            self.shown[name] = Shown(op, 0.0, tuple(reads))
+
+    def _see_inside(self, name: str, op: str, value: torch.Tensor, made_of: torch.Tensor) -> None:
+        self.see(name, op, value, [*self._named(made_of), *self._inside])
+        self._inside.append(name)
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         return partial(self._call, op)
 
     def _call(self, op: str, name: str, *args: Any, **keywords: Any) -> Any:
-        self._reads = tuple(dict.fromkeys(self._names[id(each)] for each in args if id(each) in self._names))
+        self._inside.clear()
         value = getattr(self._ops, op)(name, *args, **keywords)
+        reads = self._named(*args)
         if op == "split":
             for piece in value:
-                self._know(piece, *self._reads)
+                self._know(piece, *reads)
         elif op == "route":
             self._know(value, name)
         else:
-            self.see(name, op, value)
+            self.see(name, op, value, [*reads, *self._inside])
             value = self._replaced(name, value)
             self._know(value, name)
         return value
+
+    def _named(self, *values: Any) -> list[str]:
+        return list(dict.fromkeys(self._names[id(each)] for each in values if id(each) in self._names))
 
     def _know(self, value: Any, name: str) -> None:
         self._names[id(value)] = name

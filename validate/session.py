@@ -111,7 +111,8 @@ class TracedSession(Protocol):
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
         """Run one sequence, and write each value that has a name in the graph to ``out``/NAME.npy, in the order of their making.
 
-        Float32 [tokens, width] (scores [heads, tokens, tokens]), elements in the order that the checkpoint has them in.
+        Float32 [tokens, width], elements in the order that the checkpoint has them in; scores [heads, tokens, tokens], NaN where
+        the mask is.
         """
 
     def tokenize(self, text: str) -> list[int]:

@@ -22,7 +22,6 @@ import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
@@ -118,10 +117,9 @@ class WorkerSession:
         """Append one token by the runtime's token-by-token road; return float32 [vocab]."""
         return cast(Logits, self._call("decode", token=int(token)))
 
-    def trace(self, ids: Sequence[int], out: Path, **settings: Any) -> dict[str, Shown]:
+    def trace(self, ids: Sequence[int], out: str, **settings: Any) -> dict[str, Shown]:
         """Let a TracedSession write what it makes of a sequence on its way; see there."""
-        out.mkdir(parents=True, exist_ok=True)
-        shown = self._call("trace", ids=[int(token) for token in ids], out=str(out), **settings)
+        shown = self._call("trace", ids=[int(token) for token in ids], out=out, **settings)
         return {name: Shown(op, rounding, tuple(reads)) for name, (op, rounding, reads) in shown.items()}
 
     def reset(self) -> None:
