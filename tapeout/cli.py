@@ -393,9 +393,12 @@ def diff(
         picture: Draw how the difference grows to this file (.svg).
         json: Print every value's difference to stdout.
     """
+    from tapeout.diff import check_picture
     from tapeout.diff import diff as run
     from tapeout.diff import picture as draw
 
+    if picture:
+        check_picture(picture)
     with _progress() as progress:
         found = run(one, other, prompt, calibration=calibration, progress=progress)
     if picture:

@@ -19,9 +19,10 @@ from tapeout.exporters import Artifact
 from tapeout.files import writing
 from tapeout.models import EncoderConfig, Model, load
 from tapeout.pack import MANIFEST, Package
+from tapeout.quantize import Scheme
 from tapeout.replay import codes_of
 from tapeout.targets import Target
-from tapeout.validate.divergence import Divergence, against_graph, between
+from tapeout.validate.divergence import Divergence, added_rounding, against_graph, between
 from tapeout.validate.session import Logits, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
@@ -68,6 +69,15 @@ class _Side:
         if self.model:
             return isinstance(self.model.config, EncoderConfig)
         return None if self.package is None else self.package.encoder_output is not None
+
+    @property
+    def added(self) -> float:
+        """What its format adds to its weights."""
+        if self.package is None or self.artifact is None or self.target is None:
+            return 0.0
+        named: dict[str, str] = self.package.manifest["schemes"]
+        schemes = {f"{name}.weight": Scheme.parse(scheme) for name, scheme in named.items()}
+        return added_rounding(self.artifact, schemes, self.target.carries)
 
     def spec(self, scratch: Path, store: Path | None) -> SessionSpec:
         """How it is opened to be walked."""
@@ -138,9 +148,9 @@ def diff(
             if graphs:
                 assert theirs.model is not None
                 expected = _expected(theirs.model, store, ids)
-                found = against_graph(first, second, ids, scratch, expected)
+                found = against_graph(first, second, ids, scratch, expected, mine.added)
             else:
-                found = between(first, second, ids, scratch)
+                found = between(first, second, ids, scratch, max(mine.added, theirs.added))
     return Found(mine.given, theirs.given, found, tuple(notes))
 
 
@@ -218,10 +228,15 @@ _WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 60, 40
 _DECADES = (-8, 1)  # of the picture: float32's own rounding to beyond what a value is large
 
 
-def picture(found: Found, path: Path) -> None:
-    """Draw how the difference grows, value by value, on a logarithmic scale; OutputError for anything but .svg."""
+def check_picture(path: Path) -> None:
+    """OutputError for what ``picture`` would not draw to."""
     if path.suffix != ".svg":
         raise OutputError(f"{path} cannot be drawn: --picture writes .svg.")
+
+
+def picture(found: Found, path: Path) -> None:
+    """Draw how the difference grows, value by value, on a logarithmic scale; OutputError for anything but .svg."""
+    check_picture(path)
     values = found.divergence.values
     low, high = _DECADES
 

@@ -6,7 +6,7 @@ what the device's primitive does, whatever came before. Two devices can only be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import TapeoutError
+from tapeout.exporters import Artifact, Carry, Rounded
+from tapeout.quantize import Scheme
 from tapeout.validate.session import Logits, Shown
 from tapeout.validate.worker import WorkerSession
 
-__all__ = ["Divergence", "Value", "against_graph", "between"]
+__all__ = ["Divergence", "Value", "added_rounding", "against_graph", "between"]
 
 # Sums of K products in another order differ by about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that
 # for exponentials of scores that are large.
@@ -29,6 +31,7 @@ _ANGLE = 2.0**-24
 # and graph are each that far off, and as much again for approximated exponentials and roots. The same factor holds for a
 # narrower type that the runtime is known to use: its bound is uniform, and 4 standard deviations of it lie beyond any rms.
 _NOISES = 4.0
+_HALF = 2.0**-11  # of float16
 # Where nothing can be computed apart, an error grows from value to value: norms and sums pass it on as it is, scores by their own size,
 # which is below ten where softmax still tells tokens apart.
 _GROWTH = 10.0
@@ -148,6 +151,7 @@ def against_graph(
     ids: Sequence[int],
     scratch: Path,
     expected: Logits | None = None,
+    added: float = 0.0,
 ) -> Divergence:
     """Walk a device along the graph (``primitives.open_session``), each primitive alone.
 
@@ -156,6 +160,7 @@ def against_graph(
         ids: one sequence.
         scratch: where values go.
         expected: what transformers gives of the ids with the graph's weights.
+        added: what the device's format adds to its weights, see ``added_rounding``.
 
     Raises:
         TapeoutError: they are different models: no value in common, or one of another shape.
@@ -165,7 +170,7 @@ def against_graph(
     grown = dict(_apart(whole, mine, _common(known, shown)))
     graph.trace(ids, _at(forced), given=str(mine))
     own = dict(_apart(forced, mine, list(grown)))
-    limits = {name: _limit(len(ids), shown[name]) for name in grown}
+    limits = {name: _limit(len(ids), shown[name].rounding, added) for name in grown}
     if any(own[name] > limits[name] for name in grown):
         single = scratch / "single"
         graph.trace(ids, _at(single), given=str(mine), double=False)
@@ -184,7 +189,9 @@ def against_graph(
     return Divergence(values, first, tuple(dict.fromkeys(hidden)), tuple(also[1:]), len(ids), oracle)
 
 
-def between(one: WorkerSession, other: WorkerSession, ids: Sequence[int], scratch: Path) -> Divergence:
+def between(
+    one: WorkerSession, other: WorkerSession, ids: Sequence[int], scratch: Path, added: float = 0.0
+) -> Divergence:
     """Walk two devices: a value parts where the difference leaves what float types explain and grows tenfold at once.
 
     Raises:
@@ -195,7 +202,7 @@ def between(one: WorkerSession, other: WorkerSession, ids: Sequence[int], scratc
     values: list[Value] = []
     most = 0.0
     for name, grown in _apart(a, b, _common(known, shown)):
-        limit = max(_limit(len(ids), known[name]), _limit(len(ids), shown[name]), _GROWTH * most)
+        limit = max(_limit(len(ids), known[name].rounding, shown[name].rounding, added), _GROWTH * most)
         values.append(Value(name, known[name].op, grown, None, limit))
         most = max(most, grown)
     return Divergence(tuple(values), next((each for each in values if each.parts), None), tokens=len(ids))
@@ -206,8 +213,26 @@ def _at(place: Path) -> str:
     return str(place)
 
 
-def _limit(tokens: int, shown: Shown) -> float:
-    return max(_FLOAT32 + _ANGLE * tokens, _NOISES * shown.rounding)
+def added_rounding(
+    artifact: Artifact, schemes: Mapping[str, Scheme], carries: Callable[[Scheme], Carry]
+) -> float:
+    """What an artifact's format adds to a weight, relative, where it does not hold the codes as they are (its notes tell).
+
+    Args:
+        artifact: with the container of each tensor.
+        schemes: of tensors, by their Hugging Face names.
+        carries: the target's.
+    """
+    answers = [carries(scheme) for scheme in set(schemes.values())]
+    found = [answer.added_error for answer in answers if isinstance(answer, Rounded)]
+    narrow = (
+        artifact.containers.get(name) == "F16" and scheme.kind != "none" for name, scheme in schemes.items()
+    )
+    return max([0.0, *found, _HALF * any(narrow)])
+
+
+def _limit(tokens: int, *roundings: float) -> float:
+    return max(_FLOAT32 + _ANGLE * tokens, _NOISES * max(roundings))
 
 
 def _common(one: Mapping[str, Shown], other: Mapping[str, Shown]) -> list[str]:

@@ -22,7 +22,7 @@ from tapeout.exporters import Artifact
 from tapeout.models import Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
-from tapeout.validate.divergence import Divergence, against_graph
+from tapeout.validate.divergence import Divergence, added_rounding, against_graph
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
@@ -218,8 +218,10 @@ class Evidence:
 
     def _walk(self, spec: SessionSpec, index: int, scratch: Path) -> Divergence:
         arguments = {"model": str(self.model.directory), "store": str(self.quant.directory)}
+        added = added_rounding(self.artifact, self.quant.schemes, self.device.carries)
+        ids, expected = self.sequences[index], self.dequantized[index]
         with _opened(spec) as device, _opened(SessionSpec(_GRAPH, arguments)) as graph:
-            return against_graph(device, graph, self.sequences[index], scratch, self.dequantized[index])
+            return against_graph(device, graph, ids, scratch, expected, added)
 
     def reference(
         self,

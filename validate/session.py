@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.exporters import Artifact
-from tapeout.quantize import Quantized, QuantTensor
+from tapeout.exporters import Artifact, Carry
+from tapeout.quantize import Quantized, QuantTensor, Scheme
 
 Logits = npt.NDArray[np.float32]
 
@@ -184,6 +184,9 @@ class Device(Protocol):
     @property
     def cache(self) -> KvCache:
         """An option of the target, or its one kind."""
+
+    def carries(self, scheme: Scheme) -> Carry:
+        """Whether the artifact can hold codes of ``scheme``, and in what."""
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""

@@ -33,7 +33,14 @@ def widened(files: Sequence[Path], out: Path) -> Path:
             if not name.startswith(("GGUF.", "split.")) and name not in _OWN:
                 kind, *inner = entry.types
                 writer.add_key_value(name, entry.contents(), kind, inner[-1] if inner else None)
-        tensors = [tensor for reader in readers for tensor in reader.tensors]
+        named = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        # A scale of all of a tensor (NVFP4) is read beside that type only.
+        scales = {
+            name: scale.data
+            for name, tensor in named.items()
+            if tensor.tensor_type.name == "NVFP4" and (scale := named.get(_scale(name))) is not None
+        }
+        tensors = [tensor for name, tensor in named.items() if name not in {_scale(each) for each in scales}]
         for tensor in tensors:
             shape = tuple(reversed(tensor.shape.tolist()))
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * tensor.n_elements)
@@ -41,12 +48,16 @@ def widened(files: Sequence[Path], out: Path) -> Path:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            writer.write_tensor_data(_float32(tensor))
+            writer.write_tensor_data(_float32(tensor) * scales.get(tensor.name, np.float32(1)))
         writer.close()
     return out
 
 
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
+
+
+def _scale(name: str) -> str:
+    return f"{name.removesuffix('weight')}scale"
 
 
 def _float32(tensor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -14,6 +14,7 @@ import pytest
 from tapeout.build import target
 from tapeout.diff import diff, picture
 from tapeout.errors import OutputError, TapeoutError
+from tapeout.exporters import gguf as gguf_exporter
 from tapeout.generated import FAMILIES, write_model
 from tapeout.models import load
 from tapeout.pack import pack
@@ -305,6 +306,39 @@ def walked(device: Any, quant: Quantized, scratch: Path) -> Divergence:
     return against_graph(device, known, IDS, scratch / "walk")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int4-g32-asym", "nf4", "mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+)
+def test_every_container_of_gguf_is_widened_to_what_its_codes_are(tmp_path: Path, scheme: str) -> None:
+    fields = {"hidden_size": 256, "intermediate_size": 256, "max_position_embeddings": 64}
+    quant = quantize(load(write_model(tmp_path / "model", "llama", fields)), scheme)
+    artifact = target("cpu").export(quant, tmp_path / "artifact")
+    (tmp_path / "scratch").mkdir()
+    spec = target("cpu", threads=1).traced(artifact, tmp_path / "scratch")
+    device = llama_cpp.open_session(**spec.arguments)
+    try:
+        found = walked(device, quant, tmp_path)
+    finally:
+        device.close()
+    worst = max(value.own for value in found.values)
+    if scheme == "nf4":  # its levels are integers there
+        assert 1e-3 < worst < 4 * gguf_exporter.carries(quant.scheme).added_error
+    else:
+        assert worst < ONE_SUM
+
+
+def test_shards_are_walked_as_one(tmp_path: Path) -> None:
+    quant = quantize(load(write_model(tmp_path / "model", "llama", {"vocab_size": 4096})), "int8")
+    kind = target("cpu", threads=1, max_shard_size="1M")
+    artifact = kind.export(quant, tmp_path / "artifact")
+    (tmp_path / "scratch").mkdir()
+    device = llama_cpp.open_session(**kind.traced(artifact, tmp_path / "scratch").arguments)
+    try:
+        assert walked(device, quant, tmp_path).first is None
+    finally:
+        device.close()
+
+
 def test_two_artifacts_of_the_same_codes(tmp_path: Path) -> None:
     one = make(tmp_path / "gguf", "gguf", "llama", {"head_dim": 16})
     other = make(tmp_path / "onnx", "onnx", "llama", {"head_dim": 16})
@@ -347,7 +381,12 @@ def test_bad_input(tmp_path: Path) -> None:
         (package, str(deeper), None, r"deeper is not the model that .*package was made from"),
         (model, str(deeper), None, "one has 2 layers and the other 3: they are different models"),
         (model, str(wider), None, r"embedding is \[\d+, 64\] in one and \[\d+, 128\] in the other"),
-        (package, str(encoder), None, "is a decoder and .* is an encoder: they have nothing in common that can be"),
+        (
+            package,
+            str(encoder),
+            None,
+            "is a decoder and .* is an encoder: they have nothing in common that can be",
+        ),
         (package, str(tmp_path / "nothing"), None, "no model at"),
     ):
         with pytest.raises(TapeoutError, match=told):
