@@ -213,7 +213,7 @@ class Evidence:
             scratch = self.scratch / f"walk-{index}"
             scratch.mkdir()
             spec = self.device.traced(self.artifact, scratch)
-            self._walks[index] = spec and self._walk(spec, index, scratch)
+            self._walks[index] = self._walk(spec, index, scratch) if spec else None
         return self._walks[index]
 
     def _walk(self, spec: SessionSpec, index: int, scratch: Path) -> Divergence:

@@ -236,9 +236,7 @@ def test_diff_of_what_parts_ends_with_1(null: Exported, make_model: MakeModel) -
     other = make_model("llama", name="other", seed=1, dtype="F32")
     done = tapeout("diff", null.model, other, "--prompt", "one two")
     assert done.returncode == 1
-    assert (
-        "The first primitive that parts is embedding (embedding): it is off by 1.4 of its size" in done.stderr
-    )
+    assert "The first primitive that parts is embedding (embedding): it is off by 1." in done.stderr
 
 
 def test_verify_a_whole_package(null: Exported) -> None:
