@@ -312,6 +312,7 @@ def open_session(
         MissingToolchain: onnxruntime is not installed. PackageError: no such file.
         RuntimeCrash: onnxruntime refuses the model; in its own words.
     """
+    _library()
     model = Path(graph) if graph else Path(directory) / "model.onnx"
     if not model.is_file():
         raise PackageError(f"{model} is absent; onnxruntime has nothing to load.")
@@ -336,12 +337,7 @@ def open_session(
 
 def _load(directory: str, model: Path, graph: bytes, threads: int | None) -> tuple[Any, str, str]:
     """An InferenceSession of a graph over the data in a directory, its version, and what it runs on."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingToolchain(
-            f"onnxruntime cannot be loaded ({error}): pip install 'tapeout[onnx]'"
-        ) from error
+    onnxruntime = _library()
     threads = threads or len(os.sched_getaffinity(0))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -352,6 +348,16 @@ def _load(directory: str, model: Path, graph: bytes, threads: int | None) -> tup
     except Exception as error:  # its own tree, rooted in Exception
         raise RuntimeCrash(f"onnxruntime refuses {model}: {error}") from error
     return loaded, f"onnxruntime {onnxruntime.__version__}", f"cpu, {threads} threads"
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingToolchain(
+            f"onnxruntime cannot be loaded ({error}): pip install 'tapeout[onnx]'"
+        ) from error
+    return onnxruntime
 
 
 def _tokenizer(directory: str) -> Any:
