@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 
 from tapeout import targets
 from tapeout.errors import OutputError, TapeoutError
-from tapeout.exporters import Artifact
+from tapeout.exporters import Artifact, gguf
 from tapeout.files import writing
 from tapeout.models import EncoderConfig, Model, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import Scheme
 from tapeout.replay import codes_of
 from tapeout.targets import Target
-from tapeout.validate.divergence import Divergence, added_rounding, against_graph, between
+from tapeout.validate.divergence import HALF, Divergence, added_rounding, against_graph, between
 from tapeout.validate.session import Logits, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
@@ -55,13 +55,18 @@ class Found:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two: a model, or an artifact with the package that it is of, if it is of one."""
+    """One of the two: a model, or an artifact with the package that it is of, if it is of one.
+
+    Attributes:
+        narrow: a file of no package holds weights as float16, which may have been wider.
+    """
 
     given: str
     model: Model | None = None
     artifact: Artifact | None = None
     target: Target | None = None
     package: Package | None = None
+    narrow: bool = False
 
     @property
     def encodes(self) -> bool | None:
@@ -74,7 +79,7 @@ class _Side:
     def added(self) -> float:
         """What its format adds to its weights."""
         if self.package is None or self.artifact is None or self.target is None:
-            return 0.0
+            return HALF if self.narrow else 0.0
         named: dict[str, str] = self.package.manifest["schemes"]
         schemes = {f"{name}.weight": Scheme.parse(scheme) for name, scheme in named.items()}
         return added_rounding(self.artifact, schemes, self.target.carries)
@@ -156,20 +161,24 @@ def diff(
 
 def _side(given: str) -> _Side:
     path = Path(given)
-    if path.suffix == ".onnx" or (path / "model.onnx").exists():
-        path = path.parent if path.suffix == ".onnx" else path
-    for root in (path, path.parent, path.parent.parent):
+    roots = [path]
+    if path.suffix in (".gguf", ".onnx"):
+        roots.append(path.absolute().parent.parent)
+    elif path.name == "artifact":
+        roots.append(path.parent)
+    for root in roots:
         if (root / MANIFEST).exists():
             package = Package.open(root)
             return _Side(given, artifact=package.artifact, target=package.target(), package=package)
     if path.suffix == ".gguf" and path.exists():
-        from tapeout.exporters import gguf
-
         facts = gguf.describe(path)
         context = facts["metadata"].get(f"{facts['arch']}.context_length")
-        artifact = Artifact("gguf", path.parent, (path.name,), int(context or _MOST), 0)
-        return _Side(given, artifact=artifact, target=targets.get("cpu")())
-    if (path / "model.onnx").exists():
+        shards = sorted(each.name for each in path.parent.glob(path.name.replace("-00001-of-", "-*-of-")))
+        artifact = Artifact("gguf", path.parent, tuple(shards), int(context or _MOST), 0)
+        return _Side(given, artifact=artifact, target=targets.get("cpu")(), narrow="F16" in facts["tensors"])
+    if path.suffix == ".onnx":
+        path = path.parent
+    if (path / "model.onnx").exists() and not (path / "config.json").exists():
         artifact = Artifact("onnx", path, ("model.onnx",), _onnx_context(path), 0)
         return _Side(given, artifact=artifact, target=targets.variants("cpu")["cpu --format onnx"])
     return _Side(given, model=load(given))

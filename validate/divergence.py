@@ -20,7 +20,7 @@ from tapeout.quantize import Scheme
 from tapeout.validate.session import Logits, Shown
 from tapeout.validate.worker import WorkerSession
 
-__all__ = ["Divergence", "Value", "added_rounding", "against_graph", "between"]
+__all__ = ["HALF", "Divergence", "Value", "added_rounding", "against_graph", "between"]
 
 # Sums of K products in another order differ by about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that
 # for exponentials of scores that are large.
@@ -28,10 +28,11 @@ _FLOAT32 = 1e-4
 # Of a token at position p an angle of RoPE that is made in float32 is off by up to 2^-24 p.
 _ANGLE = 2.0**-24
 # Where a primitive amplifies its own rounding (a small sum of large terms), float32 takes the graph's own from float64 as well: device
-# and graph are each that far off, and as much again for approximated exponentials and roots. The same factor holds for a
-# narrower type that the runtime is known to use: its bound is uniform, and 4 standard deviations of it lie beyond any rms.
+# and graph are each that far off, and as much again for approximated exponentials and roots. Of a narrower type that the runtime or
+# the format rounds to, its unit stands in the place of that.
 _NOISES = 4.0
-_HALF = 2.0**-11  # of float16
+HALF = 2.0**-11
+"""The unit of float16: what a rounding to it may take a number off by, of its size."""
 # Where nothing can be computed apart, an error grows from value to value: norms and sums pass it on as it is, scores by their own size,
 # which is below ten where softmax still tells tokens apart.
 _GROWTH = 10.0
@@ -228,7 +229,7 @@ def added_rounding(
     narrow = (
         artifact.containers.get(name) == "F16" and scheme.kind != "none" for name, scheme in schemes.items()
     )
-    return max([0.0, *found, _HALF * any(narrow)])
+    return max([0.0, *found, HALF * any(narrow)])
 
 
 def _limit(tokens: int, *roundings: float) -> float:

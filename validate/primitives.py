@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, TapeoutError
+from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.models import DecoderConfig, EncoderConfig, load
 from tapeout.models.encoder import encoder
 from tapeout.models.graph import decoder
@@ -166,9 +166,16 @@ def open_session(model: str, store: str | None = None) -> Primitives:
     Args:
         model: what ``tapeout.models.load`` takes.
         store: directory of its canonical codes; None: the weights as the checkpoint has them.
+
+    Raises:
+        ModelError: there is no store, and the checkpoint has codes only.
     """
     source = load(model)
     quant = open_store(Path(store), source) if store is not None else None
+    if source.quantization is not None and quant is None:
+        raise ModelError(
+            f"{source.name} has no floats of its own: compare it with a package that was made from it."
+        )
     return open_weights(
         source.config,
         (lambda name: source.checkpoint[name].float32()) if quant is None else quant.float32,

@@ -230,7 +230,6 @@ def open_weights(
     weights: Iterable[tuple[str, npt.NDArray[np.float32]]],
     *,
     threads: int | None = None,
-    layers: int | None = None,
 ) -> Reference:
     """Load the architecture that ``directory/config.json`` names with weights by their Hugging Face names.
 
@@ -242,7 +241,7 @@ def open_weights(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    config = _cut(AutoConfig.from_pretrained(directory, local_files_only=True), layers)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     network = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()

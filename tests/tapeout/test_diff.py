@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,6 +368,22 @@ def test_bare_files_and_what_is_drawn(tmp_path: Path) -> None:
     assert len(circles) == len(found.divergence.values)
     with pytest.raises(OutputError, match=r"growth\.png cannot be drawn: --picture writes \.svg"):
         picture(found, tmp_path / "growth.png")
+
+
+def test_what_a_path_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a package is that package, from wherever it is named; a model that is named inside a package is a model."""
+    made = make(tmp_path, "onnx", "llama", {})
+    package = made.package
+    for given in (package, package / "artifact", package / "artifact" / "model.onnx"):
+        assert diff(str(given), str(made.model), PROMPT).notes == ()
+    monkeypatch.chdir(package / "artifact")
+    assert diff("model.onnx", str(made.model), PROMPT).notes == ()
+    monkeypatch.chdir(package)
+    with pytest.raises(TapeoutError, match="is not the model that"):
+        diff(".", "arithmetic", PROMPT)
+    shutil.copytree(package / "artifact", tmp_path / "bare")
+    found = diff(str(tmp_path / "bare"), str(package), PROMPT)
+    assert found.divergence.first is None
 
 
 def test_bad_input(tmp_path: Path) -> None:
