@@ -19,6 +19,15 @@ HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
 
 
+def inside(attention: str, part: str) -> str:
+    """The name of a value that an attention makes on its way, where an emitter can show it.
+
+    ``rope``: the turned keys [tokens, kv_heads · head_dim] (of latent attention those that heads share, [tokens, rope_dim]).
+    ``scores``: what softmax is taken of, scaled and capped, [heads, tokens, tokens].
+    """
+    return f"{attention.rpartition('.')[0]}.{part}"
+
+
 class Ops(Protocol[V]):
     """What an emitter implements.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tapeout.models.encoder import SelfAttention
+from tapeout.models.graph import inside
 from tapeout.models.torch_ops import TorchOps
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class TorchEncoderOps(TorchOps):
         q, k, v = (x.view(batch, tokens, spec.heads, -1).transpose(1, 2) for x in (query, key, value))
         if spec.rope:
             q, k = (self._rotate(x.flatten(0, 1), spec.rope).view_as(x) for x in (q, k))
+            if self.inside:
+                self.inside(inside(name, "rope"), "rope", k.transpose(1, 2).flatten(2), key)
         seen = None if self.mask is None else self.mask[:, None, None, :]
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
         return out.transpose(1, 2).reshape(batch, tokens, -1)

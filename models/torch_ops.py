@@ -13,6 +13,7 @@ import numpy as np
 
 from tapeout.errors import MissingToolchain
 from tapeout.models.decoder import Attention, Mla, Moe
+from tapeout.models.graph import inside
 from tapeout.models.rope import Rope, cos_sin
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ class TorchOps:
     Attributes:
         weights: where they come from.
         cache: None: every call sees whole sequences.
+        inside: is shown what attentions make on their way (``graph.inside``): name, what it is, value, and of what it is made.
     """
 
     weights: Weights
     cache: Cache | None = None
+    inside: Callable[[str, str, torch.Tensor, torch.Tensor], None] | None = None
 
     def embedding(self, name: str, ids: torch.Tensor, weight: str, scale: float) -> torch.Tensor:
         x = self.weights(weight)[ids]
@@ -89,10 +92,14 @@ class TorchOps:
             for x, heads in ((query, spec.heads), (key, spec.kv_heads), (value, spec.kv_heads))
         )
         q, k = self._rotate(q, spec.rope), self._rotate(k, spec.rope)
+        if self.inside:
+            self.inside(inside(name, "rope"), "rope", k.transpose(0, 1).flatten(1), key)
         if self.cache:
             k, v = self.cache.append(spec.layer, k, v, window=spec.window)
         shared = spec.heads // spec.kv_heads
-        return _attend(q, k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0), spec)
+        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+        self._show_scores(name, q, k, spec, query)
+        return _attend(q, k, v, spec)
 
     def latent_attention(
         self,
@@ -109,13 +116,17 @@ class TorchOps:
         q = query.view(len(query), spec.heads, -1).transpose(0, 1)
         plain, turned = q.split((mla.nope_dim, mla.rope_dim), -1)
         q = torch.cat((plain, self._rotate(turned, spec.rope)), -1)
-        latent, key_rope = latent[None], self._rotate(key_rope[None], spec.rope)
+        latent, turned = latent[None], self._rotate(key_rope[None], spec.rope)
+        if self.inside:
+            self.inside(inside(name, "rope"), "rope", turned[0], key_rope)
+        key_rope = turned
         if self.cache:
             latent, key_rope = self.cache.append(spec.layer, latent, key_rope, window=spec.window)
         kv = torch.nn.functional.linear(latent[0], self.weights(weight))
         kv = kv.view(len(kv), spec.heads, -1).transpose(0, 1)
         k, v = kv.split((mla.nope_dim, mla.v_dim), -1)
         k = torch.cat((k, key_rope.expand(spec.heads, -1, -1)), -1)
+        self._show_scores(name, q, k, spec, query)
         return _attend(q, k, v, spec)
 
     def gated(self, name: str, gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
@@ -177,6 +188,15 @@ class TorchOps:
     def softcap(self, name: str, x: torch.Tensor, cap: float) -> torch.Tensor:
         return (x / cap).tanh() * cap
 
+    def _show_scores(
+        self, name: str, q: torch.Tensor, k: torch.Tensor, spec: Attention, query: torch.Tensor
+    ) -> None:
+        """What softmax is taken of [heads, tokens, total], NaN where the mask leaves it out."""
+        if self.inside:
+            scores = _scores(q, k, spec).masked_fill(~_mask(q, k, spec), np.nan)
+            what = "scores" if spec.softcap is None else "softcap"
+            self.inside(inside(name, "scores"), what, scores, query)
+
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Turn the first ``rope.dim`` elements of the new tokens [heads, tokens, dim]."""
         import torch
@@ -195,18 +215,30 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention) 
     """The last tokens [heads, tokens, dim] look at all [heads, total, dim]: [tokens, heads * v_dim]."""
     import torch
 
-    tokens, total = q.shape[1], k.shape[1]
-    mask = torch.ones(tokens, total, dtype=torch.bool, device=q.device).tril(total - tokens)
-    if spec.window:
-        mask = mask.triu(total - tokens + 1 - spec.window)
+    mask = _mask(q, k, spec)
     if spec.softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None], v[None], mask, scale=spec.scale
         )[0]
     else:
-        scores = spec.softcap * (q @ k.mT * (spec.scale / spec.softcap)).tanh()
-        out = scores.masked_fill(~mask, -np.inf).softmax(-1) @ v
-    return out.transpose(0, 1).reshape(tokens, -1)
+        out = _scores(q, k, spec).masked_fill(~mask, -np.inf).softmax(-1) @ v
+    return out.transpose(0, 1).reshape(q.shape[1], -1)
+
+
+def _mask(q: torch.Tensor, k: torch.Tensor, spec: Attention) -> torch.Tensor:
+    """Which of all tokens each new one looks at, bool [tokens, total]."""
+    import torch
+
+    tokens, total = q.shape[1], k.shape[1]
+    mask = torch.ones(tokens, total, dtype=torch.bool, device=q.device).tril(total - tokens)
+    return mask.triu(total - tokens + 1 - spec.window) if spec.window else mask
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, spec: Attention) -> torch.Tensor:
+    """What softmax is taken of, before the mask: [heads, tokens, total]."""
+    if spec.softcap is None:
+        return q @ k.mT * spec.scale
+    return spec.softcap * (q @ k.mT * (spec.scale / spec.softcap)).tanh()
 
 
 def one_core_each() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
     from tapeout.budget import Plan
+    from tapeout.validate.divergence import Divergence
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -368,6 +370,49 @@ def run(
 
 
 @app.command
+def diff(
+    one: str,
+    other: str,
+    *,
+    prompt: str | None = None,
+    calibration: Path | None = None,
+    picture: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Find the first primitive where two models part: two packages, or a package and the model that it was made from.
+
+    Artifacts run the numbers that their files hold, without the rounding of matmul inputs that their runtime adds. Exit status 1: one parts.
+
+    Example: tapeout diff build/demo arithmetic
+
+    Args:
+        one: A package, a .gguf file, an ONNX directory, or a model.
+        other: The same. A model beside a package stands for the reference with the package's own codes.
+        prompt: What both are run on. Default: the longest golden prompt of the package.
+        calibration: The text that the package's rounding looked at, when that was one of your own.
+        picture: Draw how the difference grows to this file (.svg).
+        json: Print every value's difference to stdout.
+    """
+    from tapeout.diff import check_picture
+    from tapeout.diff import diff as run
+    from tapeout.diff import picture as draw
+
+    if picture:
+        check_picture(picture)
+    with _progress() as progress:
+        found = run(one, other, prompt, calibration=calibration, progress=progress)
+    if picture:
+        draw(found, picture)
+    if json:
+        _print_json(found.to_json())
+    stderr.print(_growth(found.divergence))
+    for note in found.notes:
+        stderr.print(Text(f"note: {note}"), soft_wrap=True)
+    stderr.print(Text(found.divergence.words()), soft_wrap=True)
+    return 0 if found.divergence.first is None else 1
+
+
+@app.command
 def inspect(path: Path, *, json: Json = False) -> int:
     """Say what is in a model, a store, an artifact or a package.
 
@@ -476,6 +521,19 @@ def _plan(
     found = plan(load(model), kind, settings, bits=bits, max_kl=max_kl, progress=progress)
     stderr.print(Text("\n".join(found.summary())), soft_wrap=True)
     return found
+
+
+def _growth(found: Divergence) -> Table:
+    """What each layer gives is off by, with a bar of a block a factor of ten above float32's rounding, and where most of it was made."""
+    alone = any(value.own is not None for value in found.values)
+    table = Table("", "off by", "", "alone" if alone else "most", "where", title_justify="left")
+    table.title = f"difference / size, {found.tokens} tokens"
+    for layer, (grown, own, worst) in found.layers().items():
+        bar = "█" * max(0, round(log10(max(grown, 1e-8)) + 8))
+        style = "bold red" if worst.parts else "green"
+        largest = worst.grown if own is None else own
+        table.add_row(layer, f"{grown:.2g}", Text(bar, style), f"{largest:.2g}", f"{worst.name} ({worst.op})")
+    return table
 
 
 def _show(report: Any, *, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from tapeout.errors import MissingToolchain, ModelError, RecipeError, TapeoutErr
 from tapeout.models import Model, load
 from tapeout.models.chat import render, special_tokens
 from tapeout.pack import Package
-from tapeout.quantize import Calibration, quantize
+from tapeout.quantize import Calibration, Quantized, quantize
 from tapeout.recipe import Recipe
 from tapeout.validate import (
     ENCODER_GATES,
@@ -77,12 +77,34 @@ def revalidate(
             )
     elif recipe.calibration:
         calibration = calibration or recipe.calibration.text
+    quant = codes_of(package, model, calibration, progress)
+    if quant.device and quant.device != kept["calibration"]["device"]:
+        notes.append(
+            f"its codes were chosen on {kept['calibration']['device']}, those of the store that they are compared with on {quant.device}: "
+            "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
+        )
+    options = Options(
+        recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
+    )
+    report = validate(package.artifact, model, quant, package.target(), options)
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def codes_of(
+    package: Package, model: Model, calibration: Path | None = None, progress: Progress | None = None
+) -> Quantized:
+    """The codes that a package was made of, from the store or made again.
+
+    Raises:
+        ModelError: ``model`` is not the one that the package was made from. RecipeError: as ``revalidate``.
+    """
+    manifest = package.manifest
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         digest, wanted = model.checkpoint.sha256(pool), manifest["model"]["source_sha256"]
     if digest != wanted:
         raise ModelError(
-            f"{source} is not the model that {directory} was made from: its tensors have the digest {digest[:16]}…, the "
-            f"package's had {wanted[:16]}…."
+            f"{model.directory} is not the model that {package.directory} was made from: its tensors have the digest {digest[:16]}…, "
+            f"the package's had {wanted[:16]}…."
         )
     quant = quantize(
         model,
@@ -94,19 +116,10 @@ def revalidate(
     )
     if quant.calibration_sha256 != manifest["calibration_sha256"]:
         raise ModelError(
-            f"{source} makes other tokens of the calibration text than the model that {directory} was made from: its tokenizer is "
-            "another, and the codes cannot be made again."
+            f"{model.directory} makes other tokens of the calibration text than the model that {package.directory} was made from: its "
+            "tokenizer is another, and the codes cannot be made again."
         )
-    if quant.device and quant.device != kept["calibration"]["device"]:
-        notes.append(
-            f"its codes were chosen on {kept['calibration']['device']}, those of the store that they are compared with on {quant.device}: "
-            "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
-        )
-    options = Options(
-        recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
-    )
-    report = validate(package.artifact, model, quant, package.target(), options)
-    return replace(report, notes=(*report.notes, *notes))
+    return quant
 
 
 def _calibration(package: Package, model: Model, text: Path | None) -> Calibration | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
-from tapeout.exporters import Artifact, Carry, Refused
+from tapeout.exporters import Artifact, Refused
 from tapeout.models import EncoderConfig, Model
 from tapeout.quantize import Quantized, Scheme
 from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
@@ -38,9 +38,6 @@ class Target(Device, Protocol):
     @property
     def needs(self) -> str:
         """See above."""
-
-    def carries(self, scheme: Scheme) -> Carry:
-        """Whether the artifact can hold codes of ``scheme``, and in what."""
 
     def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """What the runtime can keep keys and values in, for heads of that many elements; None: of some width."""

@@ -21,6 +21,7 @@ from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
 _ONNX_RUNTIME = "tapeout.targets.onnxruntime:open_session"
+_TRACED = "tapeout.targets.onnxruntime:open_traced"
 
 _WEIGHTS_LIMIT = 1e-4
 _FLOAT32_DERIVATION = (
@@ -137,9 +138,9 @@ class Cpu:
             Lowering("runtime", road.deployed(self, artifact), "kl", road.runtime(self)),
         ]
 
-    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
-        """The first layers, without the runtime's rounding of inputs."""
-        return self._road.exact(self, artifact, quant, scratch, layers)
+    def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec:
+        """The files' own numbers: as float32 to llama.cpp, under a graph that leaves inputs alone to ONNX Runtime."""
+        return self._road.traced(self, artifact, scratch)
 
     def card(self, artifact: Artifact) -> str:
         """How to run it with the runtime's own tools."""
@@ -192,15 +193,21 @@ class _Gguf:
         return cls.open(cpu, artifact, kv_cache=cpu.cache)
 
     @classmethod
-    def exact(
-        cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path, layers: int | None = None
-    ) -> SessionSpec:
+    def exact(cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path) -> SessionSpec:
         """A twin that is float32 everywhere, so that nothing is left but the lowered numbers."""
-        out = scratch if layers else scratch / "twin"
-        twin = gguf.write(quant, out, sliding_window=cpu.sliding_window, as_float32=True, layers=layers)
+        twin = gguf.write(quant, scratch / "twin", sliding_window=cpu.sliding_window, as_float32=True)
         return cls.open(
             cpu, replace(twin, context=artifact.context), kv_cache="kv-f32", flash_attention=False
         )
+
+    @classmethod
+    def traced(cls, cpu: Cpu, artifact: Artifact, scratch: Path) -> SessionSpec:
+        """The shipped file itself, widened."""
+        files = [artifact.directory / name for name in artifact.files]
+        twin = replace(
+            artifact, directory=scratch, files=(gguf.widened(files, scratch / "widened.gguf").name,)
+        )
+        return cls.open(cpu, twin, kv_cache="kv-f32", flash_attention=False, traced=True)
 
     @staticmethod
     def commands(cpu: Cpu, artifact: Artifact) -> str:
@@ -246,16 +253,21 @@ class _Onnx:
         return cls.open(cpu, artifact)
 
     @classmethod
-    def exact(
-        cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path, layers: int | None = None
-    ) -> SessionSpec:
+    def exact(cls, cpu: Cpu, artifact: Artifact, quant: Quantized, scratch: Path) -> SessionSpec:
         """Another graph over the very data file that ships."""
         graph = scratch / "exact.onnx"
-        if layers:
-            twin = onnx.write(quant, scratch, layers=layers, exact=True)
-            return cls.open(cpu, replace(twin, context=artifact.context))
         graph.write_bytes(onnx.exact_graph(quant))
         return cls.open(cpu, artifact, graph)
+
+    @staticmethod
+    def traced(cpu: Cpu, artifact: Artifact, scratch: Path) -> SessionSpec:
+        """The shipped graph over the shipped data."""
+        arguments = {
+            "directory": str(artifact.directory),
+            "context": artifact.context,
+            "threads": cpu.threads,
+        }
+        return SessionSpec(_TRACED, arguments)
 
     @staticmethod
     def commands(cpu: Cpu, artifact: Artifact) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError, nearest
-from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits
+from tapeout.targets.llama_cpp_trace import Tracer
+from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits, Shown
 
 __all__ = ["LlamaCpp", "open_session"]
 
@@ -29,8 +30,11 @@ class LlamaCpp:
 
     facts: Facts
 
-    def __init__(self, facts: Facts, model: int, context: int, batch_size: int) -> None:
+    def __init__(
+        self, facts: Facts, model: int, context: int, batch_size: int, tracer: Tracer | None = None
+    ) -> None:
         llama = _library()
+        self._tracer = tracer
         self.facts = facts
         self._model, self._context = model, context
         self._vocab = llama.llama_model_get_vocab(model)
@@ -115,6 +119,17 @@ class LlamaCpp:
                 raise RuntimeCrash(f"llama.cpp has no text for token {token}.{_log_tail()}")
             room = -count
 
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """As TracedSession says; TapeoutError when the session was not opened for it, or for ids that one batch has no room for."""
+        if self._tracer is None or len(ids) > self._batch_size:
+            raise TapeoutError(
+                f"{len(ids)} tokens cannot be traced in batches of {self._batch_size}, or not at all."
+            )
+        self.reset()
+        with self._tracer.into(out) as found:
+            self.prefill(ids)
+        return found
+
     def close(self) -> None:
         """Free the model; may be called twice."""
         if self._context:
@@ -165,6 +180,7 @@ def open_session(
     repack: bool = True,
     batch: int = 512,
     ubatch: int = 512,
+    traced: bool = False,
 ) -> LlamaCpp:
     """Load a GGUF file (or the first of its shards) on the CPU. The defaults are those of llama.cpp's own tools.
 
@@ -179,6 +195,7 @@ def open_session(
         repack: let llama.cpp store weights anew in the order that this CPU's kernels like.
         batch: most tokens given to llama.cpp at once.
         ubatch: most tokens that it computes at once.
+        traced: see what it computes on its way (a TracedSession, besides); slower.
 
     Raises:
         MissingToolchain: llama-cpp-python is not installed. PackageError: no such file.
@@ -207,6 +224,11 @@ def open_session(
     given.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
     given.swa_full = swa_full
     given.offload_kqv = given.op_offload = False
+    tracer = None
+    if traced:
+        neighbours = llama.llama_model_rope_type(loaded) == llama.LLAMA_ROPE_TYPE_NORM
+        tracer = Tracer(neighbours)
+        given.cb_eval = tracer.callback
     opened = llama.llama_init_from_model(loaded, given)
     if not opened:
         llama.llama_model_free(loaded)
@@ -214,7 +236,7 @@ def open_session(
     load_s = perf_counter() - begin
     version = f"llama.cpp {llama.llama_version().decode()} (llama-cpp-python {llama.__version__})"
     device = f"cpu, {threads} threads"
-    session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch)
+    session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch, tracer)
     session.decode(0)  # weights are mapped, and count as resident only once they were read
     session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)

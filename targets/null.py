@@ -6,8 +6,9 @@ Its artifact is ``exporters/plain.py``'s; its runtime puts what the files hold i
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,12 +18,16 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact, Carry, plain
 from tapeout.models import EncoderConfig
+from tapeout.models.decoder import ConfigReader
+from tapeout.models.families import family
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
+from tapeout.validate import primitives
 from tapeout.validate.reference import Reference, open_weights
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _FACTORY = "tapeout.targets.null:open_session"
+_TRACED = "tapeout.targets.null:open_traced"
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,23 @@ class Null:
             Lowering("runtime", self.session(artifact), "kl", why),
         ]
 
-    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
-        """The first layers of what the files hold."""
-        spec = self.session(artifact)
-        return replace(spec, arguments={**spec.arguments, "layers": layers})
+    def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec:
+        """What the files hold, in our own graph."""
+        return SessionSpec(_TRACED, {"directory": str(artifact.directory)})
 
     def card(self, artifact: Artifact) -> str:
         """The one command that runs it."""
         return "```\ntapeout run . --prompt TEXT\n```"
 
 
-def open_session(directory: str, threads: int | None = None, layers: int | None = None) -> Reference:
+def open_session(directory: str, threads: int | None = None) -> Reference:
     """Run what the files of ``directory`` hold on transformers; called in a worker process."""
-    return open_weights(Path(directory), plain.read_weights(Path(directory)), threads=threads, layers=layers)
+    return open_weights(Path(directory), plain.read_weights(Path(directory)), threads=threads)
+
+
+def open_traced(directory: str) -> primitives.Primitives:
+    """The same in our graph, each primitive's value in sight; called in a worker process."""
+    raw = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    config = family(raw["model_type"]).config(ConfigReader(raw))
+    weights = dict(plain.read_weights(Path(directory)))
+    return primitives.open_weights(config, lambda name: weights[name], Path(directory))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -13,10 +13,12 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.models.graph import inside
 from tapeout.validate.encoders import check_batch
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.primitives import save
+from tapeout.validate.session import Facts, Logits, Shown
 
-__all__ = ["OnnxEncoder", "OnnxRuntime", "open_session"]
+__all__ = ["OnnxEncoder", "OnnxRuntime", "TracedOnnx", "open_session", "open_traced"]
 
 _CHUNK = 512  # tokens of one run: bounds attention's scores at heads × 512 × context floats
 
@@ -170,11 +172,129 @@ class OnnxEncoder:
         self._session = None
 
 
+class TracedOnnx:
+    """A TracedSession on onnxruntime; see ``open_traced``."""
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any, operators: Mapping[str, str]) -> None:
+        self.facts = facts
+        self._session, self._tokenizer, self._operators = session, tokenizer, operators
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._encodes = "tapeout.output" in session.get_modelmeta().custom_metadata_map
+
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """As TracedSession says."""
+        tokens = len(ids)
+        if not 1 <= tokens <= self.facts.context:
+            raise TapeoutError(f"{tokens} tokens do not fit the context of {self.facts.context}.")
+        feed: dict[str, Any] = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, tokens), np.int64),
+        }
+        for each in self._session.get_inputs():
+            if each.name.startswith("past_"):
+                feed[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+        names = list(self._operators)
+        try:
+            values = self._session.run(names, feed)
+        except Exception as error:  # its own tree, rooted in Exception
+            raise RuntimeCrash(f"onnxruntime cannot run {tokens} tokens: {error}") from error
+        found: dict[str, Shown] = {}
+        for name, value in zip(names, values, strict=True):
+            stable = _stable(name, self._operators[name])
+            if value.dtype != np.float32 or stable in found:
+                continue
+            array = value[0] if value.ndim > 2 and len(value) == 1 else value
+            if name.startswith("present."):  # [heads, tokens, width]
+                array = array.transpose(1, 0, 2).reshape(tokens, -1)
+            if name.endswith(_SCORES):
+                array = np.where(array == 0, np.nan, array)  # nothing is written where the mask is
+            if save(out, stable, array):
+                found[stable] = Shown(self._operators[name])
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids as the deployed session gives them."""
+        _check_text(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=self._encodes).ids)
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._session = None
+
+
+_SCORES = ".scores"
+_PARTS = ("embedding", "layers.", "norm", "head", "logits", "pooled", "dense", "sentence_embedding", "last_hidden_state")  # fmt: skip
+"""What the graph's own names begin with; everything else is made of constants, or of places."""
+
+
+def _stable(name: str, operator: str) -> str:
+    """The graph's own name of a value of the file."""
+    if name.startswith("present."):
+        return inside(f"layers.{name.split('.')[1]}.attention.context", "rope")
+    attention = name.partition(".context")[0] + ".context"
+    if name.endswith(_SCORES):
+        return inside(attention, "scores")
+    if name == f"{attention}.k.turned" or (operator == "RotaryEmbedding" and name == f"{attention}.k"):
+        return inside(attention, "rope")
+    return name
+
+
+def _observed(model: Any) -> dict[str, str]:
+    """Make every named value of a graph one of its outputs; return their names in order with the operator that makes each.
+
+    Matmuls are told to leave their inputs alone, and windows to drop nothing: one sequence is run at once.
+    """
+    import onnx
+
+    operators: dict[str, str] = {}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("accuracy_level", "sliding_window_cache"):
+                attribute.i = 0
+        if node.op_type == "GroupQueryAttention":
+            operators[node.output[1]] = node.op_type  # keys as they are cached
+            node.output.append(f"{node.output[0]}{_SCORES}")
+            node.attribute.append(onnx.helper.make_attribute("qk_output", 1))
+        for name in reversed(node.output):  # a skip-norm gives its sum last
+            if name.startswith(_PARTS):
+                operators[name] = node.op_type
+    given = {each.name for each in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in operators if name not in given)
+    return operators
+
+
 def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+
+
+def open_traced(directory: str, context: int, threads: int | None = None) -> TracedOnnx:
+    """Load ``model.onnx`` with every named value in sight, and without the rounding of inputs; the file stays as it is.
+
+    Raises:
+        MissingToolchain: onnxruntime or onnx is not installed. PackageError: no such file, or no ONNX model.
+        RuntimeCrash: onnxruntime refuses the model; in its own words.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingToolchain(f"onnx cannot be loaded ({error}): pip install 'tapeout[onnx]'") from error
+    model = Path(directory) / "model.onnx"
+    try:
+        graph = onnx.load(model, load_external_data=False)
+    except FileNotFoundError:
+        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.") from None
+    except Exception as error:  # protobuf's
+        raise PackageError(f"{model} is not an ONNX model: {error}.") from error
+    operators, begin = _observed(graph), perf_counter()
+    session, version, device = _load(directory, model, graph.SerializeToString(), threads)
+    facts = Facts(version, device, perf_counter() - begin, 0, context)
+    return TracedOnnx(facts, session, _tokenizer(directory), operators)
 
 
 def open_session(
@@ -192,31 +312,14 @@ def open_session(
         MissingToolchain: onnxruntime is not installed. PackageError: no such file.
         RuntimeCrash: onnxruntime refuses the model; in its own words.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingToolchain(
-            f"onnxruntime cannot be loaded ({error}): pip install 'tapeout[onnx]'"
-        ) from error
-    from tokenizers import Tokenizer
-
+    _library()
     model = Path(graph) if graph else Path(directory) / "model.onnx"
-    for path in (model, Path(directory) / "tokenizer.json"):
-        if not path.is_file():
-            raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
-    threads = threads or len(os.sched_getaffinity(0))
+    if not model.is_file():
+        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.")
+    tokenizer = _tokenizer(directory)
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4  # what is fatal is raised as well
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
-    try:
-        loaded = onnxruntime.InferenceSession(model.read_bytes(), options, ["CPUExecutionProvider"])
-    except Exception as error:  # its own tree, rooted in Exception
-        raise RuntimeCrash(f"onnxruntime refuses {model}: {error}") from error
+    loaded, version, device = _load(directory, model, model.read_bytes(), threads)
     load_s = perf_counter() - begin
-    tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
-    version, device = f"onnxruntime {onnxruntime.__version__}", f"cpu, {threads} threads"
     facts = Facts(version, device, load_s, 0, context)
     session: OnnxRuntime | OnnxEncoder
     # What is mapped counts as resident only once it was read.
@@ -230,3 +333,37 @@ def open_session(
     resident = max(0, psutil.Process().memory_info().rss - before)
     session.facts = Facts(version, device, load_s, resident, context)
     return session
+
+
+def _load(directory: str, model: Path, graph: bytes, threads: int | None) -> tuple[Any, str, str]:
+    """An InferenceSession of a graph over the data in a directory, its version, and what it runs on."""
+    onnxruntime = _library()
+    threads = threads or len(os.sched_getaffinity(0))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # what is fatal is raised as well
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
+    try:
+        loaded = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
+    except Exception as error:  # its own tree, rooted in Exception
+        raise RuntimeCrash(f"onnxruntime refuses {model}: {error}") from error
+    return loaded, f"onnxruntime {onnxruntime.__version__}", f"cpu, {threads} threads"
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingToolchain(
+            f"onnxruntime cannot be loaded ({error}): pip install 'tapeout[onnx]'"
+        ) from error
+    return onnxruntime
+
+
+def _tokenizer(directory: str) -> Any:
+    from tokenizers import Tokenizer
+
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
+    return Tokenizer.from_file(str(path))

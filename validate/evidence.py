@@ -9,7 +9,7 @@ import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -22,12 +22,14 @@ from tapeout.exporters import Artifact
 from tapeout.models import Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
+from tapeout.validate.divergence import Divergence, added_rounding, against_graph
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, open_session
 
 _REFERENCE = "tapeout.validate.reference:open_session"
+_GRAPH = "tapeout.validate.primitives:open_session"
 DECODED = 64  # tokens that the decode gate takes one by one
 _WINDOW = 512  # tokens of a sequence of text
 _AT_ONCE = 20  # tasks that a worker answers before it is heard of
@@ -48,6 +50,7 @@ class Evidence:
     tokens: int = 4096
     progress: Progress | None = None
     _deployed: WorkerSession | None = None
+    _walks: dict[int, Divergence | None] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -209,10 +212,28 @@ class Evidence:
             _give_back(self._deployed)
             self._deployed = None
 
+    def walk(self, index: int) -> Divergence | None:
+        """Where the artifact first parts from the graph with the weights that the codes are, over one of the sequences.
+
+        None: the target does not show it. What transformers gives stands beside the graph, which is ours.
+        """
+        if index not in self._walks:
+            scratch = self.scratch / f"walk-{index}"
+            scratch.mkdir()
+            spec = self.device.traced(self.artifact, scratch)
+            self._walks[index] = self._walk(spec, index, scratch) if spec else None
+        return self._walks[index]
+
+    def _walk(self, spec: SessionSpec, index: int, scratch: Path) -> Divergence:
+        arguments = {"model": str(self.model.directory), "store": str(self.quant.directory)}
+        added = added_rounding(self.artifact, self.quant.schemes, self.device.carries)
+        ids, expected = self.sequences[index], self.dequantized[index]
+        with _opened(spec) as device, _opened(SessionSpec(_GRAPH, arguments)) as graph:
+            return against_graph(device, graph, ids, scratch, expected, added)
+
     def reference(
         self,
         *,
-        layers: int | None = None,
         quantized: bool = True,
         arithmetic: str = "float32",
         rounded_cache: bool = False,
@@ -221,7 +242,6 @@ class Evidence:
         arguments = {
             "model": str(self.model.directory),
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
-            "layers": layers,
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
         }

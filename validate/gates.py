@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -196,33 +196,19 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
         noise = evidence.float_noise
         limit = max(limit, _NOISES * noise)
         reason += f" Float32 takes the reference {noise:.2g} from float64 on this text; {_NOISES:g} times that is allowed."
-    if value > limit and check.check == "weights":
-        reason = _bisect(evidence, limit)
+    if value > limit:
+        reason = f"{_first_divergence(evidence, reference, logits)} {reason}"
     return _verdict(name, metric, value, limit, reason)
 
 
-def _bisect(evidence: Evidence, limit: float) -> str:
-    """Name the first layer after which device and reference part, by cutting both to ever fewer layers."""
-
-    def parts(layers: int) -> bool:
-        sequences = evidence.sequences[:4]
-        scratch = evidence.scratch / f"bisect-{layers}"
-        scratch.mkdir(exist_ok=True)
-        device = evidence.device.truncated(evidence.artifact, evidence.quant, layers, scratch)
-        mine = evidence.record(f"bisect-{layers}-reference", evidence.reference(layers=layers), sequences)
-        return _distance(mine, evidence.record(f"bisect-{layers}-device", device, sequences)).max > limit
-
-    low, high = (
-        0,
-        evidence.model.config.num_layers,
-    )  # parts(high) is known; low layers are known or taken to agree
-    if not parts(high):
-        return "The lowered weights differ from the reference, though a float32 twin of the whole model does not on 4 sequences."
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if parts(middle) else (middle, high)
-    first = "layer 0, the embedding or the head" if high == 1 else f"layer {high - 1}"
-    return f"The device first parts from the reference in {first} (found by cutting both models to fewer layers)."
+def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: Sequence[Logits]) -> str:
+    """Walk the artifact along the graph over the sequence on which it is farthest from the reference."""
+    farthest = [Distance.between([a], [b]).max for a, b in zip(reference, logits, strict=True)]
+    try:
+        found = evidence.walk(int(np.argmax(farthest)))
+    except TapeoutError as error:
+        return f"Where it first parts could not be found: {error}"
+    return found.words() if found else f"Target {evidence.device.name} does not show where it first parts."
 
 
 def decode(evidence: Evidence) -> list[GateResult]:

@@ -41,6 +41,7 @@ __all__ = [
     "round_q4_0",
     "round_q8_0",
     "round_q8_k",
+    "tokenizer",
 ]
 
 Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
@@ -146,11 +147,12 @@ class Reference:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._directory)
+            self._tokenizer = tokenizer(self._directory)
         return self._tokenizer
 
 
-def _tokenizer(directory: Path) -> Any:
+def tokenizer(directory: Path) -> Any:
+    """A model's tokenizer, as its tokenizer.json stands; ModelError when there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # transformers 5 rebuilds Llama's, Gemma's, T5's and BERT's from their vocabulary and drops the file's own normalizer.
@@ -219,7 +221,7 @@ def open_session(
         _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
     facts = _facts(before, begin, source.config.max_position_embeddings)
     if encodes:
-        return encoders.EncoderReference(source, network, facts, cache(partial(_tokenizer, source.directory)))
+        return encoders.EncoderReference(source, network, facts, cache(partial(tokenizer, source.directory)))
     return Reference(source.directory, network, facts)
 
 
@@ -228,7 +230,6 @@ def open_weights(
     weights: Iterable[tuple[str, npt.NDArray[np.float32]]],
     *,
     threads: int | None = None,
-    layers: int | None = None,
 ) -> Reference:
     """Load the architecture that ``directory/config.json`` names with weights by their Hugging Face names.
 
@@ -240,7 +241,7 @@ def open_weights(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    config = _cut(AutoConfig.from_pretrained(directory, local_files_only=True), layers)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     network = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.exporters import Artifact
-from tapeout.quantize import Quantized, QuantTensor
+from tapeout.exporters import Artifact, Carry
+from tapeout.quantize import Quantized, QuantTensor, Scheme
 
 Logits = npt.NDArray[np.float32]
 
@@ -89,6 +89,39 @@ class EncoderSession(Protocol):
         """Free the model."""
 
 
+class Shown(NamedTuple):
+    """A value that a model made on its way.
+
+    Attributes:
+        op: what made it, in the words of who shows it: a primitive of the graph, an operator of the runtime.
+        rounding: relative; what the runtime's own narrower type adds there (a table of float16); 0: it computes in float32.
+        reads: names of the values that it was made from, where they are known.
+    """
+
+    op: str
+    rounding: float = 0.0
+    reads: tuple[str, ...] = ()
+
+
+class TracedSession(Protocol):
+    """A model loaded so that what it makes on its way can be seen."""
+
+    facts: Facts
+
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """Run one sequence, and write each value that has a name in the graph to ``out``/NAME.npy, in the order of their making.
+
+        Float32 [tokens, width], elements in the order that the checkpoint has them in; scores [heads, tokens, tokens], NaN where
+        the mask is.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        """As of a Session."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 @dataclass(frozen=True)
 class SessionSpec:
     """How a worker process opens a session: data only, so that it can cross to another Python environment.
@@ -152,6 +185,9 @@ class Device(Protocol):
     def cache(self) -> KvCache:
         """An option of the target, or its one kind."""
 
+    def carries(self, scheme: Scheme) -> Carry:
+        """Whether the artifact can hold codes of ``scheme``, and in what."""
+
     def session(self, artifact: Artifact) -> SessionSpec:
         """The artifact as it is deployed."""
 
@@ -163,5 +199,8 @@ class Device(Protocol):
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The lowering checks of this runtime; twins of the artifact may be written to ``scratch``."""
 
-    def truncated(self, artifact: Artifact, quant: Quantized, layers: int, scratch: Path) -> SessionSpec:
-        """The same model cut to its first ``layers`` layers (and final norm and head), for the bisect of ``weights``."""
+    def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec | None:
+        """The artifact's own numbers opened as a TracedSession that leaves the inputs of quantized matmuls alone; None: it can't be.
+
+        From the files alone, so that what went wrong in them shows; twins of them may be written to ``scratch``.
+        """

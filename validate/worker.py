@@ -32,7 +32,7 @@ from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.models import Generation
 from tapeout.validate.generate import Said, say
-from tapeout.validate.session import EncoderSession, Facts, Logits, Session, SessionSpec
+from tapeout.validate.session import EncoderSession, Facts, Logits, Session, SessionSpec, Shown, TracedSession
 from tapeout.validate.timing import Timing, measure, measure_encoding
 
 __all__ = ["Timing", "WorkerSession", "open_session"]
@@ -116,6 +116,11 @@ class WorkerSession:
     def decode(self, token: int) -> Logits:
         """Append one token by the runtime's token-by-token road; return float32 [vocab]."""
         return cast(Logits, self._call("decode", token=int(token)))
+
+    def trace(self, ids: Sequence[int], out: str, **settings: Any) -> dict[str, Shown]:
+        """Let a TracedSession write what it makes of a sequence on its way; see there."""
+        shown = self._call("trace", ids=[int(token) for token in ids], out=out, **settings)
+        return {name: Shown(op, rounding, tuple(reads)) for name, (op, rounding, reads) in shown.items()}
 
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""
@@ -242,7 +247,7 @@ def serve(requests: int, replies: int) -> None:
     """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
     threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
     source, sink = os.fdopen(requests, "rb", 0), os.fdopen(replies, "wb", 0)
-    session: Session | EncoderSession | None = None
+    session: Session | EncoderSession | TracedSession | None = None
     factory = ""
     while True:
         try:

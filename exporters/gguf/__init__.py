@@ -5,6 +5,7 @@ from __future__ import annotations
 from tapeout.exporters.gguf.arch import turns_neighbours
 from tapeout.exporters.gguf.layout import carries
 from tapeout.exporters.gguf.reader import describe, read_codes
+from tapeout.exporters.gguf.widened import widened
 from tapeout.exporters.gguf.writer import write
 
-__all__ = ["carries", "describe", "read_codes", "turns_neighbours", "write"]
+__all__ = ["carries", "describe", "read_codes", "turns_neighbours", "widened", "write"]

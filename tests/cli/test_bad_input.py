@@ -267,6 +267,21 @@ def test_a_package_that_is_none(tmp_path: Path) -> None:
         assert "is not a package: it has no tapeout.json" in paragraph(done)
 
 
+def test_a_walk_that_cannot_be(copied: Path, make_model: MakeModel) -> None:
+    other = make_model("llama")
+    for arguments, told in (
+        ((copied, "arithmetic", "--prompt", ""), "the prompt '' gives no token"),
+        ((copied, "arithmetic", "--prompt", "1" * 600), "the prompt has 600 tokens; what fits: "),
+        ((copied, other), "is not the model that"),
+        ((copied, "topics_v1"), "they have nothing in common that can be compared"),
+        ((copied, "arithmetik"), "no model at 'arithmetik'"),
+        ((copied, "arithmetic", "--picture", "growth.png"), "--picture writes .svg"),
+    ):
+        done = tapeout("diff", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert told in paragraph(done)
+
+
 def test_a_manifest_of_a_newer_format(copied: Path) -> None:
     path = copied / "tapeout.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))

@@ -22,7 +22,18 @@ MakeModel = Callable[..., Path]
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 Done = subprocess.CompletedProcess[str]
 TAPEOUT = Path(sys.executable).with_name("tapeout")
-VERBS = ("quantize", "validate", "bench", "run", "inspect", "verify", "targets", "export null", "export cpu")
+VERBS = (
+    "quantize",
+    "validate",
+    "bench",
+    "run",
+    "diff",
+    "inspect",
+    "verify",
+    "targets",
+    "export null",
+    "export cpu",
+)
 
 # The model is random: what its quantization loses says nothing.
 RECIPE = """
@@ -201,6 +212,31 @@ def test_inspect_a_package(null: Exported) -> None:
 def beside(path: Path, package: Path) -> bool:
     """Whether a file is the manifest, or measured: not what the root digest covers."""
     return path.parent == package and path.name != "README.md"
+
+
+def test_diff_of_a_package_and_its_model(null: Exported, tmp_path: Path) -> None:
+    found = document(
+        tapeout(
+            "diff", null.package, null.model, "--prompt", "one two", "--picture", tmp_path / "p.svg", "--json"
+        )
+    )
+    assert (found["one"], found["other"]) == (str(null.package), str(null.model))
+    assert found["first"] is None
+    assert found["tokens"] == len("one two")  # the tokenizer has bytes
+    assert [value["name"] for value in found["values"]][:2] == ["embedding", "layers.0.attention.norm"]
+    assert found["values"][-1]["name"] == "logits"
+    assert found["graph_from_transformers"] < 1e-5
+    ElementTree.parse(tmp_path / "p.svg")
+    said = told(tapeout("diff", null.package, null.model))
+    assert "difference / size, 16 tokens" in said  # of the golden prompts
+    assert "No primitive parts" in said
+
+
+def test_diff_of_what_parts_ends_with_1(null: Exported, make_model: MakeModel) -> None:
+    other = make_model("llama", name="other", seed=1, dtype="F32")
+    done = tapeout("diff", null.model, other, "--prompt", "one two")
+    assert done.returncode == 1
+    assert "The first primitive that parts is embedding (embedding): it is off by 1." in done.stderr
 
 
 def test_verify_a_whole_package(null: Exported) -> None:

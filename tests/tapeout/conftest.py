@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +21,8 @@ class Here:
     ended = False
 
     def __init__(self, spec: SessionSpec) -> None:
-        from tapeout.targets import null
-        from tapeout.validate import reference
-
         module, function = spec.factory.split(":")
-        self._factory = getattr({m.__name__: m for m in (null, reference)}[module], function)
+        self._factory = getattr(importlib.import_module(module), function)
         self.open(spec.arguments)
 
     def __getattr__(self, name: str) -> Any:
@@ -36,7 +35,8 @@ class Here:
         self.close()
 
     def open(self, arguments: Mapping[str, Any]) -> None:
-        self._session = self._factory(**{**arguments, "threads": 1})
+        one = {"threads": 1} if "threads" in inspect.signature(self._factory).parameters else {}
+        self._session = self._factory(**{**arguments, **one})
 
     def release(self) -> None:
         self._session.close()

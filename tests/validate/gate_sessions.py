@@ -90,7 +90,7 @@ class Toy:
 
 
 class Defective(Toy):
-    """A Toy with the defect that ``defect`` names; ``cut`` when it is not the whole model."""
+    """A Toy with the defect that ``defect`` names."""
 
     def __init__(
         self,
@@ -100,10 +100,8 @@ class Defective(Toy):
         arithmetic: str,
         kv_cache: str | None,
         defect: str,
-        cut: bool,
     ) -> None:
         self._defect, self._flipped, self._calls = defect, False, 0
-        self._cut = cut
         super().__init__(directory, weights, layers, arithmetic, kv_cache)
 
     def reset(self) -> None:
@@ -123,7 +121,7 @@ class Defective(Toy):
             logits = logits[-1:]
         elif self._defect == "dies":
             os.kill(os.getpid(), signal.SIGSEGV)
-        elif self._defect == "whole model only" and not self._cut:
+        elif self._defect == "its runtime":
             logits[:, 3] += 0.1
         return logits
 
@@ -147,9 +145,7 @@ class Defective(Toy):
         return super()._rounded(x, steps, offset)
 
 
-def reference(
-    model: str, store: str | None, layers: int | None, arithmetic: str, kv_cache: str | None
-) -> Toy:
+def reference(model: str, store: str | None, arithmetic: str, kv_cache: str | None) -> Toy:
     """What ``tapeout.validate.reference:open_session`` is for transformers."""
     source = load(model)
     if store is None:
@@ -157,19 +153,18 @@ def reference(
     else:
         quant = open_store(Path(store), source)
         weights = {name: quant.float32(name) for name in quant}
-    return Toy(model, weights, layers or source.config.num_layers, arithmetic, kv_cache)
+    return Toy(model, weights, source.config.num_layers, arithmetic, kv_cache)
 
 
 def device(
     directory: str,
     defect: str = "",
     arithmetic: str = "float32",
-    layers: int | None = None,
     kv_cache: str | None = None,
 ) -> Toy:
     """Run what the plain files of ``directory`` hold."""
     if defect == "not installed":
         raise MissingToolchain("the toy runtime is not installed: pip install toy")
-    whole = json.loads((Path(directory) / "config.json").read_text())["num_hidden_layers"]
+    layers = json.loads((Path(directory) / "config.json").read_text())["num_hidden_layers"]
     weights = dict(plain.read_weights(Path(directory)))
-    return Defective(directory, weights, layers or whole, arithmetic, kv_cache, defect, layers is not None)
+    return Defective(directory, weights, layers, arithmetic, kv_cache, defect)

@@ -69,6 +69,20 @@ class Rounding(Device):
         ]
 
 
+class Blind(Device):
+    """Shows nothing of what it computes."""
+
+    def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec | None:  # type: ignore[override]
+        return None
+
+
+class Deaf(Device):
+    """Has nothing to show it with."""
+
+    def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec:
+        raise PackageError("nothing here")
+
+
 class ToyEvidence(Evidence):
     """Evidence whose reference is the toy network too: no worker has to import torch."""
 
@@ -454,15 +468,14 @@ def test_lowering_of_a_sound_artifact(look: Look) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        *(
-            (f"model.layers.{k}.mlp.down_proj.weight", f"first parts from the reference in layer {k} (")
-            for k in range(1, LAYERS)
-        ),
-        ("model.layers.0.mlp.up_proj.weight", "in layer 0, the embedding or the head"),
-        ("lm_head.weight", "in layer 0, the embedding or the head"),
+        ("model.layers.3.mlp.down_proj.weight", "first primitive that parts is layers.3.mlp.out (linear)"),
+        ("model.layers.0.mlp.up_proj.weight", "first primitive that parts is layers.0.mlp.up (linear)"),
+        ("lm_head.weight", "first primitive that parts is logits (linear)"),
     ],
 )
-def test_lowering_names_the_layer_that_is_damaged(look: Look, copied: Artifact, name: str, told: str) -> None:
+def test_lowering_names_the_primitive_whose_tensor_is_damaged(
+    look: Look, copied: Artifact, name: str, told: str
+) -> None:
     # Doubles the first row's scales. Far less would show: the limit is 1e-4 of the logits' spread.
     damage(copied, name, "scale", lambda scale: scale * np.where(np.arange(len(scale)) == 40, 2, 1)[:, None].astype(np.float16))  # fmt: skip
     weights = by_name(gates.lowering(look(artifact=copied)))["lowering/weights"]
@@ -475,13 +488,24 @@ def test_lowering_finds_the_smallest_step_of_one_code(look: Look, copied: Artifa
     damage(copied, "model.layers.4.mlp.down_proj.weight", "codes", flip((0, 0)))
     weights = by_name(gates.lowering(look(artifact=copied)))["lowering/weights"]
     assert weights.status == "failed"
-    assert "in layer 4 (" in weights.reason
+    assert "first primitive that parts is layers.4.mlp.out" in weights.reason
 
 
-def test_lowering_of_a_defect_that_no_cut_shows(look: Look) -> None:
-    weights = by_name(gates.lowering(look(Device(defect="whole model only"))))["lowering/weights"]
+def test_lowering_of_a_defect_that_is_not_in_the_files(look: Look) -> None:
+    weights = by_name(gates.lowering(look(Device(defect="its runtime"))))["lowering/weights"]
     assert weights.status == "failed"
-    assert "a defect" not in weights.reason
+    assert "No primitive parts" in weights.reason
+
+
+def test_lowering_of_a_target_that_cannot_be_walked(look: Look) -> None:
+    for device, told in (
+        (Blind(defect="its runtime"), "Target toy does not show where it first parts."),
+        (Deaf(defect="its runtime"), "Where it first parts could not be found: nothing here"),
+    ):
+        weights = by_name(gates.lowering(look(device)))["lowering/weights"]
+        assert weights.status == "failed"
+        assert told in weights.reason
+        assert "The same operations" in weights.reason  # where the bound comes from is still said
 
 
 def test_a_runtime_may_round_as_predicted_and_no_coarser(look: Look) -> None:
@@ -607,7 +631,7 @@ def test_a_device_without_a_lowering_check_does_not_pass_unseen(look: Look) -> N
     assert [gate.status for gate in validate.require(found, frozenset({"lowering"}))] == ["failed"]
 
 
-def test_lowering_on_transformers_names_the_layer(tmp_path: Path) -> None:
+def test_lowering_on_transformers_names_the_primitive(tmp_path: Path) -> None:
     """The null target and the real reference: what the toy stands for above."""
     pytest.importorskip("transformers")
     model = load(write_model(tmp_path / "tiny", "llama", dtype="F32"))
@@ -623,7 +647,8 @@ def test_lowering_on_transformers_names_the_layer(tmp_path: Path) -> None:
     finally:
         evidence.close()
     assert found["lowering/weights"].status == "failed"
-    assert "in layer 1 (" in found["lowering/weights"].reason
+    told = "first primitive that parts is layers.1.attention.k (linear)"
+    assert told in found["lowering/weights"].reason
     assert found["lowering/runtime"].status == "failed"
 
 
