@@ -48,7 +48,10 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
 Many = Parameter(negative="", consume_multiple=False)
 ModelArgument = Annotated[
-    str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")
+    str,
+    Parameter(
+        help="A Hugging Face directory, a hub id, file.py:factory of a torch module, or: arithmetic, count, topics_v1, topics_v2."
+    ),
 ]
 
 
@@ -442,6 +445,69 @@ def list_targets(*, json: Json = False) -> int:
     for name, facts in rows["targets"].items():
         state = "installed" if facts["missing"] is None else facts["missing"]
         stderr.print(f"[bold]{name}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+    return 0
+
+
+env_app = App(
+    name="env",
+    help="""Worker environments: tools whose pins conflict with tapeout's, each in a Python environment of its own.
+
+    Example: tapeout env create optimum
+    """,
+)
+app.command(env_app)
+
+
+@env_app.command
+def create(name: str) -> int:
+    """Make a worker environment with pip; one that is there stays, an interrupted one goes on.
+
+    Example: tapeout env create optimum
+
+    Args:
+        name: `tapeout env list` shows them.
+    """
+    from tapeout import environments
+
+    environment = environments.get(name)
+    status = stderr.status(f"{name}: {', '.join(environment.requirements)}")
+    with status:
+        place = environments.create(environment, lambda line: status.update(Text(f"{name}: {line[:100]}")))
+    stderr.print(Text(f"{name} is in {place}"), soft_wrap=True)
+    return 0
+
+
+@env_app.command(name="list")
+def list_environments(*, json: Json = False) -> int:
+    """List the worker environments, what each is for, and whether it is here.
+
+    Example: tapeout env list
+
+    Args:
+        json: Print it to stdout.
+    """
+    from tapeout.environments import ENVIRONMENTS
+
+    found = [
+        {
+            "name": each.name,
+            "purpose": each.purpose,
+            "requirements": list(each.requirements),
+            "installed": each.installed,
+            "directory": str(each.directory),
+            "size_bytes": each.size_bytes if each.installed else None,
+            "create": each.command,
+        }
+        for each in ENVIRONMENTS.values()
+    ]
+    if json:
+        _print_json(found)
+        return 0
+    table = Table("name", "for", "state", "size")
+    for each in found:
+        size = f"{each['size_bytes'] / 1e9:.1f} GB" if each["installed"] else ""
+        table.add_row(each["name"], each["purpose"], "installed" if each["installed"] else each["create"], size)
+    stderr.print(table)
     return 0
 
 

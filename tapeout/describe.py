@@ -11,7 +11,7 @@ from typing import Any
 from tapeout import targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
-from tapeout.models import EncoderConfig, load
+from tapeout.models import EncoderConfig, TracedConfig, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
 from tapeout.validate.session import KV_BITS
@@ -40,6 +40,7 @@ def _package(path: Path) -> dict[str, Any]:
         "family": manifest["model"]["family"],
         "scheme": manifest["scheme"],
         "rounding": manifest["rounding"],
+        "graph": Package.open(path).graph,
         "target": manifest["target"]["name"],
         "format": manifest["artifact"]["format"],
         "containers": dict(Counter(manifest["artifact"]["containers"].values())),
@@ -76,6 +77,9 @@ def _model(path: Path) -> dict[str, Any]:
         rope = config.rope
         heads = {"heads": config.num_heads, "output": config.output, "pooling": config.pooling}
         heads |= {"labels": config.labels} if config.labels else {}
+    elif isinstance(config, TracedConfig):
+        rope = None
+        heads = {"graph": config.road, "maker": config.maker}
     else:
         rope = config.rope
         heads = {"heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide"}

@@ -134,7 +134,7 @@ class Evidence:
     @property
     def window(self) -> int | None:
         """The sliding window in tokens, where the artifact's context goes past it."""
-        window = self.model.decoder.sliding_window
+        window = self.model.config.sliding_window
         return window if window and window < self.artifact.context else None
 
     @cached_property

@@ -22,9 +22,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf, onnx
-from tapeout.models import EncoderConfig, Model, load
+from tapeout.models import EncoderConfig, Model, TracedConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders
+from tapeout.validate import encoders, modules
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
-) -> Reference | encoders.EncoderReference:
+) -> Reference | encoders.EncoderReference | modules.ModuleReference:
     """Load the reference of a model.
 
     Args:
@@ -206,6 +206,9 @@ def open_session(
     if arithmetic in _ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
+    if isinstance(source.config, TracedConfig) and source.config.is_module:
+        run = modules.program(source, quant, _ROUNDED.get(arithmetic), double=arithmetic == "float64")
+        return modules.ModuleReference(source, run, _facts(before, begin, 0))
     encodes = isinstance(source.config, EncoderConfig)
     network = encoders.network(source, layers) if encodes else _network(source, layers)
     if quant is not None:
@@ -320,16 +323,30 @@ def _network(source: Model, layers: int | None) -> Any:
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
     tensors = _tensors(network)
+    same = _same(quant)
     for name, scheme in quant.schemes.items():
         if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
-        place = _place(tensors, name)
+        place = _place(tensors, name, network)
         if place is None and not cut:
             raise ModelError(
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
             )
         if place is not None:
-            _put(place, quant.float32(name))
+            weight = quant.float32(name)
+            stored = np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
+            for other in (place, *(_place(tensors, each, network) for each in same.get(name, ()))):
+                if other is not None:
+                    _put(other, stored)
+
+
+def _same(quant: Quantized) -> dict[str, list[str]]:
+    """Other names under which the checkpoint has a weight that the graph takes once."""
+    found: dict[str, list[str]] = {}
+    if isinstance(quant.model.config, TracedConfig):
+        for name, kept in quant.model.config.same.items():
+            found.setdefault(kept, []).append(name)
+    return found
 
 
 _Place = tuple[Any, tuple[Any, ...] | None]
@@ -346,8 +363,13 @@ def _tensors(network: Any) -> dict[str, Any]:
     return dict(network.named_parameters()) | buffers
 
 
-def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
-    """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere."""
+def _place(tensors: Mapping[str, Any], name: str, network: Any = None) -> _Place | None:
+    """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere.
+
+    A checkpoint may have been saved without the prefix that the class with a head gives.
+    """
+    if name not in tensors and (prefixed := f"{getattr(network, 'base_model_prefix', '')}.{name}") in tensors:
+        name = prefixed
     name = name.replace(".block_sparse_moe.", ".mlp.")
     if name in tensors:
         return tensors[name], None
@@ -397,16 +419,17 @@ def _turn_in_float64(network: Any) -> None:
 def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None]) -> None:
     """Round the input of every linear layer for whose weight ``how`` gives a rounding."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is [in, out]
 
     tensors = _tensors(network)
     rounds: dict[tuple[int, Any], Round | None] = {}
     for name in quant.schemes:
-        if place := _place(tensors, name):
+        if place := _place(tensors, name, network):
             tensor, part = place
             rounds[id(tensor), None if part is None else part[0]] = how(quant, name)
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
-        if isinstance(module, torch.nn.Linear) and (rounded := rounds.get((id(module.weight), None))):
+        if isinstance(module, torch.nn.Linear | Conv1D) and (rounded := rounds.get((id(module.weight), None))):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
         if getattr(module, "gate_up_proj", None) is not None and hasattr(module, "num_experts"):
             module.forward = _rounded_experts(module, rounds)
