@@ -36,7 +36,9 @@ class Block(nn.Module):
 class SlidingWindow(nn.Module):
     """Token ids [batch, tokens] to logits [batch, tokens, vocab]."""
 
-    def __init__(self, vocab: int = 320, width: int = 128, heads: int = 4, window: int = 16, layers: int = 2) -> None:
+    def __init__(
+        self, vocab: int = 320, width: int = 128, heads: int = 4, window: int = 16, layers: int = 2
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.blocks = nn.ModuleList(Block(width, heads, window) for _ in range(layers))

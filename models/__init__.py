@@ -179,7 +179,9 @@ def load(source: str | Path) -> Model:
         from tapeout.models import optimum
 
         checkpoint = Checkpoint(directory, ignored=lambda name: True)
-        return _traced(directory, raw, optimum.graph_of(directory, model_type, checkpoint), checkpoint, directory.name)
+        return _traced(
+            directory, raw, optimum.graph_of(directory, model_type, checkpoint), checkpoint, directory.name
+        )
     kind = family(model_type)
     fields = ConfigReader(raw)
     try:

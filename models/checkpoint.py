@@ -67,7 +67,9 @@ class SourceTensor:
         if self.nbytes == 0:
             return np.zeros(shape, kind)
         # A mapping per tensor, so that dropping the array gives its pages back.
-        mapped = np.memmap(os.fspath(self.file), kind, "r", self.offset, shape[::-1] if self.turned else shape)
+        mapped = np.memmap(
+            os.fspath(self.file), kind, "r", self.offset, shape[::-1] if self.turned else shape
+        )
         if self.turned:
             return mapped.T
         if not self.heads:

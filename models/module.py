@@ -1,26 +1,28 @@
 """The road through torch.export: a plain ``torch.nn.Module`` that no family knows becomes a directory that ``load`` takes.
 
-    config.json            model_type torch.export, name, inputs
-    model.safetensors      parameters and buffers, float32
-    graph.onnx, graph.json see ``traced``
-    program.pt2            the exported program, which the reference runs
-    samples.safetensors    example inputs ``N.NAME``: those that were given, others drawn from them, and of other lengths
+config.json            model_type torch.export, name, inputs
+model.safetensors      parameters and buffers, float32
+graph.onnx, graph.json see ``traced``
+program.pt2            the exported program, which the reference runs
+samples.safetensors    example inputs ``N.NAME``: those that were given, others drawn from them, and of other lengths
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import re
 import shutil
 import sys
+import sysconfig
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,10 @@ _DRAWN = 5  # samples of the given shape, drawn from the values of those that we
 # differ by about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through.
 _CLOSE = 1e-4
 _FACTORY = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
+
+
+Sample = dict[str, Any]
+"""Inputs by name."""
 
 
 def is_factory(source: str) -> bool:
@@ -70,7 +76,9 @@ def from_factory(source: str) -> Path:
         raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     factory = getattr(code, name, None)
     if not callable(factory):
-        known = [each for each, value in vars(code).items() if callable(value) and value.__module__ == spec.name]
+        known = [
+            each for each, value in vars(code).items() if callable(value) and value.__module__ == spec.name
+        ]
         raise ModelError(f"{path} has no function '{name}'{nearest(name, known)}.")
     made = factory()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
@@ -98,11 +106,11 @@ def prepare(
             program = torch.export.export(module, args, keywords, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # of torch's several trees, and what the module itself raises
             raise ModelError(f"{name} cannot be exported: {_reason(error)}") from error
-        samples = _samples(program, [*args, *keywords.values()])
-        call: Callable[..., Any] = (lambda *given: module(**dict(zip(keywords, given, strict=True)))) if keywords else module
-        scales = _agreed(name, program, call, samples)
-        directory = _write(name, type(module).__name__, program, samples, scales, dynamic_shapes)
-    return directory
+        names = list(program.graph_signature.user_inputs)
+        given = {each: keywords[each] for each in names} if keywords else dict(zip(names, args, strict=True))
+        samples = _samples(program, given)
+        scales = _agreed(name, program, module, samples, by_name=bool(keywords))
+        return _write(name, type(module).__name__, program, samples, scales, dynamic_shapes)
 
 
 def _check(module: Any, example_inputs: Any) -> None:
@@ -112,12 +120,16 @@ def _check(module: Any, example_inputs: Any) -> None:
         raise ModelError(f"a torch.nn.Module is expected, found {_kind(module)}.")
     name = type(module).__name__
     if module.training:
-        raise ModelError(f"{name} is in training mode, where dropout and norms compute something else: call .eval() first.")
+        raise ModelError(
+            f"{name} is in training mode, where dropout and norms compute something else: call .eval() first."
+        )
     given = list(example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs)
     if wrong := [each for each in given if not isinstance(each, torch.Tensor)]:
         raise ModelError(f"the example inputs of {name} must be tensors; found {_kind(wrong[0])}.")
     if not given:
-        raise ModelError(f"{name} has no example inputs: give a tuple of tensors, or a dict of them by argument.")
+        raise ModelError(
+            f"{name} has no example inputs: give a tuple of tensors, or a dict of them by argument."
+        )
     floats = [*module.named_parameters(), *module.named_buffers()]
     for at, tensor in floats:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -128,71 +140,86 @@ def _check(module: Any, example_inputs: Any) -> None:
             raise ModelError(f"{at} of {name} is on {tensor.device}: call .cpu() on the module first.")
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Inputs by name."""
-
-    inputs: dict[str, Any]
-
-
-def _samples(program: Any, given: list[Any]) -> list[_Sample]:
-    """The given inputs; two of other lengths where those are free; and some of the same shape."""
+def _samples(program: Any, given: Mapping[str, Any]) -> list[Sample]:
+    """The given inputs; two of other lengths where those are free; and some of the same shape, drawn from the given values."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
-    names = list(program.graph_signature.user_inputs)
-    sizes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
-    hints: dict[Any, int] = {}
-    for name, tensor in zip(names, given, strict=True):
+    sizes = _sizes(program)
+    lengths: dict[Any, int] = {}
+    for name, tensor in given.items():
         for size, length in zip(sizes[name], tensor.shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                hints[size.node.expr] = int(length)
+            lengths |= _solved(size, int(length))
 
-    def drawn(lengths: Mapping[Any, int]) -> _Sample:
+    def drawn(now: Mapping[Any, int]) -> Sample:
         found = {}
-        for name, tensor in zip(names, given, strict=True):
-            shape = [
-                int(size.node.expr.subs(lengths)) if isinstance(size, torch.SymInt) else int(size) for size in sizes[name]
-            ]
-            values = tensor.reshape(-1)
-            at = torch.randint(0, max(1, values.numel()), shape, generator=draw)
-            found[name] = values[at] if values.numel() else tensor
-        return _Sample(found)
+        for name, tensor in given.items():
+            shape = [int(_expression(size).subs(now)) for size in sizes[name]]
+            at = torch.randint(0, tensor.numel(), shape, generator=draw)
+            found[name] = tensor.reshape(-1)[at]
+        return found
 
-    ranges = {
-        symbol: (int(each.lower), int(each.upper) if each.upper.is_integer else 1 << 30)
-        for symbol, each in program.range_constraints.items()
-    }
+    def scaled(numerator: int, denominator: int) -> dict[Any, int]:
+        found = {}
+        for symbol, length in lengths.items():
+            allowed = program.range_constraints[symbol]
+            low, high = int(allowed.lower), 2 * length
+            high = high if allowed.upper > high else int(allowed.upper)
+            found[symbol] = min(max(length * numerator // denominator, low), high)
+        return found
 
-    def other(factor: float) -> dict[Any, int]:
-        return {
-            symbol: min(max(int(hint * factor) + (factor > 1), ranges.get(symbol, (2, 1 << 30))[0]), ranges.get(symbol, (2, 1 << 30))[1])
-            for symbol, hint in hints.items()
-        }
-
-    found = [_Sample(dict(zip(names, given, strict=True)))]
-    if hints:
-        found += [drawn(other(0.5)), drawn(other(2.0))]
-    return found + [drawn(hints) for _ in range(_DRAWN)]
+    found = [dict(given)]
+    if lengths:
+        found += [drawn(scaled(1, 2)), drawn(scaled(3, 2))]
+    return found + [drawn(lengths) for _ in range(_DRAWN)]
 
 
-def _agreed(name: str, program: Any, module: Callable[..., Any], samples: Sequence[_Sample]) -> tuple[float, ...]:
+def _sizes(program: Any) -> dict[str, Any]:
+    """The shape of each input, free sizes as torch's symbols."""
+    names = program.graph_signature.user_inputs
+    return {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
+
+
+def _expression(size: Any) -> Any:
+    import sympy
+
+    return size.node.expr if hasattr(size, "node") else sympy.Integer(size)
+
+
+def _solved(size: Any, length: int) -> dict[Any, int]:
+    """What the one symbol of a size is where the size is ``length``; nothing for a fixed one."""
+    import sympy
+
+    expression = _expression(size)
+    return {symbol: int(sympy.solve(expression - length, symbol)[0]) for symbol in expression.free_symbols}
+
+
+def _agreed(
+    name: str, program: Any, module: Any, samples: Sequence[Sample], *, by_name: bool
+) -> tuple[float, ...]:
     """The deviation of each output over the samples; ModelError where the program gives something else than the module."""
     import torch
     from torch.utils import _pytree as pytree
 
     run, found = program.module(), []
-    order = list(program.call_spec.in_spec.child(1).context) if program.call_spec.in_spec.child(1).num_children else []
+
+    def call(function: Any, sample: Sample) -> list[Any]:
+        given = {key: value.clone() for key, value in sample.items()}
+        leaves: list[Any] = pytree.tree_leaves(function(**given) if by_name else function(*given.values()))
+        return leaves
+
     for sample in samples:
-        given = [each.clone() for each in sample.inputs.values()]
-        shapes = ", ".join(str(list(each.shape)) for each in given)
+        shapes = ", ".join(str(list(each.shape)) for each in sample.values())
         with torch.no_grad():
             try:
-                theirs = pytree.tree_leaves(module(*given))
-                mine = pytree.tree_leaves(run(**dict(zip(order, given, strict=True))) if order else run(*given))
+                theirs, mine = call(module, sample), call(run, sample)
             except Exception as error:
-                raise ModelError(f"{name} cannot be run on inputs {shapes}, which its dynamic shapes allow: {_reason(error)}") from error
-        if wrong := [each for each in theirs if not isinstance(each, torch.Tensor) or not each.is_floating_point()]:
+                raise ModelError(
+                    f"{name} cannot be run on inputs {shapes}, which its dynamic shapes allow: {_reason(error)}"
+                ) from error
+        if wrong := [
+            each for each in theirs if not isinstance(each, torch.Tensor) or not each.is_floating_point()
+        ]:
             raise ModelError(f"{name} must give float tensors; found {_kind(wrong[0])}.")
         for at, (a, b) in enumerate(zip(theirs, mine, strict=True)):
             if not bool(torch.isfinite(a).all()):
@@ -207,24 +234,32 @@ def _agreed(name: str, program: Any, module: Callable[..., Any], samples: Sequen
 
 
 def _write(
-    name: str, kind: str, program: Any, samples: Sequence[_Sample], scales: tuple[float, ...], dynamic_shapes: Any
+    name: str,
+    kind: str,
+    program: Any,
+    samples: Sequence[Sample],
+    scales: tuple[float, ...],
+    dynamic_shapes: Any,
 ) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    ir, _ = traced.libraries()
     outputs = ["output"] if len(scales) == 1 else [f"output_{at}" for at in range(len(scales))]
     try:
-        onnx_program = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=outputs)
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, output_names=outputs
+        )
     except Exception as error:  # torch's own tree
         raise ModelError(f"{name} has no ONNX form: {_reason(error)}") from error
     state = {
         each: tensor.detach().contiguous().clone()
-        for each, tensor in {**program.state_dict}.items()
+        for each, tensor in program.state_dict.items()
         if tensor.dtype == torch.float32
     }
     tidied = traced.tidy(
-        onnx_program.model, {each: tuple(tensor.shape) for each, tensor in state.items()}, lambda each: state[each].numpy()
+        onnx_program.model,
+        {each: tuple(tensor.shape) for each, tensor in state.items()},
+        lambda each: state[each].numpy(),
     )
     if not any(each.role.is_matrix for each in tidied.tensors.values()):
         raise ModelError(
@@ -239,7 +274,11 @@ def _write(
         partial.mkdir(parents=True)
         save_file(state, partial / WEIGHTS)
         save_file(
-            {f"{n}.{key}": value.contiguous() for n, each in enumerate(samples) for key, value in each.inputs.items()},
+            {
+                f"{n}.{key}": value.contiguous()
+                for n, each in enumerate(samples)
+                for key, value in each.items()
+            },
             partial / SAMPLES,
         )
         config = traced.TracedConfig(
@@ -254,7 +293,12 @@ def _write(
         )
         traced.write(partial, tidied, config)
         torch.export.save(program, partial / PROGRAM)
-        facts = {"model_type": MODEL_TYPE, "name": name, "inputs": list(samples[0].inputs), "samples": len(samples)}
+        facts = {
+            "model_type": MODEL_TYPE,
+            "name": name,
+            "inputs": list(samples[0]),
+            "samples": len(samples),
+        }
         (partial / CONFIG).write_text(canonical_json(facts), encoding="utf-8")
         # Not the program: it holds the paths of the code that it came from.
         digests = [file_sha256(partial / file) for file in (WEIGHTS, traced.GRAPH, traced.FACTS, SAMPLES)]
@@ -269,31 +313,35 @@ def _write(
 
 def _name_axes(program: Any, model: Any, dynamic_shapes: Any) -> None:
     """Call free axes what the user calls them, where torch has made up a symbol."""
-    import torch
-
     ir, _ = traced.libraries()
-    if dynamic_shapes is None:
-        return
-    names = list(program.graph_signature.user_inputs)
-    sizes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
-    given = list(dynamic_shapes.values() if isinstance(dynamic_shapes, Mapping) else dynamic_shapes)
-    called: dict[str, str] = {}
-    for name, axes in zip(names, given, strict=False):
-        for at, axis in dict(axes if isinstance(axes, Mapping) else enumerate(axes or ())).items():
-            size = sizes[name][at]
-            if isinstance(size, torch.SymInt) and getattr(axis, "__name__", None):
-                called[str(size.node.expr)] = axis.__name__
+    sizes = _sizes(program)
+    given = dynamic_shapes or ()
+    by_name = given if isinstance(given, Mapping) else dict(zip(sizes, given, strict=False))
+    called = {
+        str(_expression(sizes[name][at])): axis.__name__
+        for name, axes in by_name.items()
+        for at, axis in dict(axes if isinstance(axes, Mapping) else enumerate(axes or ())).items()
+        if getattr(axis, "__name__", None)
+    }
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.shape is not None:
-            value.shape = ir.Shape([called.get(str(getattr(size, "value", size)), size) for size in value.shape])
+            value.shape = ir.Shape(
+                [called.get(str(getattr(size, "value", size)), size) for size in value.shape]
+            )
 
 
 def _reason(error: Exception) -> str:
-    """The first thing that torch says, and where in the module it was, in one paragraph."""
+    """The first thing that torch says, and which line of the module it was at, in one paragraph."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = next((line for line in lines if line.startswith("Caused by:")), "")
     first = lines[0] if lines else type(error).__name__
-    return f"{first} {cause}".strip()
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(libraries)
+    ]
+    at = f" At {theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else ""
+    return f"{first.rstrip('.')}.{at}"
 
 
 def _kind(value: Any) -> str:
@@ -310,17 +358,14 @@ def _torch() -> Any:
     return torch
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch's exporters tell of packages that nobody asked for."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
+    """Torch's exporters tell of packages that nobody asked for, and print graphs beside an error that says the same."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+            logging.disable(before)

@@ -44,9 +44,7 @@ def graph_of(directory: Path, model_type: str, checkpoint: Checkpoint) -> traced
     return traced.read(place)
 
 
-def read_export(
-    export: Path, place: Path, model_type: str, maker: str, checkpoint: Checkpoint
-) -> None:
+def read_export(export: Path, place: Path, model_type: str, maker: str, checkpoint: Checkpoint) -> None:
     """Tidy what ``optimum_worker`` wrote into ``place``; ModelError when the graph has no matmul to quantize or no cache."""
     ir, _ = traced.libraries()
     facts = json.loads((export / "facts.json").read_text(encoding="utf-8"))
@@ -58,11 +56,18 @@ def read_export(
     )
     if not any(each.role.is_matrix for each in tidied.tensors.values()):
         raise ModelError(
-            _NOTHING.format(model_type, "none of its matmuls has a weight of the checkpoint; there is nothing to quantize.")
+            _NOTHING.format(
+                model_type,
+                "none of its matmuls has a weight of the checkpoint; there is nothing to quantize.",
+            )
         )
     past = [value for value in model.graph.inputs if value.name.startswith("past_key_values.")]
     if not past or any(value.shape.rank() != 4 for value in past):
-        raise ModelError(_NOTHING.format(model_type, "the graph has no cache of keys and values [batch, heads, tokens, width]."))
+        raise ModelError(
+            _NOTHING.format(
+                model_type, "the graph has no cache of keys and values [batch, heads, tokens, width]."
+            )
+        )
     eos = facts["eos_token_id"]
     facts |= {
         "max_position_embeddings": facts["max_position_embeddings"] or _CONTEXT,
@@ -101,7 +106,12 @@ def _export(python: Path, directory: Path, out: Path, model_type: str) -> None:
                 (Path(source) / file.name).symlink_to(file.resolve())
         script = shutil.copy(SCRIPT, Path(source) / "export.py")
         done = subprocess.run(
-            [python, "-I", script, source, out], capture_output=True, text=True, errors="replace", check=False, env=given | offline
+            [python, "-I", script, source, out],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=given | offline,
         )
     if done.returncode:
         last = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -22,14 +22,24 @@ def main(model: Path, out: Path) -> None:
     from optimum.exporters.onnx import main_export
     from transformers import AutoConfig
 
-    main_export(str(model), out, task=TASK, device="cpu", do_validation=False, no_post_process=True, local_files_only=True)
+    main_export(
+        str(model),
+        out,
+        task=TASK,
+        device="cpu",
+        do_validation=False,
+        no_post_process=True,
+        local_files_only=True,
+    )
     config: Any = AutoConfig.from_pretrained(model, local_files_only=True)
 
     def first(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
     facts = {
-        "max_position_embeddings": first("max_position_embeddings", "max_seq_len", "n_positions", "seq_length"),
+        "max_position_embeddings": first(
+            "max_position_embeddings", "max_seq_len", "n_positions", "seq_length"
+        ),
         "vocab_size": first("vocab_size"),
         "hidden_size": first("hidden_size"),
         "num_layers": first("num_hidden_layers"),

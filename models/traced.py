@@ -21,14 +21,29 @@ from tapeout.files import canonical_json
 from tapeout.models.checkpoint import Checkpoint
 from tapeout.models.decoder import Role, TensorSpec
 
-__all__ = ["GRAPH", "Road", "Tensor", "TracedConfig", "Use", "chain", "libraries", "read", "specs", "tidy", "uses", "write"]
+__all__ = [
+    "GRAPH",
+    "Road",
+    "Tensor",
+    "TracedConfig",
+    "Use",
+    "chain",
+    "libraries",
+    "read",
+    "specs",
+    "tidy",
+    "uses",
+    "write",
+]
 
 GRAPH, FACTS = "graph.onnx", "graph.json"
 FORMAT_VERSION = 1
 
 Road = Literal["torch.export", "optimum"]
 
-_MOVES = frozenset({"Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"})  # of ids on their way to a table
+_MOVES = frozenset(
+    {"Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"}
+)  # of ids on their way to a table
 _POSITIONS = "position_ids"
 _LOGITS = "logits"
 
@@ -40,10 +55,12 @@ class Tensor:
     Attributes:
         role: what all its uses together make it.
         turned: the checkpoint has it as [in, out].
+        multiplied: of a table that is looked up, whether it is a matmul's factor too.
     """
 
     role: Role
     turned: bool = False
+    multiplied: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,7 @@ class TracedConfig:
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether a table that is looked up is multiplied with too."""
-        return any(kept.role is Role.EMBEDDING for kept in self.tensors.values()) and not any(
-            kept.role is Role.HEAD for kept in self.tensors.values()
-        )
+        return any(each.multiplied for each in self.tensors.values())
 
 
 def libraries() -> tuple[Any, Any]:
@@ -125,7 +140,9 @@ class Tidied:
     folded: tuple[str, ...] = ()
 
 
-def tidy(model: Any, shapes: Mapping[str, tuple[int, ...]], values: Callable[[str], npt.NDArray[np.float32]]) -> Tidied:
+def tidy(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], values: Callable[[str], npt.NDArray[np.float32]]
+) -> Tidied:
     """Make inputs of a graph's weights, simplify what is left, and find out what each weight is used for.
 
     A weight is recognised by its values, bit for bit, so that it does not matter how the maker calls it or whether it has turned it.
@@ -166,12 +183,17 @@ _Matched = list[tuple[Any, str, bool]]
 
 
 def _matched(
-    graph: Any, shapes: Mapping[str, tuple[int, ...]], values: Callable[[str], npt.NDArray[np.float32]], found: Tidied
+    graph: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Callable[[str], npt.NDArray[np.float32]],
+    found: Tidied,
 ) -> _Matched:
     floats = {
         name: value
         for name, value in graph.initializers.items()
-        if value.const_value is not None and value.const_value.dtype.name == "FLOAT" and value.const_value.size
+        if value.const_value is not None
+        and value.const_value.dtype.name == "FLOAT"
+        and value.const_value.size
     }
     held: dict[tuple[int, ...], dict[bytes, list[str]]] = {}
     for name, value in floats.items():
@@ -257,7 +279,12 @@ def uses(value: Any, *, turned: bool = False) -> Iterator[Use]:
             yield Use("matmul", turned, node)
         elif node.domain == "" and node.op_type == "Gemm" and index == 1 and plain_gemm(_attributes(node)):
             yield Use("matmul", turned ^ bool(_attributes(node).get("transB", 0)), node)
-        elif node.domain == "" and node.op_type == "Gather" and index == 0 and not _attributes(node).get("axis", 0):
+        elif (
+            node.domain == ""
+            and node.op_type == "Gather"
+            and index == 0
+            and not _attributes(node).get("axis", 0)
+        ):
             yield Use("gather", turned, node)
         else:
             yield Use("other", turned, node)
@@ -280,7 +307,11 @@ def plain_gemm(attributes: Mapping[str, Any]) -> bool:
 
 
 def _attributes(node: Any) -> dict[str, Any]:
-    return {name: each.value for name, each in node.attributes.items() if each.type.name in ("INT", "INTS", "FLOAT")}
+    return {
+        name: each.value
+        for name, each in node.attributes.items()
+        if each.type.name in ("INT", "INTS", "FLOAT")
+    }
 
 
 def _tensor(value: Any) -> Tensor:
@@ -298,7 +329,7 @@ def _tensor(value: Any) -> Tensor:
     if len(stored) != 1 or ("gather" in kinds and stored != {False}):
         return Tensor(Role.OTHER)
     if "gather" in kinds:
-        return Tensor(Role.EMBEDDING)
+        return Tensor(Role.EMBEDDING, multiplied=True)
     role = Role.HEAD if any(_gives_logits(use.node) for use in found) else Role.LINEAR
     return Tensor(role, stored.pop())
 
@@ -313,7 +344,11 @@ def _looks_up_ids(gather: Any) -> bool:
 
 def _gives_logits(product: Any) -> bool:
     value = product.outputs[0]
-    while not value.is_graph_output() and len(value.uses()) == 1 and value.uses()[0][0].op_type in (*_MOVES, "Add"):
+    while (
+        not value.is_graph_output()
+        and len(value.uses()) == 1
+        and value.uses()[0][0].op_type in (*_MOVES, "Add")
+    ):
         value = value.uses()[0][0].outputs[0]
     return bool(value.is_graph_output()) and value.name == _LOGITS
 
@@ -329,7 +364,6 @@ def write(directory: Path, tidied: Tidied, config: TracedConfig) -> None:
     (directory / GRAPH).write_bytes(proto.SerializeToString(deterministic=True))
     facts = asdict(config) | {"format_version": FORMAT_VERSION}
     del facts["directory"]
-    facts["tensors"] = {name: [each.role, each.turned] for name, each in config.tensors.items()}
     (directory / FACTS).write_text(canonical_json(facts), encoding="utf-8")
 
 
@@ -340,7 +374,9 @@ def read(directory: Path) -> TracedConfig:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.pop("format_version") != FORMAT_VERSION:
             raise PackageError(f"{path} is of another version of tapeout: delete {directory} and run again.")
-        facts["tensors"] = {name: Tensor(Role(role), turned) for name, (role, turned) in facts["tensors"].items()}
+        facts["tensors"] = {
+            name: Tensor(**each | {"role": Role(each["role"])}) for name, each in facts["tensors"].items()
+        }
         facts |= {name: tuple(facts[name]) for name in ("folded", "scales")}
         if isinstance(facts["eos_token_id"], list):
             facts["eos_token_id"] = tuple(facts["eos_token_id"])

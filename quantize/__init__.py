@@ -140,7 +140,11 @@ def quantize(
         calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
     ):
         if not isinstance(model.config, DecoderConfig):
-            kind = "an encoder" if isinstance(model.config, EncoderConfig) else f"of no family with a file here ({model.config.family})"
+            kind = (
+                "an encoder"
+                if isinstance(model.config, EncoderConfig)
+                else f"of no family with a file here ({model.config.family})"
+            )
             raise SchemeError(
                 f"{model.name} is {kind}, and calibration runs the decoders of known families only. What fits: rounding rtn or hqq without a "
                 "calibration text, and a scheme without static scales of inputs."

@@ -88,7 +88,8 @@ def _register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
-        place = out or Path(f"{Path(model).name}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
+        called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
+        place = out or Path(f"{called}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
         with _progress() as progress:
             if _mixed(bits, max_kl):
                 settings = _plan(model, options or kind(), settings, bits, max_kl, progress).recipe
@@ -488,25 +489,28 @@ def list_environments(*, json: Json = False) -> int:
     """
     from tapeout.environments import ENVIRONMENTS
 
-    found = [
-        {
-            "name": each.name,
-            "purpose": each.purpose,
-            "requirements": list(each.requirements),
-            "installed": each.installed,
-            "directory": str(each.directory),
-            "size_bytes": each.size_bytes if each.installed else None,
-            "create": each.command,
-        }
-        for each in ENVIRONMENTS.values()
-    ]
     if json:
-        _print_json(found)
+        _print_json(
+            [
+                {
+                    "name": each.name,
+                    "purpose": each.purpose,
+                    "requirements": each.requirements,
+                    "installed": each.installed,
+                    "directory": str(each.directory),
+                    "size_bytes": each.size_bytes if each.installed else None,
+                    "create": each.command,
+                }
+                for each in ENVIRONMENTS.values()
+            ]
+        )
         return 0
     table = Table("name", "for", "state", "size")
-    for each in found:
-        size = f"{each['size_bytes'] / 1e9:.1f} GB" if each["installed"] else ""
-        table.add_row(each["name"], each["purpose"], "installed" if each["installed"] else each["create"], size)
+    for each in ENVIRONMENTS.values():
+        state, size = (
+            ("installed", f"{each.size_bytes / 1e9:.1f} GB") if each.installed else (each.command, "")
+        )
+        table.add_row(each.name, each.purpose, state, size)
     stderr.print(table)
     return 0
 

@@ -220,7 +220,9 @@ def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | No
     with open_session(package.target().session(package.artifact)) as session:
         most = session.facts.context - (package.encoder_output is None)
         if package.is_module and contexts:
-            raise TapeoutError(f"{directory} holds a plain module, which is measured on its own samples: leave out --contexts.")
+            raise TapeoutError(
+                f"{directory} holds a plain module, which is measured on its own samples: leave out --contexts."
+            )
         if wrong := [context for context in contexts if not 1 <= context <= most]:
             raise TapeoutError(
                 f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}."

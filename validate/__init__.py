@@ -27,8 +27,8 @@ from tapeout.validate.throughput import machine, measure_encoder, measure_module
 
 __all__ = ["ENCODER_GATES", "GATES", "MODULE_GATES", "GateResult", "Limits", "Options", "Report", "validate"]
 
-ENCODER_MODULE_GATES = ("integrity", "codes", "lowering", "quality", "decode", "tokenizer", "task")
-GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
+MODULE_GATES = ("integrity", "codes", "lowering", "quality", "decode", "tokenizer", "task")
+ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
 GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
 _NOT_OF_MODULES = {
     "decode": "a plain module has no cache, and nothing is decoded with it.",

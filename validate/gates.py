@@ -18,8 +18,8 @@ from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import DECODED, Evidence
-from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
+from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult
 from tapeout.validate.session import KV_BITS, Logits, Lowering
 
@@ -205,7 +205,6 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
 
 def _bisect(evidence: Evidence, limit: float) -> str:
     """Name the first layer after which device and reference part, by cutting both to ever fewer layers."""
-
     if isinstance(evidence.model.config, TracedConfig):
         return f"The device parts from the reference; a graph that {evidence.model.graph} made is not cut into layers to find where."
 

@@ -42,7 +42,11 @@ class ModuleEvidence(Evidence):
     @cached_property
     def sequences(self) -> list[list[int]]:
         """Every output of every sample."""
-        return [[sample, output] for sample in range(len(self.samples)) for output in range(len(self.config.scales))]
+        return [
+            [sample, output]
+            for sample in range(len(self.samples))
+            for output in range(len(self.config.scales))
+        ]
 
     @cached_property
     def original(self) -> list[Logits]:
@@ -63,8 +67,12 @@ class ModuleEvidence(Evidence):
     def predicted(self) -> Distance:
         """What the runtime's rounding of matmul inputs does to the reference when it rounds the same."""
         rounded = self.dequantized
-        if self.device.arithmetic != "float32" and any(scheme.kind != "none" for scheme in self.quant.schemes.values()):
-            rounded = self.record("rounded", self.reference(arithmetic=self.device.arithmetic), self.sequences)
+        if self.device.arithmetic != "float32" and any(
+            scheme.kind != "none" for scheme in self.quant.schemes.values()
+        ):
+            rounded = self.record(
+                "rounded", self.reference(arithmetic=self.device.arithmetic), self.sequences
+            )
         return Distance.between(self.dequantized, rounded)
 
     def golden(self) -> dict[str, np.ndarray[Any, Any]]:

@@ -70,7 +70,11 @@ class ModuleReference:
 
 
 def program(
-    source: Model, quant: Quantized | None, how: Callable[[Quantized, str], Round | None] | None, *, double: bool
+    source: Model,
+    quant: Quantized | None,
+    how: Callable[[Quantized, str], Round | None] | None,
+    *,
+    double: bool,
 ) -> Callable[[Mapping[str, Any]], Any]:
     """The module as a function of its inputs by name.
 
@@ -88,7 +92,9 @@ def program(
     try:
         loaded = torch.export.load(source.directory / PROGRAM)
     except Exception as error:  # of zip, pickle and torch's own
-        raise ModelError(f"{source.directory / PROGRAM} cannot be read: {error}. Delete {source.directory} and run again.") from error
+        raise ModelError(
+            f"{source.directory / PROGRAM} cannot be read: {error}. Delete {source.directory} and run again."
+        ) from error
     network = loaded.module(check_guards=False)
     names = list(loaded.graph_signature.user_inputs)
     rounds: dict[int, Round] = {}
@@ -102,7 +108,12 @@ def program(
     return run
 
 
-def _dequantize(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None] | None, rounds: dict[int, Round]) -> None:
+def _dequantize(
+    network: Any,
+    quant: Quantized,
+    how: Callable[[Quantized, str], Round | None] | None,
+    rounds: dict[int, Round],
+) -> None:
     import torch
 
     config = quant.model.config
@@ -114,7 +125,9 @@ def _dequantize(network: Any, quant: Quantized, how: Callable[[Quantized, str], 
         if scheme.kind == "none":
             continue
         weight = quant.float32(name)
-        tensor = torch.from_numpy(np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight)
+        tensor = torch.from_numpy(
+            np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
+        )
         for each in (name, *others.get(name, ())):
             if each not in state:
                 raise ModelError(f"the program of {quant.model.name} has no parameter {each}.")
@@ -134,7 +147,7 @@ class _Steps:
         ops = torch.ops.aten
         factors = {ops.linear.default: 0, ops.matmul.default: 0, ops.mm.default: 0, ops.addmm.default: 1}
 
-        class Interpreter(torch.fx.Interpreter):  # type: ignore[misc, name-defined]
+        class Interpreter(torch.fx.Interpreter):  # type: ignore[misc]
             def run_node(self, node: Any) -> Any:
                 found = super().run_node(node)
                 if double and isinstance(found, torch.Tensor) and found.dtype == torch.float32:

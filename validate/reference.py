@@ -317,6 +317,8 @@ def _network(source: Model, layers: int | None) -> Any:
     )
     if made_up := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
         raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
+    if isinstance(source.config, TracedConfig):
+        setattr(network, _OTHER_NAMES, _other_names(network, source))
     return network.eval()
 
 
@@ -327,7 +329,7 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     for name, scheme in quant.schemes.items():
         if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
-        place = _place(tensors, name, network)
+        place = _place(tensors, name)
         if place is None and not cut:
             raise ModelError(
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
@@ -335,7 +337,7 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         if place is not None:
             weight = quant.float32(name)
             stored = np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
-            for other in (place, *(_place(tensors, each, network) for each in same.get(name, ()))):
+            for other in (place, *(_place(tensors, each) for each in same.get(name, ()))):
                 if other is not None:
                     _put(other, stored)
 
@@ -360,16 +362,35 @@ def _tensors(network: Any) -> dict[str, Any]:
     """All that a checkpoint holds, by transformers' names."""
     saved = network.state_dict().keys()
     buffers = {name: buffer for name, buffer in network.named_buffers() if name in saved}
-    return dict(network.named_parameters()) | buffers
+    found = dict(network.named_parameters()) | buffers
+    return found | {name: found[own] for name, own in getattr(network, _OTHER_NAMES, {}).items()}
 
 
-def _place(tensors: Mapping[str, Any], name: str, network: Any = None) -> _Place | None:
-    """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere.
+_OTHER_NAMES = "_tapeout_other_names"
 
-    A checkpoint may have been saved without the prefix that the class with a head gives.
-    """
-    if name not in tensors and (prefixed := f"{getattr(network, 'base_model_prefix', '')}.{name}") in tensors:
-        name = prefixed
+
+def _other_names(network: Any, source: Model) -> dict[str, str]:
+    """Transformers' names for tensors of a family that has no file here, where it has others than the checkpoint: by their values."""
+    import torch
+
+    tensors = _tensors(network)
+    found: dict[str, str] = {}
+    for name in source.specs:
+        if name not in tensors:
+            weight = torch.from_numpy(source.checkpoint[name].float32())
+            weight = weight.T if source.checkpoint[name].turned else weight
+            same = (
+                own
+                for own, tensor in tensors.items()
+                if tensor.shape == weight.shape and torch.equal(tensor, weight)
+            )
+            if own := next(same, None):
+                found[name] = own
+    return found
+
+
+def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
+    """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere."""
     name = name.replace(".block_sparse_moe.", ".mlp.")
     if name in tensors:
         return tensors[name], None
@@ -424,12 +445,14 @@ def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str]
     tensors = _tensors(network)
     rounds: dict[tuple[int, Any], Round | None] = {}
     for name in quant.schemes:
-        if place := _place(tensors, name, network):
+        if place := _place(tensors, name):
             tensor, part = place
             rounds[id(tensor), None if part is None else part[0]] = how(quant, name)
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
-        if isinstance(module, torch.nn.Linear | Conv1D) and (rounded := rounds.get((id(module.weight), None))):
+        if isinstance(module, torch.nn.Linear | Conv1D) and (
+            rounded := rounds.get((id(module.weight), None))
+        ):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
         if getattr(module, "gate_up_proj", None) is not None and hasattr(module, "num_experts"):
             module.forward = _rounded_experts(module, rounds)

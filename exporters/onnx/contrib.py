@@ -19,6 +19,7 @@ from tapeout.exporters.onnx.graph import DOMAIN
 from tapeout.models.decoder import Attention, Mla, Moe
 from tapeout.models.rope import Rope
 
+
 class ContribOps(Emitter):
     """``Ops`` that writes onnxruntime's operators."""
 

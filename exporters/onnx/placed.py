@@ -36,7 +36,9 @@ def place(quant: Quantized, *, exact: bool) -> Graph:
     try:
         source = onnx.load(config.graph)
     except Exception as error:  # protobuf's own, which are no tree
-        raise PackageError(f"{config.graph} cannot be read: {error}. Delete {config.directory} and run again.") from error
+        raise PackageError(
+            f"{config.graph} cannot be read: {error}. Delete {config.directory} and run again."
+        ) from error
     opset = next(each.version for each in source.opset_import if each.domain in ("", "ai.onnx"))
     graph = Graph(quant, name=quant.model.name, opset=opset)
     ops = Placed(graph, config.max_position_embeddings, exact)

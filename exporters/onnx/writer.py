@@ -101,7 +101,11 @@ def build(
     config = quant.model.config
     if isinstance(config, TracedConfig):
         if dialect == "standard" or layers is not None:
-            what = "written in ONNX Runtime's operators only" if dialect == "standard" else "not cut to fewer layers"
+            what = (
+                "written in ONNX Runtime's operators only"
+                if dialect == "standard"
+                else "not cut to fewer layers"
+            )
             raise ModelError(f"the graph of {quant.model.name} was made by {config.road}: it is {what}.")
         graph = place(quant, exact=exact)
         return graph, graph.finish()
