@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tapeout import environments
-from tapeout.errors import ModelError
+from tapeout.errors import MissingToolchain, ModelError
 from tapeout.files import cache_directory, lock, writing
 from tapeout.models import optimum_worker, traced
 from tapeout.models.checkpoint import Checkpoint
 
-__all__ = ["SCRIPT", "graph_of", "read_export"]
+__all__ = ["SCRIPT", "graph_of", "place_of", "read_export"]
 
 SCRIPT = Path(optimum_worker.__file__)
 _CONTEXT = 2048  # where a configuration has no longest context (ALiBi)
@@ -31,10 +31,14 @@ def graph_of(directory: Path, model_type: str, checkpoint: Checkpoint) -> traced
     Raises:
         MissingToolchain: the worker environment is not there. ModelError: optimum cannot export the model; in its words.
     """
-    environment = environments.get("optimum")
-    place = cache_directory() / "graph" / f"{directory.name}-{_key(directory, checkpoint, environment)}"
+    place, environment = place_of(directory, checkpoint), environments.get("optimum")
     with lock(place, wait=True), writing(place):
         if not (place / traced.FACTS).exists():
+            if not environment.installed:
+                raise MissingToolchain(
+                    f"'{model_type}' is no family that tapeout has a file for. optimum can make its graph, in the worker environment "
+                    f"'{environment.name}', which is not on this machine: {environment.command}"
+                )
             python = environments.python(environment.name)
             versions = environment.facts["versions"]
             maker = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
@@ -42,6 +46,11 @@ def graph_of(directory: Path, model_type: str, checkpoint: Checkpoint) -> traced
                 _export(python, directory, Path(scratch), model_type)
                 read_export(Path(scratch), place, model_type, maker, checkpoint)
     return traced.read(place)
+
+
+def place_of(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Where the graph of a checkpoint is kept."""
+    return cache_directory() / "graph" / f"{directory.name}-{_key(directory, checkpoint)}"
 
 
 def read_export(export: Path, place: Path, model_type: str, maker: str, checkpoint: Checkpoint) -> None:
@@ -88,10 +97,10 @@ def read_export(export: Path, place: Path, model_type: str, maker: str, checkpoi
     traced.write(place, tidied, config)
 
 
-def _key(directory: Path, checkpoint: Checkpoint, environment: environments.Environment) -> str:
+def _key(directory: Path, checkpoint: Checkpoint) -> str:
     """What the graph is made from, without reading every weight: files, their sizes and times."""
     files = sorted({tensor.file for tensor in checkpoint.values()} | {directory / "config.json"})
-    lines: list[Any] = [environment.requirements, str(directory)]
+    lines: list[Any] = [environments.get("optimum").requirements, str(directory)]
     lines += [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
 
