@@ -239,8 +239,18 @@ class Graph:
             self.initializers[name] = Initializer(name, base.kind, shape, view_of=of, at=at)
         return name
 
+    def rename(self, value: str, name: str) -> str:
+        """Give a value that a node has made another name; return it."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for at, each in enumerate(names):
+                    if each == value:
+                        names[at] = name
+        return name
+
     def finish(self) -> int:
-        """Give every initializer its place in the data file; return the file's length in bytes."""
+        """Drop what no output needs, and give every initializer its place in the data file; return the file's length in bytes."""
+        self._prune()
         end = 0
         for each in self.initializers.values():
             if each.view_of:
@@ -257,6 +267,19 @@ class Graph:
             if each.view_of:
                 each.offset = self.initializers[each.view_of].offset + each.at
         return end
+
+    def _prune(self) -> None:
+        wanted = {value.name for value in (*self.outputs, *self.inputs)}
+        kept = []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.output):
+                kept.append(node)
+                wanted |= _taken(node)
+        self.nodes = kept[::-1]
+        self.constants = {name: values for name, values in self.constants.items() if name in wanted}
+        self.initializers = {
+            name: each for name, each in self.initializers.items() if each.values is None or name in wanted
+        }
 
     def model(self, metadata: Mapping[str, str]) -> bytes:
         """The model's bytes: the same graph gives the same; ``finish`` comes first."""
@@ -277,3 +300,14 @@ class Graph:
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data
+
+
+def _taken(node: Any) -> set[str]:
+    """Names that a node takes, in its branches and loops too."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for each in graph.node:
+                found |= _taken(each)
+            found |= {value.name for value in graph.output}
+    return found
