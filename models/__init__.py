@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tapeout import embedded
 from tapeout.errors import ModelError
-from tapeout.models import gguf, sentence
+from tapeout.models import gguf, sentence, traced
+from tapeout.models import module as plain
 from tapeout.models.checkpoint import Checkpoint, SourceTensor
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.encoder import EncoderConfig
-from tapeout.models.families import family
+from tapeout.models.families import family, known
+from tapeout.models.traced import TracedConfig
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Checkpoint",
@@ -27,7 +32,9 @@ __all__ = [
     "Role",
     "SourceTensor",
     "TensorSpec",
+    "TracedConfig",
     "load",
+    "load_module",
 ]
 
 # What travels with a model besides its weights, under the names that Hugging Face gives it.
@@ -79,19 +86,29 @@ class Model:
     name: str
     directory: Path
     raw_config: Mapping[str, Any]
-    config: DecoderConfig | EncoderConfig
+    config: DecoderConfig | EncoderConfig | TracedConfig
     specs: Mapping[str, TensorSpec]
     checkpoint: Checkpoint
     quantization: Mapping[str, Any] | None = None
 
     @property
     def decoder(self) -> DecoderConfig:
-        """The config of a decoder; ModelError if it is none."""
+        """The config of a decoder of a family that has a file here; ModelError if it is none."""
+        if isinstance(self.config, TracedConfig):
+            raise ModelError(
+                f"{self.name} is of no family that tapeout has a file for ({self.config.family}): its graph comes from "
+                f"{self.config.road}, and that goes to ONNX only, without calibration: use target cpu with --format onnx."
+            )
         if isinstance(self.config, EncoderConfig):
             raise ModelError(
                 f"{self.name} is an encoder ({self.config.family}), and this is done to decoders only."
             )
         return self.config
+
+    @property
+    def graph(self) -> str:
+        """Which road its graph takes into a format that needs one: ``built`` here, ``torch.export`` or ``optimum``."""
+        return self.config.road if isinstance(self.config, TracedConfig) else "built"
 
     def tokenizer_files(self) -> list[Path]:
         """The files of TOKENIZER_FILES that the model has."""
@@ -141,13 +158,14 @@ class Model:
 
 
 def load(source: str | Path) -> Model:
-    """Load a model: a directory as Hugging Face writes it, a GGUF file, an embedded model's name, or a hub id.
+    """Load a model: a directory as Hugging Face writes it, a GGUF file, an embedded model's name, a hub id, or ``file.py:factory``.
 
     No weight is read: tensors are mapped when they are asked for. Of a GGUF file, config and tokenizer are written anew into
-    the cache, which is the model's directory then.
+    the cache, which is the model's directory then. ``file.py:factory`` is called as ``load_module`` wants it. A family that has no
+    file here, but one in transformers, gets its graph from optimum, in the worker environment of that name, once.
 
     Raises:
-        ModelError: what was found, what was expected, in which file.
+        ModelError: what was found, what was expected, in which file. MissingToolchain: the worker environment is not there.
     """
     directory = _locate(source)
     raw = _read_json(directory / "config.json")
@@ -155,6 +173,15 @@ def load(source: str | Path) -> Model:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{directory / 'config.json'} has no model_type.")
+    if model_type == plain.MODEL_TYPE:
+        return _traced(directory, raw, traced.read(directory), Checkpoint(directory), str(raw["name"]))
+    if model_type not in known() and quantization is None and _in_transformers(model_type):
+        from tapeout.models import optimum
+
+        checkpoint = Checkpoint(directory, ignored=lambda name: True)
+        return _traced(
+            directory, raw, optimum.graph_of(directory, model_type, checkpoint), checkpoint, directory.name
+        )
     kind = family(model_type)
     fields = ConfigReader(raw)
     try:
@@ -181,6 +208,47 @@ def load(source: str | Path) -> Model:
     else:
         checkpoint = Checkpoint(directory, quantized=True)
     return Model(directory.name, directory, raw, config, specs, checkpoint, quantization)
+
+
+def load_module(
+    module: torch.nn.Module,
+    example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+    dynamic_shapes: Any = None,
+    *,
+    name: str | None = None,
+) -> Model:
+    """Load a plain ``torch.nn.Module`` that no family knows: torch.export traces it, and ONNX is what it can become.
+
+    The program is held against the module on the example inputs, on others drawn from their values, and on other lengths where
+    ``dynamic_shapes`` leaves them free; these samples are what the gates run too.
+
+    Args:
+        module: in eval mode, float32, on the CPU; it gives float tensors.
+        example_inputs: tensors, in order or by argument.
+        dynamic_shapes: as ``torch.export.export`` takes it: ``{"ids": {1: torch.export.Dim("tokens")}}``; None: shapes are fixed.
+        name: of the model. Default: the module's class.
+
+    Raises:
+        ModelError: the module cannot be exported, with torch's first reason; it has no linear weight; the program differs from it.
+        MissingToolchain: torch, onnx_ir or onnxscript is not installed.
+    """
+    return load(plain.prepare(module, example_inputs, dynamic_shapes, name=name))
+
+
+def _traced(
+    directory: Path, raw: dict[str, Any], config: TracedConfig, checkpoint: Checkpoint, name: str
+) -> Model:
+    specs, oriented = traced.specs(config, checkpoint)
+    return Model(name, directory, raw, config, specs, oriented)
+
+
+def _in_transformers(model_type: str) -> bool:
+    """Whether transformers has the family; not where it is not installed."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    except ImportError:
+        return False
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _quantization(directory: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -223,17 +291,19 @@ def _locate(source: str | Path) -> Path:
     text = str(source)
     if text in embedded.NAMES:
         return embedded.path(text)
+    if plain.is_factory(text):
+        return plain.from_factory(text)
     if path.suffix == ".gguf" and path.exists():
         return gguf.directory_of(path.resolve())
     if path.exists():
         raise ModelError(
-            f"{path} is a file; a model is the directory that holds config.json, or a .gguf file."
+            f"{path} is a file; a model is the directory that holds config.json, a .gguf file, or file.py:factory for a torch module."
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         return _download(text)
     raise ModelError(
         f"no model at '{text}': neither a directory, nor an embedded model ({', '.join(embedded.NAMES)}), nor a hub id "
-        "(owner/name)."
+        "(owner/name), nor file.py:factory."
     )
 
 

@@ -48,6 +48,7 @@ class SourceTensor:
         shape: of the tensor, whatever its blocks.
         offset, nbytes: in bytes.
         heads: rotary heads whose rows GGUF interleaves, put back here; 0: rows stay.
+        turned: the file has a matrix as [in, out]; ``shape`` and what is read are [out, in].
     """
 
     name: str
@@ -57,6 +58,7 @@ class SourceTensor:
     offset: int
     nbytes: int
     heads: int = 0
+    turned: bool = False
 
     def bits(self) -> npt.NDArray[Any]:
         """Map the tensor: [shape] of its own type (BF16 and F8_E4M3: their bits); of blocks the bytes, uint8 [rows, bytes]."""
@@ -65,7 +67,11 @@ class SourceTensor:
         if self.nbytes == 0:
             return np.zeros(shape, kind)
         # A mapping per tensor, so that dropping the array gives its pages back.
-        mapped = np.memmap(os.fspath(self.file), kind, "r", self.offset, shape)
+        mapped = np.memmap(
+            os.fspath(self.file), kind, "r", self.offset, shape[::-1] if self.turned else shape
+        )
+        if self.turned:
+            return mapped.T
         if not self.heads:
             return mapped
         # The rows of a head: element i beside i + dim / 2 in the file, as two halves in Hugging Face's order.
@@ -90,10 +96,10 @@ class SourceTensor:
 
         What is looked at once is read faster than its pages are mapped.
         """
-        if self.heads or self.dtype not in _DTYPES:
+        if self.heads or self.turned or self.dtype not in _DTYPES:
             bits = self.bits()
             for at in range(first, last, step):
-                yield at, np.array(bits[at : min(at + step, last)])
+                yield at, np.array(bits[at : min(at + step, last)], order="C")
             return
         width = self.nbytes // max(1, self.shape[0])
         with self.file.open("rb", 0) as file:

@@ -37,6 +37,7 @@ class Role(StrEnum):
     ROUTER = "router"  # [experts, hidden], or [1, hidden] for the gate of a shared expert
     NORM = "norm"  # [hidden], or [head_dim] for norms of queries and keys
     BIAS = "bias"  # [out_features]
+    OTHER = "other"  # of a graph that others made: of any shape, and used by more than matmuls and lookups
 
     @property
     def is_matrix(self) -> bool:

@@ -20,7 +20,7 @@ from tapeout import CalledByItsName, __version__
 from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
 from tapeout.memory import keep_freed_memory
-from tapeout.models import EncoderConfig, Model, Role, SourceTensor
+from tapeout.models import DecoderConfig, Model, Role, SourceTensor, TracedConfig
 from tapeout.models.checkpoint import read_header
 from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
@@ -139,9 +139,12 @@ def quantize(
     if plan.foreign is None and (
         calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
     ):
-        if isinstance(model.config, EncoderConfig):
+        if not isinstance(model.config, DecoderConfig):
+            what = "an encoder, and calibration runs decoders only"
+            if isinstance(model.config, TracedConfig):
+                what = f"of no family with a file here ({model.config.family}), and calibration runs the decoders of known families only"
             raise SchemeError(
-                f"{model.name} is an encoder, and calibration runs decoders only. What fits: rounding rtn or hqq without a "
+                f"{model.name} is {what}. What fits: rounding rtn or hqq without a "
                 "calibration text, and a scheme without static scales of inputs."
             )
         tokens = (calibration or Calibration()).tokens(model)

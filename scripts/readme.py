@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/readme.py [--demo] [--plot]
 
-``carry`` comes from what the targets say that they carry; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
+``carry`` comes from what the targets say that they carry; ``nodes`` from small models, written as ONNX; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
 ``curve`` from the JSON lines under benchmarks/results/, and with --plot (needs matplotlib) docs/curve.svg.
 """
 
@@ -11,10 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tapeout.describe import carry_table
 
@@ -32,6 +36,52 @@ def carry() -> str:
         for scheme, cells in {**table["schemes"], **table["kv_caches"]}.items()
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def nodes() -> str:
+    """How many nodes an ONNX graph has, by the road that it came."""
+    rows = ["| model | graph | nodes a layer | with 32 layers |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, TAPEOUT_CACHE=scratch):
+        for model, road, two, each in _counted(Path(scratch)):
+            rows.append(f"| {model} | {road} | {each:g} | {two + 30 * each:g} |")
+    return "\n".join(rows)
+
+
+def _counted(scratch: Path) -> Iterator[tuple[str, str, int, float]]:
+    """Of each model its name, its road, the nodes of two layers, and those of one more."""
+    import tapeout
+    from tapeout.exporters.onnx.writer import build
+    from tapeout.generated import ENCODERS, write_model
+    from tapeout.models import Checkpoint, optimum
+
+    def count(model: tapeout.Model, **settings: Any) -> int:
+        return len(build(tapeout.quantize(model, "int4-g32"), **settings)[0].nodes)
+
+    for family, fields in (
+        ("llama", {"head_dim": 16}),
+        ("gemma2", {}),
+        ("mixtral", {"head_dim": 16}),
+        ("deepseek_v2", {}),
+        ("bert", {}),
+    ):
+        model = tapeout.load(write_model(scratch / family, family, {"num_hidden_layers": 4, **fields}))
+        for dialect in ("onnxruntime",) if family in ENCODERS else ("onnxruntime", "standard"):
+            two, four = (count(model, layers=layers, dialect=dialect) for layers in (2, 4))
+            road = "built" if dialect == "onnxruntime" else "built, in standard operators"
+            yield f"`{family}`", road, two, (four - two) / 2
+    for example, kind in (("sliding_window", "SlidingWindow"), ("block_sparse", "BlockSparse")):
+        code = runpy.run_path(str(ROOT / "examples" / f"{example}.py"))
+        _, given, dynamic = code["make"]()
+        two, four = (
+            count(tapeout.load_module(code[kind](layers=layers).eval(), given, dynamic)) for layers in (2, 4)
+        )
+        yield f"`examples/{example}.py`", "`torch.export`", two, (four - two) / 2
+    kept = ROOT / "tests" / "exporters" / "data" / "optimum" / "gpt2"
+    checkpoint = Checkpoint(kept / "model")
+    place = optimum.place_of(kept / "model", checkpoint)
+    optimum.read_export(kept / "export", place, "gpt2", "", checkpoint)
+    found = build(tapeout.quantize(tapeout.load(kept / "model"), "int4-g32"))[0].nodes
+    yield "`gpt2`", "`optimum`", len(found), sum("/h.1/" in node.name for node in found)
 
 
 def demo() -> str:
@@ -170,6 +220,8 @@ def main() -> None:
     if "--demo" in sys.argv[1:]:
         text = filled(text, "demo", demo())
     readme.write_text(text, encoding="utf-8")
+    page = ROOT / "docs" / "onnx.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), "nodes", nodes()), encoding="utf-8")
     guide = ROOT / "docs" / "quantization.md"
     guide.write_text(filled(guide.read_text(encoding="utf-8"), "curve", curve()), encoding="utf-8")
     if "--plot" in sys.argv[1:]:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tapeout.build import export, pack, target, validate
     from tapeout.errors import TapeoutError
-    from tapeout.models import Model, load
+    from tapeout.models import Model, load, load_module
     from tapeout.quantize import Quantized, Scheme, quantize
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load": "tapeout.models",
+    "load_module": "tapeout.models",
     "Model": "tapeout.models",
     "quantize": "tapeout.quantize",
     "Quantized": "tapeout.quantize",
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "load_module",
     "pack",
     "quantize",
     "target",

@@ -9,7 +9,7 @@ from typing import Any
 
 from tapeout import targets
 from tapeout.files import new_directory
-from tapeout.models import load
+from tapeout.models import Model, load
 from tapeout.pack import Package, pack
 from tapeout.quantize import planned, quantize
 from tapeout.recipe import Recipe
@@ -26,7 +26,7 @@ def target(name: str, **options: Any) -> Target:
 
 def export(
     target: Target,
-    source: str | Path,
+    source: str | Path | Model,
     out: Path,
     recipe: Recipe | None = None,
     *,
@@ -40,7 +40,7 @@ def export(
 
     Args:
         target: what ``target(name)`` gives.
-        source: a model directory, a hub id, or an embedded model's name.
+        source: a model, or what ``load`` takes.
         out: becomes the package, whole or not at all.
         recipe: scheme, rounding, overrides and limits.
         force: replace what stands at ``out``.
@@ -51,7 +51,7 @@ def export(
         TapeoutError: one of its kinds, with what to do.
     """
     recipe = recipe or Recipe()
-    model = load(source)
+    model = source if isinstance(source, Model) else load(source)
     check_cache(target, model)
     check_carries(
         target, set(planned(model, recipe.scheme_given, recipe.rounding, recipe.tensors).schemes.values())

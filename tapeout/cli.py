@@ -50,7 +50,10 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
 Many = Parameter(negative="", consume_multiple=False)
 ModelArgument = Annotated[
-    str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")
+    str,
+    Parameter(
+        help="A Hugging Face directory, a hub id, file.py:factory of a torch module, or: arithmetic, count, topics_v1, topics_v2."
+    ),
 ]
 
 
@@ -87,7 +90,8 @@ def _register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
-        place = out or Path(f"{Path(model).name}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
+        called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
+        place = out or Path(f"{called}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
         with _progress() as progress:
             if _mixed(bits, max_kl):
                 settings = _plan(model, options or kind(), settings, bits, max_kl, progress).recipe
@@ -487,6 +491,72 @@ def list_targets(*, json: Json = False) -> int:
     for name, facts in rows["targets"].items():
         state = "installed" if facts["missing"] is None else facts["missing"]
         stderr.print(f"[bold]{name}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+    return 0
+
+
+env_app = App(
+    name="env",
+    help="""Worker environments: tools whose pins conflict with tapeout's, each in a Python environment of its own.
+
+    Example: tapeout env create optimum
+    """,
+)
+app.command(env_app)
+
+
+@env_app.command
+def create(name: str) -> int:
+    """Make a worker environment with pip; one that is there stays, an interrupted one goes on.
+
+    Example: tapeout env create optimum
+
+    Args:
+        name: `tapeout env list` shows them.
+    """
+    from tapeout import environments
+
+    environment = environments.get(name)
+    status = stderr.status(f"{name}: {', '.join(environment.requirements)}")
+    with status:
+        place = environments.create(environment, lambda line: status.update(Text(f"{name}: {line[:100]}")))
+    stderr.print(Text(f"{name} is in {place}"), soft_wrap=True)
+    return 0
+
+
+@env_app.command(name="list")
+def list_environments(*, json: Json = False) -> int:
+    """List the worker environments, what each is for, and whether it is here.
+
+    Example: tapeout env list
+
+    Args:
+        json: Print it to stdout.
+    """
+    from tapeout.environments import ENVIRONMENTS
+
+    if json:
+        _print_json(
+            [
+                {
+                    "name": each.name,
+                    "purpose": each.purpose,
+                    "requirements": each.requirements,
+                    "installed": each.installed,
+                    "directory": str(each.directory),
+                    "size_bytes": each.size_bytes if each.installed else None,
+                    "create": each.command,
+                }
+                for each in ENVIRONMENTS.values()
+            ]
+        )
+        return 0
+    table = Table("name", "for", "state", "size")
+    for each in ENVIRONMENTS.values():
+        state, size = (
+            ("installed", f"{each.size_bytes / 1e9:.1f} GB") if each.installed else (each.command, "")
+        )
+        table.add_row(each.name, each.purpose, state, size)
+    stderr.print(table)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tapeout import targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
-from tapeout.models import EncoderConfig, load
+from tapeout.models import EncoderConfig, TracedConfig, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
 from tapeout.validate.session import KV_BITS
@@ -40,6 +40,7 @@ def _package(path: Path) -> dict[str, Any]:
         "family": manifest["model"]["family"],
         "scheme": manifest["scheme"],
         "rounding": manifest["rounding"],
+        "graph": Package.open(path).graph,
         "target": manifest["target"]["name"],
         "format": manifest["artifact"]["format"],
         "containers": dict(Counter(manifest["artifact"]["containers"].values())),
@@ -76,6 +77,9 @@ def _model(path: Path) -> dict[str, Any]:
         rope = config.rope
         heads = {"heads": config.num_heads, "output": config.output, "pooling": config.pooling}
         heads |= {"labels": config.labels} if config.labels else {}
+    elif isinstance(config, TracedConfig):
+        rope = None
+        heads = {"graph": config.road, "maker": config.maker}
     else:
         rope = config.rope
         heads = {"heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide"}
@@ -86,11 +90,11 @@ def _model(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(spec.shape) for spec in model.specs.values()),
         "quantization": (model.quantization or {}).get("quant_method"),
         "dtypes": dict(Counter(tensor.dtype for tensor in model.checkpoint.values())),
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
+        "layers": config.num_layers or None,
+        "hidden_size": config.hidden_size or None,
         **heads,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size or None,
+        "context": config.max_position_embeddings or None,
         "sliding_window": config.sliding_window,
         "rope": {"type": rope.kind, "theta": rope.theta, **rope.parameters} if rope else None,
         "tied_head": config.tie_word_embeddings,

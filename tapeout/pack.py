@@ -14,15 +14,17 @@ from typing import Any, cast
 
 import jinja2
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tapeout import CalledByItsName, __version__, targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model
+from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, TracedConfig
+from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized
 from tapeout.targets import Target
+from tapeout.validate.modules import Samples
 from tapeout.validate.report import Report
 from tapeout.validate.session import KV_BITS
 
@@ -76,6 +78,21 @@ class Package:
         """``last_hidden_state``, ``sentence_embedding`` or ``logits`` of an encoder; None: the model is a decoder."""
         output: str | None = self.manifest["model"].get("output")
         return output
+
+    @property
+    def graph(self) -> str:
+        """Which road its graph took: ``built``, ``torch.export`` (a plain module) or ``optimum``."""
+        return str(self.manifest.get("graph", "built"))
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it takes arrays and gives arrays, and knows no tokens."""
+        return self.graph == "torch.export"
+
+    @property
+    def samples(self) -> int:
+        """How many inputs a module's artifact has for its gates."""
+        return len(Samples(load_file(self.directory / "artifact" / SAMPLES)))
 
     @property
     def artifact(self) -> Artifact:
@@ -164,7 +181,7 @@ def pack(
     manifest["root_sha256"] = _root(manifest)
     report.write(directory)
     (directory / "sbom.cdx.json").write_text(_sbom(manifest), encoding="utf-8")
-    if report.golden:
+    if report.golden or report.golden_arrays:
         _write_golden(directory / "golden.safetensors", report)
     manifest["beside"] = {
         path: entry for path, entry in _digests(directory).items() if path not in manifest["files"]
@@ -181,6 +198,8 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
     cache = 0
+    if isinstance(config, TracedConfig):
+        cache = int(config.cache_values * artifact.context * KV_BITS[target.cache] / 8)
     if isinstance(config, DecoderConfig):
         window = min(artifact.context, config.sliding_window or artifact.context)
         values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
@@ -195,6 +214,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             "source_sha256": quant.source_sha256,
             **_encodes(quant.model),
         },
+        "graph": quant.model.graph,
         "scheme": quant.scheme.name,
         "rounding": quant.rounding,
         "calibration_sha256": quant.calibration_sha256,
@@ -253,8 +273,8 @@ def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Ta
 
 
 def _write_golden(path: Path, report: Report) -> None:
-    """Prompts ``tokens.N`` int32 [tokens] and the float32 [vocab] ``logits.N`` that must follow each."""
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    """Prompts ``tokens.N`` int32 [tokens] and the float32 [vocab] ``logits.N`` that must follow each; of a module its arrays."""
+    arrays: dict[str, np.ndarray[Any, Any]] = dict(report.golden_arrays)
     for index, (ids, logits) in enumerate(report.golden):
         arrays[f"tokens.{index}"] = np.array(ids, np.int32)
         arrays[f"logits.{index}"] = logits
@@ -285,6 +305,7 @@ def _sbom(manifest: Mapping[str, Any]) -> str:
                 "codes_sha256": manifest["codes_sha256"],
                 "scheme": manifest["scheme"],
                 "rounding": manifest["rounding"],
+                "graph": manifest["graph"],
                 "runtime": manifest["needs"]["runtime"],
             }.items()
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from tapeout.recipe import Recipe
 from tapeout.validate import (
     ENCODER_GATES,
     GATES,
+    MODULE_GATES,
     GateResult,
     Options,
     Report,
@@ -31,7 +32,7 @@ from tapeout.validate import (
 )
 from tapeout.validate.generate import generate as sample
 from tapeout.validate.metrics import Distance
-from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
+from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 from tapeout.validate.worker import open_session
 
 Progress = Callable[[str, int, int], None]
@@ -157,7 +158,7 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
         found.append(GateResult("golden", "skipped", reason=str(error)))
     except TapeoutError as error:
         found.append(GateResult("golden", "failed", reason=str(error)))
-    every = ENCODER_GATES if package.encoder_output else GATES
+    every = MODULE_GATES if package.is_module else ENCODER_GATES if package.encoder_output else GATES
     found += [
         GateResult(name, "skipped", reason="needs the model: give --model.")
         for name in every
@@ -172,6 +173,7 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
         throughput=throughput,
         machine=machine(),
         notes=package.artifact.notes,
+        graph=package.graph,
     )
 
 
@@ -180,6 +182,8 @@ def _golden(package: Package, session: Any) -> GateResult:
     if not path.exists():
         return GateResult("golden", "skipped", reason=f"the package has no {path.name}.")
     arrays = load_file(path)
+    if package.is_module:
+        return _golden_arrays(arrays, session, path.name)
     distance = Distance()
     for index in range(len(arrays) // 2):
         ids = arrays[f"tokens.{index}"].tolist()
@@ -202,7 +206,23 @@ def _golden(package: Package, session: Any) -> GateResult:
     return GateResult("golden", "passed" if value <= limit else "failed", metric, value, limit, reason)
 
 
+def _golden_arrays(arrays: Mapping[str, Any], session: Any, name: str) -> GateResult:
+    """The same of a module: the worst of its outputs, each in its own deviation."""
+    worst = 0.0
+    for key, expected in arrays.items():
+        if key.startswith("outputs."):
+            _, sample, output = key.split(".")
+            worst = max(worst, Distance.between([expected], [session.infer(int(sample), int(output))]).error)
+    limit = 2 * _GOLDEN_KL  # KL is half the variance of errors
+    reason = f"the outputs in {name}: what this package must give."
+    return GateResult(
+        "golden", "passed" if worst <= limit else "failed", "squared error / variance", worst, limit, reason
+    )
+
+
 def _measure(package: Package, session: Any, contexts: Sequence[int] = ()) -> dict[str, Any]:
+    if package.is_module:
+        return measure_module(session, package.artifact, package.samples)
     measure = measure_encoder if package.encoder_output else measure_throughput
     return measure(session, package.artifact, contexts)
 
@@ -212,6 +232,10 @@ def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | No
     package = Package.open(directory)
     with open_session(package.target().session(package.artifact)) as session:
         most = session.facts.context - (package.encoder_output is None)
+        if package.is_module and contexts:
+            raise TapeoutError(
+                f"{directory} holds a plain module, which is measured on its own samples: leave out --contexts."
+            )
         if wrong := [context for context in contexts if not 1 <= context <= most]:
             raise TapeoutError(
                 f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}."
@@ -249,6 +273,10 @@ def generate(
     Raises:
         ModelError: ``chat`` and no chat template. TapeoutError: one of its kinds.
     """
+    if package.is_module:
+        raise TapeoutError(
+            f"{package.directory} holds a plain module, which takes arrays and no prompt: its README.md says how to run it."
+        )
     if package.encoder_output:
         raise TapeoutError(
             f"{package.directory} holds an encoder, which generates nothing: see replay.encode."

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, gguf, onnx
+from tapeout.exporters.onnx.genai import CONFIG as GENAI
+from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
@@ -144,7 +146,8 @@ class Cpu:
 
     def card(self, artifact: Artifact) -> str:
         """How to run it with the runtime's own tools."""
-        return f"```\n{self._road.commands(self, artifact)}\ntapeout run . --prompt TEXT\n```"
+        last = "tapeout bench ." if SAMPLES in artifact.files else "tapeout run . --prompt TEXT"
+        return f"```\n{self._road.commands(self, artifact)}\n{last}\n```"
 
     @property
     def _road(self) -> type[_Gguf] | type[_Onnx]:
@@ -271,6 +274,17 @@ class _Onnx:
 
     @staticmethod
     def commands(cpu: Cpu, artifact: Artifact) -> str:
+        if SAMPLES in artifact.files:
+            lines: tuple[str, ...] = (
+                "import onnxruntime",
+                "from safetensors.numpy import load_file",
+                'session = onnxruntime.InferenceSession("artifact/model.onnx")  # pip install onnxruntime safetensors',
+                f'given = {{k[2:]: v for k, v in load_file("artifact/{SAMPLES}").items() if k.startswith("0.")}}',
+                "print(session.run(None, given))",
+            )
+            return "python - <<END\n" + "\n".join(lines) + "\nEND"
+        if GENAI not in artifact.files:
+            return "# artifact/model.onnx is for onnxruntime: pip install onnxruntime"
         lines = (
             "import onnxruntime_genai as og",
             'model = og.Model("artifact")  # pip install onnxruntime-genai',

@@ -65,6 +65,7 @@ class Null:
             raise ModelError(
                 f"{quant.model.name} is an encoder ({config.family}), which target null does not run: use target cpu with --format onnx."
             )
+        _ = quant.model.decoder  # ModelError of what is no decoder of a family that has a file
         artifact = plain.write(quant, out)
         if progress:
             progress("export", 1, 1)

@@ -14,11 +14,21 @@ import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
 from tapeout.models.graph import inside
+from tapeout.models.module import SAMPLES
 from tapeout.validate.encoders import check_batch
+from tapeout.validate.modules import Samples, rows
 from tapeout.validate.primitives import save
 from tapeout.validate.session import Facts, Logits, Shown
 
-__all__ = ["OnnxEncoder", "OnnxRuntime", "TracedOnnx", "open_session", "open_traced"]
+__all__ = [
+    "OnnxEncoder",
+    "OnnxGrown",
+    "OnnxModule",
+    "OnnxRuntime",
+    "TracedOnnx",
+    "open_session",
+    "open_traced",
+]
 
 _CHUNK = 512  # tokens of one run: bounds attention's scores at heads × 512 × context floats
 
@@ -132,6 +142,79 @@ class OnnxRuntime:
                 f"onnxruntime cannot run {count} tokens at position {self._length}: {error}"
             ) from error
         self._length = total
+
+
+class OnnxGrown(OnnxRuntime):
+    """A Session on a graph that optimum made: its cache is handed back and forth, and grows by what it is given."""
+
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any) -> None:
+        self.facts = facts
+        self._session, self._tokenizer = session, tokenizer
+        self._vocab_size = int(session.get_outputs()[0].shape[2])
+        self._given = {each.name: each for each in session.get_inputs()}
+        self._names = [each.name for each in session.get_outputs()]
+        self._past: dict[str, npt.NDArray[np.float32]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new sequence with an empty cache."""
+        self._length = 0
+        self._past = {
+            name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+            for name, each in self._given.items()
+            if name.startswith("past_")
+        }
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._session = None
+        self._past = {}
+
+    def _run(self, ids: Sequence[int], logits: Logits) -> None:
+        count = len(ids)
+        total = self._length + count
+        known = {
+            "input_ids": np.array([list(ids)], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+        }
+        feeds = {name: value for name, value in known.items() if name in self._given} | self._past
+        try:
+            found = dict(zip(self._names, self._session.run(None, feeds), strict=True))
+        except Exception as error:  # its own tree, rooted in Exception
+            raise RuntimeCrash(
+                f"onnxruntime cannot run {count} tokens at position {self._length}: {error}"
+            ) from error
+        logits[:] = found.pop("logits")[0, count - len(logits) :]
+        self._past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
+        self._length = total
+
+
+class OnnxModule:
+    """A ModuleSession on onnxruntime."""
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, session: Any, samples: Samples) -> None:
+        self.facts = facts
+        self._session, self._samples = session, samples
+        self._last: tuple[int, list[Logits]] = (-1, [])
+
+    def infer(self, sample: int, output: int) -> Logits:
+        """What the module gives of a sample; see ModuleSession."""
+        if self._last[0] != sample:
+            given = self._samples[sample]
+            try:
+                found = self._session.run(None, given)
+            except Exception as error:  # its own tree, rooted in Exception
+                shapes = {name: list(value.shape) for name, value in given.items()}
+                raise RuntimeCrash(f"onnxruntime cannot run inputs {shapes}: {error}") from error
+            self._last = sample, [rows(each) for each in found]
+        return self._last[1][output]
+
+    def close(self) -> None:
+        """Free the module; may be called twice."""
+        self._session = None
 
 
 class OnnxEncoder:
@@ -299,12 +382,12 @@ def open_traced(directory: str, context: int, threads: int | None = None) -> Tra
 
 def open_session(
     directory: str, context: int, graph: str | None = None, threads: int | None = None
-) -> OnnxRuntime | OnnxEncoder:
+) -> OnnxRuntime | OnnxEncoder | OnnxModule:
     """Load ``model.onnx`` and its data on the CPU.
 
     Args:
-        directory: where they stand, with ``tokenizer.json``.
-        context: most tokens of a sequence; no more than the graph was made for.
+        directory: where they stand, with ``tokenizer.json``, or ``samples.safetensors`` of a module.
+        context: most tokens of a sequence; no more than the graph was made for. Of a module it says nothing.
         graph: path of another graph over the same data; None: ``model.onnx``.
         threads: None: as many as this process has cores.
 
@@ -314,20 +397,29 @@ def open_session(
     """
     _library()
     model = Path(graph) if graph else Path(directory) / "model.onnx"
-    if not model.is_file():
-        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.")
-    tokenizer = _tokenizer(directory)
+    samples, words = Path(directory) / SAMPLES, Path(directory) / "tokenizer.json"
+    for path in (model, words if words.is_file() or not samples.is_file() else samples):
+        if not path.is_file():
+            raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
+    tokenizer = _tokenizer(directory) if words.is_file() else None
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     loaded, version, device = _load(directory, model, model.read_bytes(), threads)
     load_s = perf_counter() - begin
+    said = loaded.get_modelmeta().custom_metadata_map
     facts = Facts(version, device, load_s, 0, context)
-    session: OnnxRuntime | OnnxEncoder
+    session: OnnxRuntime | OnnxEncoder | OnnxModule
     # What is mapped counts as resident only once it was read.
-    if "tapeout.output" in loaded.get_modelmeta().custom_metadata_map:
+    if said.get("tapeout.graph") == "torch.export":
+        from safetensors.numpy import load_file
+
+        session = OnnxModule(facts, loaded, Samples(load_file(samples)))
+        session.infer(0, 0)
+    elif "tapeout.output" in said:
         session = OnnxEncoder(facts, loaded, tokenizer)
         session.encode([[0]], [[1]])
     else:
-        session = OnnxRuntime(facts, loaded, tokenizer)
+        kind = OnnxGrown if said.get("tapeout.graph") == "optimum" else OnnxRuntime
+        session = kind(facts, loaded, tokenizer)
         session.decode(0)
         session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)

@@ -7,24 +7,34 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from tapeout import CalledByItsName
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact
-from tapeout.models import EncoderConfig, Model
+from tapeout.models import EncoderConfig, Model, TracedConfig
 from tapeout.quantize import Quantized
 from tapeout.validate import gates
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
+from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult, Report
 from tapeout.validate.session import Device, Logits
-from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
+from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 
-__all__ = ["ENCODER_GATES", "GATES", "GateResult", "Limits", "Options", "Report", "validate"]
+__all__ = ["ENCODER_GATES", "GATES", "MODULE_GATES", "GateResult", "Limits", "Options", "Report", "validate"]
 
+MODULE_GATES = ("integrity", "codes", "lowering", "quality", "decode", "tokenizer", "task")
 ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
 GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
+_NOT_OF_MODULES = {
+    "decode": "a plain module has no cache, and nothing is decoded with it.",
+    "tokenizer": "a plain module takes arrays: there is no tokenizer.",
+    "task": "a plain module takes arrays: there are no prompts with answers.",
+}
 _GOLDEN_PROMPTS, _GOLDEN_TOKENS = 3, 16
 
 
@@ -71,8 +81,7 @@ def validate(
     if files is None:
         files = gates.digests(artifact)
     with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
-        kind = EncoderEvidence if isinstance(model.config, EncoderConfig) else Evidence
-        evidence = kind(
+        evidence = _kind(model)(
             artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
         )
         try:
@@ -80,11 +89,10 @@ def validate(
                 *gates.guarded("codes", gates.codes, evidence),
                 *gates.guarded("lowering", gates.lowering, evidence),
                 *_own_gates(evidence, options.limits),
-                *gates.guarded("tokenizer", gates.tokenizer, evidence),
-                *gates.guarded("task", lambda e: gates.task(e, options.limits), evidence),
             ]
             throughput = _throughput(evidence) if options.throughput else {}
             golden = _golden(evidence)
+            arrays = _golden_arrays(evidence)
         finally:
             evidence.close()
     results = require([*gates.integrity(root, files), *found], options.require)
@@ -97,20 +105,39 @@ def validate(
         machine=machine(),
         notes=(*artifact.notes, *_notes(quant)),
         golden=golden,
+        golden_arrays=arrays,
+        graph=model.graph,
     )
 
 
+def _kind(model: Model) -> type[Evidence]:
+    if isinstance(model.config, EncoderConfig):
+        return EncoderEvidence
+    return ModuleEvidence if isinstance(model.config, TracedConfig) and model.config.is_module else Evidence
+
+
 def _own_gates(evidence: Evidence, limits: Limits) -> list[GateResult]:
-    """The gates that decoders and encoders do not share."""
+    """The gates between lowering and throughput, which differ by the kind of model."""
+    if isinstance(evidence, ModuleEvidence):
+        return [
+            *gates.guarded("quality", lambda e: gates.module_quality(e, limits), evidence),
+            *gates.absent(_NOT_OF_MODULES),
+        ]
+    of_text = [
+        *gates.guarded("tokenizer", gates.tokenizer, evidence),
+        *gates.guarded("task", lambda e: gates.task(e, limits), evidence),
+    ]
     if isinstance(evidence, EncoderEvidence):
         return [
             *gates.guarded("padding", gates.padding, evidence),
             *gates.guarded("quality", lambda e: gates.encoder_quality(e, limits), evidence),
+            *of_text,
         ]
     return [
         *gates.guarded("decode", gates.decode, evidence),
         *gates.guarded("quality", lambda e: gates.quality(e, limits), evidence),
         *gates.guarded("quality/cache", lambda e: gates.cache(e, limits), evidence),
+        *of_text,
     ]
 
 
@@ -138,6 +165,8 @@ def require(results: list[GateResult], required: frozenset[str]) -> list[GateRes
 
 def _throughput(evidence: Evidence) -> Mapping[str, object]:
     try:
+        if isinstance(evidence, ModuleEvidence):
+            return measure_module(evidence.deployed, evidence.artifact, len(evidence.samples))
         if isinstance(evidence, EncoderEvidence):
             return measure_encoder(evidence.deployed, evidence.artifact)
         return measure_throughput(evidence.deployed, evidence.artifact)
@@ -147,6 +176,8 @@ def _throughput(evidence: Evidence) -> Mapping[str, object]:
 
 def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
     """Prompts, and the logits after each of the reference with the dequantized weights and the chosen cache; of encoders its first row."""
+    if isinstance(evidence, ModuleEvidence):
+        return ()
     try:
         pairs = list(zip(evidence.sequences, evidence.cached, strict=True))[:_GOLDEN_PROMPTS]
     except TapeoutError:
@@ -158,6 +189,14 @@ def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
         length = min(_GOLDEN_TOKENS, len(ids))
         found.append((tuple(ids[:length]), logits[length - 1].copy()))
     return tuple(found)
+
+
+def _golden_arrays(evidence: Evidence) -> Mapping[str, npt.NDArray[Any]]:
+    """The same of a module, which has no prompts."""
+    try:
+        return evidence.golden() if isinstance(evidence, ModuleEvidence) else {}
+    except TapeoutError:  # a gate has said why
+        return {}
 
 
 def _notes(quant: Quantized) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from tapeout.errors import RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
-from tapeout.models import Model
+from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
 from tapeout.validate.divergence import Divergence, added_rounding, against_graph
@@ -73,9 +73,13 @@ class Evidence:
         return self._dequantized[:-1]
 
     @property
+    def _routes(self) -> bool:
+        return isinstance(self.model.config, DecoderConfig) and self.model.config.moe is not None
+
+    @property
     def metric(self) -> str:
         """What ``cost`` is."""
-        return "median KL, nats" if self.model.decoder.moe else "mean KL, nats"
+        return "median KL, nats" if self._routes else "mean KL, nats"
 
     def cost(self, distance: Distance) -> float:
         """What a rounding of inputs costs: on average, or, where a router chooses experts, the median token.
@@ -83,7 +87,7 @@ class Evidence:
         Of two experts that are nearly tied any rounding may choose the other. That costs a token a thousand times the usual, on device
         and in prediction alike, but not the same tokens: a mean over some hundred of them is the luck of one or two.
         """
-        return distance.typical_kl if self.model.decoder.moe else distance.kl
+        return distance.typical_kl if self._routes else distance.kl
 
     @cached_property
     def quantized(self) -> list[Logits]:
@@ -145,7 +149,7 @@ class Evidence:
     @property
     def window(self) -> int | None:
         """The sliding window in tokens, where the artifact's context goes past it."""
-        window = self.model.decoder.sliding_window
+        window = self.model.config.sliding_window
         return window if window and window < self.artifact.context else None
 
     @cached_property

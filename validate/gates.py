@@ -13,11 +13,13 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
+from tapeout.models import TracedConfig
 from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import DECODED, Evidence
 from tapeout.validate.metrics import Distance, negative_log_likelihood
+from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult
 from tapeout.validate.session import KV_BITS, Logits, Lowering
 
@@ -203,6 +205,8 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
 
 def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: Sequence[Logits]) -> str:
     """Walk the artifact along the graph over the sequence on which it is farthest from the reference."""
+    if isinstance(evidence.model.config, TracedConfig):
+        return f"A graph that {evidence.model.graph} made has no names in common with ours to find where it first parts."
     farthest = [Distance.between([a], [b]).max for a, b in zip(reference, logits, strict=True)]
     try:
         found = evidence.walk(int(np.argmax(farthest)))
@@ -445,6 +449,23 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
         ]
     reason = f"the angle between {evidence.config.output} of {what}"
     return [_verdict("quality/cosine", "mean of 1 - cosine", distance.cosine, limits.kl, reason)]
+
+
+def module_quality(evidence: ModuleEvidence, limits: Limits) -> list[GateResult]:
+    """Compare a module with dequantized weights with the original: the squared error of its outputs.
+
+    KL is half the variance of the logits' errors, so twice KL's limit is the limit here.
+    """
+    limits = limits.for_scheme(evidence.quant.scheme)
+    assert limits.kl is not None
+    distance = _distance(evidence.original, evidence.quantized)
+    reason = f"original ‖ dequantized on {len(evidence.samples)} samples; twice what KL may be, which is half the variance of errors."
+    return [_verdict("quality/error", evidence.metric, distance.error, 2 * limits.kl, reason)]
+
+
+def absent(reasons: Mapping[str, str]) -> list[GateResult]:
+    """Gates that a model of this kind cannot run, each with the reason."""
+    return [GateResult(name, "skipped", reason=reason) for name, reason in reasons.items()]
 
 
 def _distance(reference: list[Logits], other: list[Logits]) -> Distance:

@@ -22,9 +22,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf, onnx
-from tapeout.models import EncoderConfig, Model, load
+from tapeout.models import EncoderConfig, Model, TracedConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders
+from tapeout.validate import encoders, modules
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
-) -> Reference | encoders.EncoderReference:
+) -> Reference | encoders.EncoderReference | modules.ModuleReference:
     """Load the reference of a model.
 
     Args:
@@ -208,6 +208,9 @@ def open_session(
     if arithmetic in _ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
+    if isinstance(source.config, TracedConfig) and source.config.is_module:
+        run = modules.program(source, quant, _ROUNDED.get(arithmetic), double=arithmetic == "float64")
+        return modules.ModuleReference(source, run, _facts(before, begin, 0))
     encodes = isinstance(source.config, EncoderConfig)
     network = encoders.network(source, layers) if encodes else _network(source, layers)
     if quant is not None:
@@ -315,12 +318,15 @@ def _network(source: Model, layers: int | None) -> Any:
     )
     if made_up := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
         raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
+    if isinstance(source.config, TracedConfig):
+        setattr(network, _OTHER_NAMES, _other_names(network, source))
     return network.eval()
 
 
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
     tensors = _tensors(network)
+    same = _same(quant)
     for name, scheme in quant.schemes.items():
         if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
@@ -330,7 +336,20 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
             )
         if place is not None:
-            _put(place, quant.float32(name))
+            weight = quant.float32(name)
+            stored = np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
+            for other in (place, *(_place(tensors, each) for each in same.get(name, ()))):
+                if other is not None:
+                    _put(other, stored)
+
+
+def _same(quant: Quantized) -> dict[str, list[str]]:
+    """Other names under which the checkpoint has a weight that the graph takes once."""
+    found: dict[str, list[str]] = {}
+    if isinstance(quant.model.config, TracedConfig):
+        for name, kept in quant.model.config.same.items():
+            found.setdefault(kept, []).append(name)
+    return found
 
 
 _Place = tuple[Any, tuple[Any, ...] | None]
@@ -344,7 +363,31 @@ def _tensors(network: Any) -> dict[str, Any]:
     """All that a checkpoint holds, by transformers' names."""
     saved = network.state_dict().keys()
     buffers = {name: buffer for name, buffer in network.named_buffers() if name in saved}
-    return dict(network.named_parameters()) | buffers
+    found = dict(network.named_parameters()) | buffers
+    return found | {name: found[own] for name, own in getattr(network, _OTHER_NAMES, {}).items()}
+
+
+_OTHER_NAMES = "_tapeout_other_names"
+
+
+def _other_names(network: Any, source: Model) -> dict[str, str]:
+    """Transformers' names for tensors of a family that has no file here, where it has others than the checkpoint: by their values."""
+    import torch
+
+    tensors = _tensors(network)
+    found: dict[str, str] = {}
+    for name in source.specs:
+        if name not in tensors:
+            weight = torch.from_numpy(source.checkpoint[name].float32())
+            weight = weight.T if source.checkpoint[name].turned else weight
+            same = (
+                own
+                for own, tensor in tensors.items()
+                if tensor.shape == weight.shape and torch.equal(tensor, weight)
+            )
+            if own := next(same, None):
+                found[name] = own
+    return found
 
 
 def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
@@ -398,6 +441,7 @@ def _turn_in_float64(network: Any) -> None:
 def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None]) -> None:
     """Round the input of every linear layer for whose weight ``how`` gives a rounding."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is [in, out]
 
     tensors = _tensors(network)
     rounds: dict[tuple[int, Any], Round | None] = {}
@@ -407,7 +451,9 @@ def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str]
             rounds[id(tensor), None if part is None else part[0]] = how(quant, name)
     for module in network.modules():
         # By identity, so that a tied head is found; an embedding is a lookup and rounds nothing.
-        if isinstance(module, torch.nn.Linear) and (rounded := rounds.get((id(module.weight), None))):
+        if isinstance(module, torch.nn.Linear | Conv1D) and (
+            rounded := rounds.get((id(module.weight), None))
+        ):
             module.register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]), *args[1:]))
         if getattr(module, "gate_up_proj", None) is not None and hasattr(module, "num_experts"):
             module.forward = _rounded_experts(module, rounds)

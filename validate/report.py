@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
+import numpy.typing as npt
+
 from tapeout.errors import PackageError
 from tapeout.files import canonical_json
 from tapeout.validate.session import Logits
@@ -49,6 +51,8 @@ class Report:
         throughput: see ``throughput.measure_throughput``; empty when it was not measured.
         notes: what a user has to know of the artifact.
         golden: prompts and the float32 [vocab] logits that must follow them; not part of ``report.json``.
+        golden_arrays: the same of a module, inputs and outputs by name.
+        graph: which road the model's graph took: ``built``, ``torch.export`` or ``optimum``.
     """
 
     model: str
@@ -59,6 +63,8 @@ class Report:
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     golden: tuple[tuple[tuple[int, ...], Logits], ...] = ()
+    golden_arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    graph: str = "built"
 
     @property
     def passed(self) -> bool:
@@ -74,6 +80,7 @@ class Report:
             "model": self.model,
             "target": self.target,
             "scheme": self.scheme,
+            "graph": self.graph,
             "gates": [asdict(gate) for gate in self.gates],
             "throughput": dict(self.throughput),
             "machine": dict(self.machine),
@@ -97,6 +104,7 @@ class Report:
                 raw["throughput"],
                 raw["machine"],
                 tuple(raw["notes"]),
+                graph=raw.get("graph", "built"),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{path} is not a report: {error!r}.") from error
@@ -199,6 +207,8 @@ def throughput_table(figures: Mapping[str, Any]) -> Table:
     """Throughput as a table for the terminal."""
     from rich.table import Table
 
+    if "runs" in figures:
+        return _runs_table(figures)
     if "encodings" in figures:
         return _encodings_table(figures)
     table = Table(
@@ -243,4 +253,18 @@ def _encodings_table(figures: Mapping[str, Any]) -> Table:
             f"{row['sequences_per_s']:.1f} / s",
             f"{row['tokens_per_s']:.0f} / s",
         )
+    return table
+
+
+def _runs_table(figures: Mapping[str, Any]) -> Table:
+    """The same of a module."""
+    from rich.table import Table
+
+    table = Table("run p50 / p90 / p99", "weights read", title_justify="left")
+    table.title = (
+        f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
+    )
+    for row in figures["runs"]:
+        quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
+        table.add_row(f"{quantiles} ms", f"{figures['bytes_per_token'] / 1e6:.2f} MB")
     return table

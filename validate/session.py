@@ -122,6 +122,18 @@ class TracedSession(Protocol):
         """Free the model."""
 
 
+class ModuleSession(Protocol):
+    """A plain module loaded on a runtime, with the samples that it is run on."""
+
+    facts: Facts
+
+    def infer(self, sample: int, output: int) -> Logits:
+        """What the module gives of a sample at an output, float32 [rows, width]: all axes but the last one behind one another."""
+
+    def close(self) -> None:
+        """Free the module."""
+
+
 @dataclass(frozen=True)
 class SessionSpec:
     """How a worker process opens a session: data only, so that it can cross to another Python environment.

@@ -115,6 +115,32 @@ def measure_throughput(
     }
 
 
+def measure_module(session: WorkerSession, artifact: Artifact, samples: int) -> dict[str, Any]:
+    """Time a module's session on its first sample: warm-up apart, 20 repeats.
+
+    Args:
+        session: the artifact as it is deployed.
+        artifact: says how many bytes of weights a run reads.
+        samples: how many the session has.
+
+    Returns:
+        runtime, device, load_s, resident_bytes, bytes_per_token (of one run), bandwidth_bytes_per_s, and ``runs``: one of run_p50_s,
+        run_p90_s, run_p99_s, samples (runs timed).
+    """
+    facts = session.facts
+    times = session.time_inference(samples, _ENCODINGS)
+    p50, p90, p99 = (float(np.quantile(times, q)) for q in (0.5, 0.9, 0.99))
+    return {
+        "runtime": facts.runtime,
+        "device": facts.device,
+        "load_s": facts.load_s,
+        "resident_bytes": facts.resident_bytes,
+        "bytes_per_token": artifact.bytes_per_token,
+        "bandwidth_bytes_per_s": bandwidth(),
+        "runs": [{"run_p50_s": p50, "run_p90_s": p90, "run_p99_s": p99, "samples": len(times)}],
+    }
+
+
 def measure_encoder(
     session: WorkerSession, artifact: Artifact, contexts: Sequence[int] = ()
 ) -> dict[str, Any]:

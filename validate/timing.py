@@ -8,9 +8,9 @@ from time import perf_counter
 
 import numpy as np
 
-from tapeout.validate.session import EncoderSession, Session
+from tapeout.validate.session import EncoderSession, ModuleSession, Session
 
-__all__ = ["Timing", "measure", "measure_encoding"]
+__all__ = ["Timing", "measure", "measure_encoding", "measure_inference"]
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,20 @@ def measure_encoding(session: EncoderSession, batch: int, tokens: int, repeats: 
     for _ in range(repeats):
         begin = perf_counter()
         session.encode(ids, mask)
+        times.append(perf_counter() - begin)
+    return times
+
+
+def measure_inference(session: ModuleSession, samples: int, repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` runs of a module on its first sample; one more comes first.
+
+    A session keeps what it gave of the last sample, so another one is run in between, untimed; with one sample there is none.
+    """
+    session.infer(0, 0)
+    times = []
+    for _ in range(repeats):
+        session.infer(samples - 1, 0)
+        begin = perf_counter()
+        session.infer(0, 0)
         times.append(perf_counter() - begin)
     return times

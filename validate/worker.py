@@ -32,8 +32,17 @@ from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.models import Generation
 from tapeout.validate.generate import Said, say
-from tapeout.validate.session import EncoderSession, Facts, Logits, Session, SessionSpec, Shown, TracedSession
-from tapeout.validate.timing import Timing, measure, measure_encoding
+from tapeout.validate.session import (
+    EncoderSession,
+    Facts,
+    Logits,
+    ModuleSession,
+    Session,
+    SessionSpec,
+    Shown,
+    TracedSession,
+)
+from tapeout.validate.timing import Timing, measure, measure_encoding, measure_inference
 
 __all__ = ["Timing", "WorkerSession", "open_session"]
 
@@ -151,6 +160,14 @@ class WorkerSession:
         """Run ``measure_encoding`` in the worker."""
         return cast(list[float], self._call("time_encoding", batch=batch, tokens=tokens, repeats=repeats))
 
+    def infer(self, sample: int, output: int) -> Logits:
+        """What a module gives of a sample; see ModuleSession."""
+        return cast(Logits, self._call("infer", sample=sample, output=output))
+
+    def time_inference(self, samples: int, repeats: int) -> list[float]:
+        """Run ``measure_inference`` in the worker."""
+        return cast(list[float], self._call("time_inference", samples=samples, repeats=repeats))
+
     def close(self) -> None:
         """Free the model and end the worker, by force when it does not answer; may be called twice."""
         if not self._busy and not self._to.closed:
@@ -247,7 +264,7 @@ def serve(requests: int, replies: int) -> None:
     """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
     threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
     source, sink = os.fdopen(requests, "rb", 0), os.fdopen(replies, "wb", 0)
-    session: Session | EncoderSession | TracedSession | None = None
+    session: Session | EncoderSession | ModuleSession | TracedSession | None = None
     factory = ""
     while True:
         try:
@@ -270,6 +287,8 @@ def serve(requests: int, replies: int) -> None:
                 value = asdict(measure(cast(Session, session), **arguments))
             elif name == "time_encoding":
                 value = measure_encoding(cast(EncoderSession, session), **arguments)
+            elif name == "time_inference":
+                value = measure_inference(cast(ModuleSession, session), **arguments)
             elif name == "say":
                 arguments["generation"]["stop_token_ids"] = tuple(arguments["generation"]["stop_token_ids"])
                 generation = Generation(**arguments.pop("generation"))

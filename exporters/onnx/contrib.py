@@ -19,8 +19,6 @@ from tapeout.exporters.onnx.graph import DOMAIN
 from tapeout.models.decoder import Attention, Mla, Moe
 from tapeout.models.rope import Rope
 
-OPSET = 23
-
 
 class ContribOps(Emitter):
     """``Ops`` that writes onnxruntime's operators."""

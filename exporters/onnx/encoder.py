@@ -55,7 +55,7 @@ class EncoderContribOps(ContribOps):
         onnx = library()
         name = self._use(value)
         if name != config.output:
-            name = self.graph.node("Identity", [name], config.output)
+            name = self.graph.rename(name, config.output)
         shape = ["batch", config.width]
         if config.output == "last_hidden_state":
             shape = ["batch", "tokens", config.width]

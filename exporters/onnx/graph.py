@@ -19,6 +19,7 @@ from tapeout.quantize import Quantized, QuantTensor
 
 DATA = "model.onnx.data"
 DOMAIN = "com.microsoft"
+OPSET = 23
 
 _INLINE = 256  # bytes of a constant that stands in the graph itself
 _PAGE, _LINE = (
@@ -37,6 +38,10 @@ BITS = {
     "INT8": 8,
     "UINT4": 4,
     "INT4": 4,
+    "BOOL": 8,
+    "INT32": 32,
+    "INT64": 64,
+    "DOUBLE": 64,
 }
 
 
@@ -107,6 +112,8 @@ class Graph:
     Attributes:
         containers: of each tensor that was asked for, by its Hugging Face name.
         notes: what a user has to know.
+        name: of the whole.
+        opset: of the standard operators.
     """
 
     quant: Quantized
@@ -117,6 +124,8 @@ class Graph:
     constants: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     containers: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    name: str = "decoder"
+    opset: int = OPSET
 
     def node(
         self,
@@ -142,9 +151,15 @@ class Graph:
 
     def table(self, name: str, values: npt.NDArray[np.float32]) -> str:
         """A large constant that is no weight of the model, float32."""
-        if values.nbytes <= _INLINE:
+        return self.array(name, values)
+
+    def array(self, name: str, values: npt.NDArray[Any]) -> str:
+        """A constant of any type that is no weight of the model; a large one stands in the data file."""
+        kind = library().helper.np_dtype_to_tensor_dtype(values.dtype)
+        kind = library().TensorProto.DataType.Name(kind)
+        if values.nbytes <= _INLINE or kind not in BITS:
             return self.constant(name, values)
-        self.initializers[name] = Initializer(name, "FLOAT", values.shape, values=values)
+        self.initializers[name] = Initializer(name, kind, values.shape, values=values)
         return name
 
     def vector(self, source: str) -> str:
@@ -224,8 +239,18 @@ class Graph:
             self.initializers[name] = Initializer(name, base.kind, shape, view_of=of, at=at)
         return name
 
+    def rename(self, value: str, name: str) -> str:
+        """Give a value that a node has made another name; return it."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for at, each in enumerate(names):
+                    if each == value:
+                        names[at] = name
+        return name
+
     def finish(self) -> int:
-        """Give every initializer its place in the data file; return the file's length in bytes."""
+        """Drop what no output needs, and give every initializer its place in the data file; return the file's length in bytes."""
+        self._prune()
         end = 0
         for each in self.initializers.values():
             if each.view_of:
@@ -243,11 +268,24 @@ class Graph:
                 each.offset = self.initializers[each.view_of].offset + each.at
         return end
 
-    def model(self, metadata: Mapping[str, str], opset: int) -> bytes:
+    def _prune(self) -> None:
+        wanted = {value.name for value in (*self.outputs, *self.inputs)}
+        kept = []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.output):
+                kept.append(node)
+                wanted |= _taken(node)
+        self.nodes = kept[::-1]
+        self.constants = {name: values for name, values in self.constants.items() if name in wanted}
+        self.initializers = {
+            name: each for name, each in self.initializers.items() if each.values is None or name in wanted
+        }
+
+    def model(self, metadata: Mapping[str, str]) -> bytes:
         """The model's bytes: the same graph gives the same; ``finish`` comes first."""
         onnx = library()
         helper = onnx.helper
-        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs)
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         for name, values in self.constants.items():
             graph.initializer.append(onnx.numpy_helper.from_array(values, name))
         for each in self.initializers.values():
@@ -256,10 +294,20 @@ class Graph:
             proto.data_location = onnx.TensorProto.EXTERNAL
             for key, value in (("location", DATA), ("offset", each.offset), ("length", each.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
-        used = [helper.make_opsetid("", opset)]
-        if any(node.domain == DOMAIN for node in self.nodes):
-            used.append(helper.make_opsetid(DOMAIN, 1))
+        used = [helper.make_opsetid("", self.opset)]
+        used += [helper.make_opsetid(each, 1) for each in sorted({node.domain for node in self.nodes} - {""})]
         model = helper.make_model(graph, opset_imports=used, producer_name="tapeout", ir_version=10)
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data
+
+
+def _taken(node: Any) -> set[str]:
+    """Names that a node takes, in its branches and loops too."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for each in graph.node:
+                found |= _taken(each)
+            found |= {value.name for value in graph.output}
+    return found

@@ -145,7 +145,7 @@ class StandardOps(Emitter):
                 "columns",
             )
             count = self._once("Shape", ["input_ids"], "tokens", start=1, end=2)
-            begin = g.node("Sub", ["total", count], "past_length")
+            begin = self._once("Sub", ["total", count], "past_length")
             rows = g.node("Slice", ["columns", begin, "total"], "rows")
             g.node("Unsqueeze", [rows, "one"], "rows.column")
             kept = g.node("Cast", ["attention_mask"], "attention_mask.bool", to=kinds.BOOL)
@@ -166,6 +166,6 @@ class StandardOps(Emitter):
             every = g.node("Sub", [every, "one"], "every_position.signed")
             every = g.node("Max", [every, g.constant("zero.int64", np.zeros(1, np.int64))], "every_position")
             count = self._once("Shape", ["input_ids"], "tokens", start=1, end=2)
-            begin = g.node("Sub", ["total", count], "first_column")
+            begin = self._once("Sub", ["total", count], "past_length")
             g.node("Slice", [every, begin, "total", "one"], "positions")
         return super()._positions(at, trained)

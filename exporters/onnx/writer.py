@@ -16,16 +16,18 @@ from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
 from tapeout.exporters.onnx.blocks import Linear
-from tapeout.exporters.onnx.contrib import OPSET, ContribOps
+from tapeout.exporters.onnx.contrib import ContribOps
 from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.exporters.onnx.placed import place
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
-from tapeout.models import DecoderConfig, EncoderConfig, Role
+from tapeout.models import DecoderConfig, EncoderConfig, Role, TracedConfig
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
+from tapeout.models.module import SAMPLES
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -63,7 +65,7 @@ def write(
         MissingToolchain: the onnx library is absent.
     """
     graph, size = build(quant, layers=layers, exact=exact, dialect=dialect)
-    files = tokenizer_files(quant)
+    files = side_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
@@ -97,6 +99,16 @@ def build(
 ) -> tuple[Graph, int]:
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
+    if isinstance(config, TracedConfig):
+        if dialect == "standard" or layers is not None:
+            what = (
+                "written in ONNX Runtime's operators only"
+                if dialect == "standard"
+                else "not cut to fewer layers"
+            )
+            raise ModelError(f"the graph of {quant.model.name} was made by {config.road}: it is {what}.")
+        graph = place(quant, exact=exact)
+        return graph, graph.finish()
     count = config.num_layers if layers is None else layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
@@ -115,8 +127,11 @@ def build(
     return graph, graph.finish()
 
 
-def tokenizer_files(quant: Quantized) -> list[Path]:
-    """What the artifact takes along of the model's tokenizer; ModelError where its runtime would find none."""
+def side_files(quant: Quantized) -> list[Path]:
+    """What the artifact takes along: a module's samples, or the tokenizer; ModelError where its runtime would find none."""
+    config = quant.model.config
+    if isinstance(config, TracedConfig) and config.is_module:
+        return [quant.model.directory / SAMPLES]
     files = quant.model.tokenizer_files()
     if not any(file.name == "tokenizer.json" for file in files):
         raise ModelError(
@@ -131,11 +146,12 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
         "tapeout.rounding": quant.rounding,
         "tapeout.source_sha256": quant.source_sha256,
         "tapeout.codes_sha256": quant.digest,
+        "tapeout.graph": quant.model.graph,
     }
     config = quant.model.config
     if isinstance(config, EncoderConfig):
         facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
-    return graph.model(facts, OPSET)
+    return graph.model(facts)
 
 
 def _notes(quant: Quantized) -> Iterator[str]:
@@ -160,7 +176,11 @@ def _bytes_per_token(graph: Graph) -> int:
     for each in graph.initializers.values():
         for piece in each.pieces:
             share = 1.0
-            if isinstance(config, EncoderConfig):
+            if isinstance(config, TracedConfig):
+                spec = graph.quant.model.specs[piece.sources[0]]
+                looked_up = spec.role is Role.EMBEDDING and not config.tie_word_embeddings
+                share = 1 / spec.shape[0] if looked_up or spec.role is Role.POSITION else 1.0
+            elif isinstance(config, EncoderConfig):
                 spec = graph.quant.model.specs[piece.sources[0]]
                 share = 1 / spec.shape[0] if spec.role in (Role.EMBEDDING, Role.POSITION) else 1.0
             elif piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from tapeout.models import Checkpoint, Model, load, optimum
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 Logits = npt.NDArray[np.float32]
 
@@ -78,3 +84,28 @@ class Ggml:
 def ggml() -> Ggml:
     """``ggml.quantize(weight, "Q4_K")``, ``ggml.dequantize(packed, "Q4_K")``."""
     return Ggml()
+
+
+FIXTURES = Path(__file__).parent / "data" / "optimum"
+
+
+@pytest.fixture
+def unknown_family(tmp_path: Path) -> Callable[[str], Model]:
+    """``unknown_family("gpt2")``: a kept model of a family without a file here, with the graph that optimum made of it."""
+    pytest.importorskip("onnxscript")
+
+    def make(name: str) -> Model:
+        directory = tmp_path / name
+        shutil.copytree(FIXTURES / name / "model", directory)
+        checkpoint = Checkpoint(directory, ignored=lambda _: True)
+        place = optimum.place_of(directory, checkpoint)
+        optimum.read_export(FIXTURES / name / "export", place, name, "optimum-onnx 0.1.0", checkpoint)
+        return load(directory)
+
+    return make
+
+
+@pytest.fixture
+def example() -> Callable[..., Any]:
+    """``example("sliding_window")`` gives what examples/sliding_window.py's ``make`` does."""
+    return lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))["make"]()

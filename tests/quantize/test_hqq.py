@@ -60,7 +60,10 @@ def assert_never_worse(weight: Floats, scheme: Scheme, importance: Floats | None
         least = errors(weight, scheme, plain, power, importance)
         assert (errors(weight, scheme, ours, power, importance) <= least * slack + 1e-44).all()
     largest = [
-        (np.abs(lattice.dequantize(r.codes, scheme, r.grid) - weight) ** 2 * (1 if importance is None else importance))
+        (
+            np.abs(lattice.dequantize(r.codes, scheme, r.grid) - weight) ** 2
+            * (1 if importance is None else importance)
+        )
         .reshape(len(weight), -1, unit)
         .max(axis=2)
         for r in (plain, ours)

@@ -1,0 +1,189 @@
+"""Worker environments: tools whose pins conflict with ours, each in a Python environment of its own.
+
+An environment counts as there when its ``tapeout.json`` says that the probe ran with these very requirements; the file is written
+last, so that what was interrupted is taken up again and never looks whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from tapeout.errors import MissingToolchain, TapeoutError, nearest
+from tapeout.files import canonical_json, lock, writing
+
+__all__ = ["ENVIRONMENTS", "Environment", "create", "get", "python"]
+
+_MARK = "tapeout.json"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment that can be made.
+
+    Attributes:
+        purpose: what it is for, half a sentence.
+        requirements: as pip takes them, pinned.
+        probe: Python that must run in it; what it prints is kept as the versions.
+    """
+
+    name: str
+    purpose: str
+    requirements: tuple[str, ...]
+    probe: str
+
+    @property
+    def directory(self) -> Path:
+        """Where it stands: another place for other requirements or another Python."""
+        version = ".".join(map(str, sys.version_info[:2]))
+        key = hashlib.sha256("\n".join([version, *self.requirements]).encode()).hexdigest()[:12]
+        return home() / f"{self.name}-{key}"
+
+    @property
+    def installed(self) -> bool:
+        """Whether it is whole."""
+        return (self.directory / _MARK).exists()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its probe said; MissingToolchain when it is not there."""
+        try:
+            found: Mapping[str, Any] = json.loads((self.directory / _MARK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise MissingToolchain(
+                f"the worker environment '{self.name}' ({self.purpose}) is not on this machine: {self.command}"
+            ) from None
+        return found
+
+    @property
+    def command(self) -> str:
+        """What makes it."""
+        return f"tapeout env create {self.name}"
+
+    @property
+    def size_bytes(self) -> int:
+        """What its files take."""
+        return sum(path.lstat().st_size for path in self.directory.rglob("*") if not path.is_dir())
+
+
+def _versions(*packages: str) -> str:
+    return (
+        "import json, importlib.metadata as m; "
+        f"print(json.dumps({{name: m.version(name) for name in {list(packages)!r}}}))"
+    )
+
+
+ENVIRONMENTS: dict[str, Environment] = {
+    each.name: each
+    for each in (
+        Environment(
+            "optimum",
+            "ONNX graphs of Hugging Face families that tapeout has no file for",
+            (
+                "optimum==2.1.0",
+                "optimum-onnx==0.1.0",
+                "transformers==4.57.6",
+                "torch==2.13.0",
+                "onnx==1.23.2",
+                "onnxruntime==1.32.0",
+                "numpy==2.4.6",
+            ),
+            "import optimum.exporters.onnx; " + _versions("optimum-onnx", "transformers", "torch"),
+        ),
+    )
+}
+"""By name."""
+
+
+def home() -> Path:
+    """Where environments stand: ``$TAPEOUT_ENVIRONMENTS``, or below the user's data directory."""
+    given = os.environ.get("TAPEOUT_ENVIRONMENTS")
+    return Path(given) if given else platformdirs.user_data_path("tapeout") / "environments"
+
+
+def get(name: str) -> Environment:
+    """The environment of that name; TapeoutError names the known ones."""
+    if name not in ENVIRONMENTS:
+        raise TapeoutError(f"'{name}' is not a worker environment{nearest(name, ENVIRONMENTS)}.")
+    return ENVIRONMENTS[name]
+
+
+def python(name: str) -> Path:
+    """The interpreter of a whole environment; MissingToolchain says how to make it."""
+    found = get(name)
+    _ = found.facts
+    return _interpreter(found.directory)
+
+
+def create(environment: Environment, say: Callable[[str], None] = _logger.info) -> Path:
+    """Make an environment, or go on making it, or find it whole.
+
+    Args:
+        environment: which.
+        say: told what pip says, line by line.
+
+    Raises:
+        MissingToolchain: pip cannot install it; with pip's last lines. OutputError: the place cannot be written.
+    """
+    place = environment.directory
+    with lock(place, wait=True), writing(place):
+        if environment.installed:
+            return place
+        if not _runs(place):
+            venv.create(place, with_pip=True, clear=True)
+        _run(environment, say, "-m", "pip", "install", *environment.requirements)
+        versions = json.loads(_run(environment, say, "-c", environment.probe)[-1])
+        partial = place / f".{_MARK}.partial"
+        facts = {"name": environment.name, "requirements": environment.requirements, "versions": versions}
+        partial.write_text(canonical_json(facts), encoding="utf-8")
+        partial.rename(place / _MARK)
+    return place
+
+
+def _interpreter(place: Path) -> Path:
+    return place / "bin" / "python"
+
+
+def _runs(place: Path) -> bool:
+    """Whether an interrupted environment has got as far as a pip that runs."""
+    if not _interpreter(place).exists():
+        return False
+    done = subprocess.run([_interpreter(place), "-m", "pip", "--version"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def _run(environment: Environment, say: Callable[[str], None], *arguments: str) -> list[str]:
+    """Run the environment's Python; its output, by lines."""
+    # What points this process's Python elsewhere must not point that one there.
+    given = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    lines: list[str] = []
+    with subprocess.Popen(
+        [_interpreter(environment.directory), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=given,
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            say(lines[-1])
+    if process.returncode:
+        raise MissingToolchain(
+            f"the worker environment '{environment.name}' could not be made in {environment.directory}: "
+            f"{' / '.join(lines[-5:])} The same command goes on where it stopped: {environment.command}"
+        )
+    return lines
