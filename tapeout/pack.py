@@ -22,9 +22,8 @@ from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
 from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model
 from tapeout.quantize import Quantized
-from tapeout.targets import Target
+from tapeout.targets import Memory, Target
 from tapeout.validate.report import Report
-from tapeout.validate.session import KV_BITS
 
 FORMAT_VERSION = 1
 MANIFEST = "tapeout.json"
@@ -180,11 +179,9 @@ def pack(
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
-    cache = 0
+    memory = Memory(0, 0)
     if isinstance(config, DecoderConfig):
-        window = min(artifact.context, config.sliding_window or artifact.context)
-        values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
-        cache = int(values * KV_BITS[target.cache] / 8)
+        memory = target.memory(config, artifact.context)
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,
@@ -215,7 +212,12 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             **({"tokenizer_limits": artifact.tokenizer_limits} if artifact.tokenizer_limits else {}),
         },
         "generation": asdict(quant.model.generation),
-        "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},
+        "needs": {
+            "runtime": target.needs,
+            "memory_bytes": size + memory.cache + memory.work,
+            "key_value_cache_bytes": memory.cache,
+            "work_bytes": memory.work,
+        },
     }
 
 

@@ -35,7 +35,7 @@ def read_codes(
     path = artifact.directory / MODEL
     model = _open(path)
     found = {each.name: each for each in model.graph.initializer}
-    graph, _ = build(quant, dialect=dialect)
+    graph, _ = build(quant, dialect=dialect, context=artifact.context)
     wrong = [
         text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
     ]

@@ -41,6 +41,7 @@ def write(
     layers: int | None = None,
     exact: bool = False,
     dialect: Dialect = "onnxruntime",
+    context: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -54,6 +55,7 @@ def write(
         layers: write the first decoder layers only.
         exact: as ``exact_graph``.
         dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes.
+        context: most tokens of a sequence, for which the file has positions; default, and the most: the model's own.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
 
@@ -62,12 +64,12 @@ def write(
         OutputError: the directory cannot be written.
         MissingToolchain: the onnx library is absent.
     """
-    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect)
+    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect, context=context)
     files = tokenizer_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
-        context = quant.model.config.max_position_embeddings
+        context = _context(quant, context)
         generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
         for name in generates:
             (directory / name).write_text(genai.config(quant.model, context), encoding="utf-8")
@@ -87,13 +89,23 @@ def write(
     )
 
 
-def exact_graph(quant: Quantized) -> bytes:
+def exact_graph(quant: Quantized, context: int | None = None) -> bytes:
     """The graph of the same weights, in the same data file, that leaves the inputs of quantized matmuls as they are."""
-    return _model(build(quant, exact=True)[0], quant)
+    return _model(build(quant, exact=True, context=context)[0], quant)
+
+
+def _context(quant: Quantized, wanted: int | None) -> int:
+    own = quant.model.config.max_position_embeddings
+    return min(wanted or own, own)
 
 
 def build(
-    quant: Quantized, *, layers: int | None = None, exact: bool = False, dialect: Dialect = "onnxruntime"
+    quant: Quantized,
+    *,
+    layers: int | None = None,
+    exact: bool = False,
+    dialect: Dialect = "onnxruntime",
+    context: int | None = None,
 ) -> tuple[Graph, int]:
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
@@ -110,7 +122,7 @@ def build(
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
         return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
-    ops = kind(graph, config.max_position_embeddings, exact)
+    ops = kind(graph, _context(quant, context), exact)
     ops.logits(decoder(ops, quant.model.decoder, ops.ids(), count))
     return graph, graph.finish()
 
@@ -135,6 +147,8 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
     config = quant.model.config
     if isinstance(config, EncoderConfig):
         facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
+    elif config.mla:
+        facts["tapeout.latent_cache"] = "values are the keys"
     return graph.model(facts, OPSET)
 
 
