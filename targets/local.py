@@ -265,9 +265,8 @@ class _Onnx:
     @staticmethod
     def memory(device: Local, config: DecoderConfig, context: int) -> Memory:
         """Of work: twice what is alive, since the arena grows by doubling; scores only where a soft cap keeps the kernel from tiling."""
-        chunk, mla = device.prefill_chunk, config.mla
-        # The cache of latents is one head's, whose values are its keys.
-        width = mla.kv_rank + mla.rope_dim if mla else 2 * config.num_kv_heads * config.head_dim
+        chunk, (heads, width) = device.prefill_chunk, onnx.cache_shape(config)
+        width *= heads * (1 if config.mla else 2)  # of latents the values are the keys
         layers = [(config.window(layer), width) for layer in range(config.num_layers)]
         scores = 2 * config.num_heads * context if config.attention_softcap else 0
         work = 2 * 4 * chunk * (graph_width(config) + scores)

@@ -215,13 +215,13 @@ class Graph:
             self.initializers[name] = Initializer(name, pieces[0].kind, shape, pieces)
         return name
 
-    def view(self, name: str, of: str, shape: tuple[int, ...], at: int = 0) -> str:
-        """The bytes of an initializer, or some of them, under another name and in another shape."""
+    def view(self, name: str, of: str, shape: tuple[int, ...], at: int = 0, kind: str | None = None) -> str:
+        """The bytes of an initializer, or some of them, under another name and in another shape, or as another type."""
         base = self.initializers[of]
-        if shape == base.shape:
+        if shape == base.shape and kind in (None, base.kind):
             return of
         if name not in self.initializers:
-            self.initializers[name] = Initializer(name, base.kind, shape, view_of=of, at=at)
+            self.initializers[name] = Initializer(name, kind or base.kind, shape, view_of=of, at=at)
         return name
 
     def finish(self) -> int:

@@ -54,7 +54,7 @@ def read_codes(
     together: dict[tuple[str, ...], list[tuple[Initializer, Piece]]] = {}
     for each in graph.initializers.values():
         if each.values is not None and not np.array_equal(
-            _load(found[each.name], artifact.directory), each.values
+            _load(found[each.name], artifact.directory), each.values, equal_nan=True
         ):
             raise PackageError(f"{path}: {each.name} holds other values than the model's config gives.")
         for piece in each.pieces:

@@ -58,6 +58,13 @@ LONG = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "llama-narrow-heads": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama-heads-of-20": ("llama", {"head_dim": 20}),  # no multiple of 8: padded
+    "mistral-heads-of-12": ("mistral", {"sliding_window": 8, "head_dim": 12}),
+    "phi3-part-of-a-head": (
+        "phi3",
+        {"hidden_size": 96, "num_attention_heads": 8, "partial_rotary_factor": 0.5},
+    ),
+    "deepseek_v3-36": ("deepseek_v3", {"qk_rope_head_dim": 4}),  # a latent of 32 + 4
     "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16, "num_key_value_heads": 8}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 8}),
@@ -163,10 +170,14 @@ def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start:
     assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
 
 
-@pytest.mark.parametrize("scheme", ["none", "nf4", "fp8"])
-def test_what_is_not_rounded_is_said_to_be_exact(make_model: MakeModel, start: Open, scheme: str) -> None:
-    directory = make_model("llama", hidden_size=64)
-    overrides = {"model.embed_tokens": "none", "lm_head": "none"} if scheme != "none" else {}
+@pytest.mark.parametrize("scheme", ["none", "nf4", "nf4-dq", "fp8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_not_rounded_is_said_to_be_exact(
+    make_model: MakeModel, start: Open, scheme: str, tied: bool
+) -> None:
+    """Embedding and head too, whose bytes are the same where they are tied."""
+    directory = make_model("llama", hidden_size=128, tie_word_embeddings=tied)
+    overrides = {"model.embed_tokens": scheme} | ({} if tied else {"lm_head": scheme})
     quant = quantize(load(directory), scheme, overrides=overrides)
     arguments: dict[str, Any] = {"store": str(quant.directory), "threads": 1}
     expected = reference.open_session(str(directory), arithmetic="mlas", **arguments).prefill(IDS)
