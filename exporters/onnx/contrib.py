@@ -49,6 +49,7 @@ class ContribOps(Emitter):
         elif isinstance(container, Bnb4):
             y = self._nf4_rows(out, self._use(ids), weight, container)
         else:
+            assert isinstance(container, Float8)
             y = self._fp8_rows(out, self._use(ids), weight, container)
         return y if scale == 1.0 else self._times(name, y, scale)
 
