@@ -119,6 +119,17 @@ class Package:
         every = {**self.manifest["files"], **self.manifest["beside"]}
         return {path: entry["sha256"] for path, entry in every.items()}
 
+    def cut_short(self) -> list[str]:
+        """Files of the artifact that are missing or of another length, one sentence each: seen without reading them."""
+        found = []
+        for path, entry in self.manifest["files"].items():
+            file = self.directory / path
+            if not file.is_file():
+                found.append(f"{path} is missing")
+            elif (size := file.stat().st_size) != entry["size"]:
+                found.append(f"{path} has {size} bytes instead of {entry['size']}")
+        return found
+
     def damage(self) -> list[str]:
         """What is not as the manifest says, one sentence each; empty for a whole package."""
         found = []

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.exporters.onnx import check_size
 from tapeout.validate.encoders import check_batch
 from tapeout.validate.session import Facts, Logits
 
@@ -242,6 +243,7 @@ def open_session(
     for path in (model, Path(directory) / "tokenizer.json"):
         if not path.is_file():
             raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
+    check_size(model)
     threads = threads or len(os.sched_getaffinity(0))
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     options = onnxruntime.SessionOptions()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, SchemeError
+from tapeout.errors import MissingToolchain, PackageError, SchemeError
 from tapeout.exporters import Refused
 from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
 from tapeout.models import SourceTensor
@@ -26,6 +27,7 @@ _PAGE, _LINE = (
     64,
 )  # what large and small tensors are aligned to in the data file, so that they can be mapped
 _LARGE = 1 << 20
+_MOST = 2**31  # bytes of a protobuf message
 
 FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
 BITS = {
@@ -48,6 +50,14 @@ def library() -> ModuleType:
         raise MissingToolchain("ONNX files need the onnx library: pip install 'tapeout[onnx]'.") from None
     found: ModuleType = onnx
     return found
+
+
+def check_size(path: Path) -> None:
+    """PackageError for a graph that is too large for protobuf, before it is read."""
+    if (size := path.stat().st_size) >= _MOST:
+        raise PackageError(
+            f"{path} has {size / 1e9:.2f} GB; a graph may have 2 GiB: its weights belong into external data, as tapeout writes them."
+        )
 
 
 @dataclass(frozen=True)

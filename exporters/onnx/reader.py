@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
-from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, library
+from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, check_size, library
 from tapeout.exporters.onnx.writer import MODEL, Dialect, build
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
@@ -102,6 +102,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _open(path: Path) -> Any:
     onnx = library()
     try:
+        check_size(path)
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error

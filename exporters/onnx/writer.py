@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,22 @@ def tokenizer_files(quant: Quantized) -> list[Path]:
         raise ModelError(
             f"{quant.model.directory} has no tokenizer.json, which an ONNX package tokenizes with."
         )
+    _check_ids(quant.model.directory / "tokenizer.json", quant.model.config.vocab_size)
     return files
+
+
+def _check_ids(tokenizer: Path, size: int) -> None:
+    """ModelError for tokens that the model has no row for; added ones (of pictures, say) may be for a larger model."""
+    try:
+        vocab = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+        ids = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+        beyond = [f"{text!r} = {index}" for text, index in ids.items() if index >= size]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{tokenizer} is no tokenizer with a vocabulary: {error!r}.") from error
+    if beyond:
+        raise ModelError(
+            f"tokenizer.json has ids beyond vocab_size {size} of config.json: {', '.join(beyond[:3])}."
+        )
 
 
 def _model(graph: Graph, quant: Quantized) -> bytes:
