@@ -13,7 +13,7 @@ from tapeout.models import Model, load
 from tapeout.pack import Package, pack
 from tapeout.quantize import planned, quantize
 from tapeout.recipe import Recipe
-from tapeout.targets import Target, check_cache, check_carries
+from tapeout.targets import Target, check_cache, check_carries, default_scheme
 from tapeout.validate import Options, Report, validate
 
 __all__ = ["export", "pack", "target", "validate"]
@@ -52,6 +52,8 @@ def export(
     """
     recipe = recipe or Recipe()
     model = source if isinstance(source, Model) else load(source)
+    if not model.quantization:
+        recipe = recipe.with_default(default_scheme(target))
     check_cache(target, model)
     check_carries(
         target, set(planned(model, recipe.scheme_given, recipe.rounding, recipe.tensors).schemes.values())

@@ -76,7 +76,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         options: Any = None,
     ) -> int:
         """Args:
-        scheme: How weights become codes; `tapeout targets` lists what is carried. Default: int8.
+        scheme: How weights become codes; `tapeout targets` lists what is carried. Default: the target's own, mostly int8.
         rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
         calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
         recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
@@ -90,8 +90,9 @@ def _register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
+        usual = settings.with_default(targets.default_scheme(kind)).scheme
         called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
-        place = out or Path(f"{called}-{_mixed(bits, max_kl) or settings.scheme}-{kind.name}")
+        place = out or Path(f"{called}-{_mixed(bits, max_kl) or usual}-{kind.name}")
         with _progress() as progress:
             if _mixed(bits, max_kl):
                 settings = _plan(model, options or kind(), settings, bits, max_kl, progress).recipe

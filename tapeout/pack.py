@@ -23,7 +23,7 @@ from tapeout.files import canonical_json, file_sha256
 from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, TracedConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized
-from tapeout.targets import Target
+from tapeout.targets import Memory, Target
 from tapeout.validate.modules import Samples
 from tapeout.validate.report import Report
 from tapeout.validate.session import KV_BITS
@@ -137,6 +137,17 @@ class Package:
         every = {**self.manifest["files"], **self.manifest["beside"]}
         return {path: entry["sha256"] for path, entry in every.items()}
 
+    def cut_short(self) -> list[str]:
+        """Files of the artifact that are missing or of another length, one sentence each: seen without reading them."""
+        found = []
+        for path, entry in self.manifest["files"].items():
+            file = self.directory / path
+            if not file.is_file():
+                found.append(f"{path} is missing")
+            elif (size := file.stat().st_size) != entry["size"]:
+                found.append(f"{path} has {size} bytes instead of {entry['size']}")
+        return found
+
     def damage(self) -> list[str]:
         """What is not as the manifest says, one sentence each; empty for a whole package."""
         found = []
@@ -197,13 +208,11 @@ def pack(
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
-    cache = 0
+    memory = Memory(0, 0)
     if isinstance(config, TracedConfig):
-        cache = int(config.cache_values * artifact.context * KV_BITS[target.cache] / 8)
+        memory = Memory(int(config.cache_values * artifact.context * KV_BITS[target.cache] / 8), 0)
     if isinstance(config, DecoderConfig):
-        window = min(artifact.context, config.sliding_window or artifact.context)
-        values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window
-        cache = int(values * KV_BITS[target.cache] / 8)
+        memory = target.memory(config, artifact.context)
     return {
         "format_version": FORMAT_VERSION,
         "tapeout": __version__,
@@ -235,7 +244,12 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
             **({"tokenizer_limits": artifact.tokenizer_limits} if artifact.tokenizer_limits else {}),
         },
         "generation": asdict(quant.model.generation),
-        "needs": {"runtime": target.needs, "memory_bytes": size + cache, "key_value_cache_bytes": cache},
+        "needs": {
+            "runtime": target.needs,
+            "memory_bytes": size + memory.cache + memory.work,
+            "key_value_cache_bytes": memory.cache,
+            "work_bytes": memory.work,
+        },
     }
 
 

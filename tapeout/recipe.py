@@ -61,6 +61,10 @@ class Recipe(BaseModel):
         """The scheme where the recipe says one; a checkpoint that is quantized already has its own."""
         return self.scheme if "scheme" in self.model_fields_set else None
 
+    def with_default(self, scheme: str) -> Recipe:
+        """The same, with this scheme where it says none."""
+        return self if self.scheme_given else self.model_copy(update={"scheme": scheme})
+
     def rounds(self) -> dict[str, Any]:
         """The arguments of ``quantize`` that decide the codes."""
         return {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tapeout.errors import MissingToolchain, ModelError, RecipeError, TapeoutError
+from tapeout.errors import MissingToolchain, ModelError, PackageError, RecipeError, TapeoutError
 from tapeout.models import Model, load
 from tapeout.models.chat import render, special_tokens
 from tapeout.pack import Package
@@ -33,7 +33,7 @@ from tapeout.validate import (
 from tapeout.validate.generate import generate as sample
 from tapeout.validate.metrics import Distance
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
-from tapeout.validate.worker import open_session
+from tapeout.validate.worker import WorkerSession, open_session
 
 Progress = Callable[[str, int, int], None]
 
@@ -227,10 +227,19 @@ def _measure(package: Package, session: Any, contexts: Sequence[int] = ()) -> di
     return measure(session, package.artifact, contexts)
 
 
+def _session(package: Package) -> WorkerSession:
+    """The artifact on its runtime; PackageError for files that are missing or cut short, whose digests nobody waits for here."""
+    if wrong := package.cut_short():
+        raise PackageError(
+            f"{package.directory} is not what its manifest says: {'; '.join(wrong)}. tapeout verify compares every byte."
+        )
+    return open_session(package.target().session(package.artifact))
+
+
 def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:
     """Measure a package's throughput; see ``throughput.measure_throughput``."""
     package = Package.open(directory)
-    with open_session(package.target().session(package.artifact)) as session:
+    with _session(package) as session:
         most = session.facts.context - (package.encoder_output is None)
         if package.is_module and contexts:
             raise TapeoutError(
@@ -251,7 +260,7 @@ def encode(package: Package, text: str) -> dict[str, Any]:
     Raises:
         TapeoutError: the text has too many tokens, or one of its other kinds.
     """
-    with open_session(package.target().session(package.artifact)) as session:
+    with _session(package) as session:
         ids = session.tokenize(text)
         (row,) = session.encode([ids], [[1] * len(ids)])
     output, labels = package.encoder_output, package.manifest["model"].get("labels")
@@ -288,7 +297,7 @@ def generate(
         prompt = render(package.chat_template, [{"role": "user", "content": prompt}], tokens)
     generation = replace(package.generation, **settings)
     _check(generation, seed)
-    with open_session(package.target().session(package.artifact)) as session:
+    with _session(package) as session:
         ids = session.tokenize(prompt)
         new: list[int] = []
         said = text = ""

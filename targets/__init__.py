@@ -7,7 +7,7 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
@@ -20,7 +20,31 @@ from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
 
 Progress = Callable[[str, int, int], None]
 
-__all__ = ["KvCache", "SessionSpec", "Target", "check_cache", "check_carries", "get", "names", "variants"]
+__all__ = [
+    "KvCache",
+    "Memory",
+    "SessionSpec",
+    "Target",
+    "check_cache",
+    "check_carries",
+    "default_scheme",
+    "get",
+    "names",
+    "variants",
+]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a runtime takes beside the weights, in bytes.
+
+    Attributes:
+        cache: keys and values of a full context, as the runtime lays them out.
+        work: most that is alive at once while a chunk of a prompt is computed at the end of that context; an upper bound.
+    """
+
+    cache: int
+    work: int
 
 
 class Target(Device, Protocol):
@@ -41,6 +65,9 @@ class Target(Device, Protocol):
 
     def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """What the runtime can keep keys and values in, for heads of that many elements; None: of some width."""
+
+    def memory(self, config: DecoderConfig, context: int) -> Memory:
+        """What a sequence of ``context`` tokens takes beside the weights."""
 
     def missing(self) -> str | None:
         """None when the runtime is installed here; otherwise one sentence with the command that installs it."""
@@ -72,6 +99,11 @@ def variants(name: str) -> dict[str, Target]:
     formats = get_args(get_type_hints(kind).get("format"))
     found = {name: kind()}
     return found | {f"{name} --format {each}": kind(format=each) for each in formats[1:]}  # type: ignore[call-arg]
+
+
+def default_scheme(target: Target | type[Target]) -> str:
+    """What a model is quantized as where nobody says: the target's ``default_scheme``, or int8."""
+    return getattr(target, "default_scheme", "int8")
 
 
 def options(target: Target) -> dict[str, Any]:
@@ -108,3 +140,15 @@ def check_cache(target: Target, model: Model) -> None:
             f"target {target.name} cannot keep keys and values of {model.name} as {target.cache}: its heads of {width} elements "
             f"are no whole blocks. What fits: {', '.join(fitting)}."
         )
+
+
+def graph_width(config: DecoderConfig) -> int:
+    """Floats of a token that are alive at once in a layer, at most: four states, and what the wider of attention and MLP makes."""
+    c, mlp = config, 4 * config.intermediate_size  # gate, up, the activation, their product
+    if c.moe:
+        mlp = max(mlp, 4 * (c.moe.intermediate_size + c.moe.shared_size))
+    heads = 2 * c.num_heads * (c.head_dim + c.value_dim)
+    attention = heads + 2 * c.num_kv_heads * (c.head_dim + c.value_dim)
+    if c.mla:  # queries and sums that are as wide as the latent
+        attention = heads + 4 * c.num_heads * (c.mla.kv_rank + c.mla.rope_dim)
+    return 4 * c.hidden_size + max(mlp, attention)

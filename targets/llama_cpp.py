@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -18,11 +19,12 @@ from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, Tapeout
 from tapeout.targets.llama_cpp_trace import Tracer
 from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits, Shown
 
-__all__ = ["LlamaCpp", "open_session"]
+__all__ = ["LlamaCpp", "cache_bytes", "open_session"]
 
 _CACHE_TYPES: dict[KvCache, int] = {"kv-f32": 0, "kv-f16": 1, "kv-int8": 8, "kv-int4": 2}  # of ggml_type
 _WARNING, _CONTINUED = 3, 5  # of ggml_log_level
 _INT32_MIN = -(2**31)
+_CELLS = 256  # a cache has a multiple of these
 
 
 class LlamaCpp:
@@ -216,7 +218,7 @@ def open_session(
     if not loaded:
         raise RuntimeCrash(f"llama.cpp refuses {model}.{_log_tail()}")
     own = context or int(llama.llama_model_n_ctx_train(loaded))
-    length = min(own, _fits(loaded, kv_cache))
+    length = _fits(loaded, own, min(ubatch, batch), kv_cache)
     given = llama.llama_context_default_params()
     given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
     given.n_threads = given.n_threads_batch = threads
@@ -244,16 +246,50 @@ def open_session(
     return session
 
 
-def _fits(model: int, kv_cache: KvCache) -> int:
-    """Tokens whose keys and values take half of the memory that is free: llama.cpp fills its whole cache at once."""
-    llama = _library()
-    heads, width = (
-        llama.llama_model_n_head_kv(model),
-        llama.llama_model_n_embd(model) // llama.llama_model_n_head(model),
+def cache_bytes(
+    layers: Iterable[tuple[int | None, int]], context: int, ubatch: int, kv_cache: KvCache
+) -> int:
+    """Bytes that llama.cpp keeps keys and values in: all of them are taken when a context is made.
+
+    Args:
+        layers: of each its sliding window (None: it has none) and the elements of a token's keys and values.
+        context: tokens.
+        ubatch: tokens computed at once, for which a window has room behind it.
+        kv_cache: what they are kept in.
+    """
+
+    def padded(cells: int) -> int:
+        return -(-cells // _CELLS) * _CELLS
+
+    whole = padded(context)
+    elements = sum(
+        width * (whole if window is None else min(whole, padded(window + ubatch))) for window, width in layers
     )
-    token = 2 * llama.llama_model_n_layer(model) * heads * width * KV_BITS[kv_cache] / 8
-    room = int(psutil.virtual_memory().available // 2 // token)
-    return max(256, room // 256 * 256)
+    return int(elements * KV_BITS[kv_cache] / 8)
+
+
+def _fits(model: int, context: int, ubatch: int, kv_cache: KvCache) -> int:
+    """The context, or what of it has a cache of no more than half of the memory that is free."""
+    layers, room = _layers(model), int(psutil.virtual_memory().available // 2)
+    lengths: list[int] = [*range(_CELLS, context, _CELLS), context]
+    found = bisect_right(lengths, room, key=lambda tokens: cache_bytes(layers, tokens, ubatch, kv_cache))
+    return lengths[max(0, found - 1)]
+
+
+def _layers(model: int) -> list[tuple[int | None, int]]:
+    """Of each layer its window and the elements of a token's keys and values, as the file says."""
+    llama = _library()
+    arch = _metadata(model, b"general.architecture") or ""
+
+    def stated(key: str) -> str | None:
+        return _metadata(model, f"{arch}.attention.{key}".encode())
+
+    share = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
+    width = sum(int(stated(f"{part}_length") or share) for part in ("key", "value"))
+    width *= int(llama.llama_model_n_head_kv(model))
+    # Which layers have the window llama.cpp tells for no arch: where not all have it (Gemma), all count as whole.
+    window = int(llama.llama_model_n_swa(model)) if arch == "granite_swa" else None
+    return [(window, width)] * int(llama.llama_model_n_layer(model))
 
 
 def _metadata(model: int, key: bytes) -> str | None:

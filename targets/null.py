@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact, Carry, plain
-from tapeout.models import EncoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Progress
+from tapeout.targets import Memory, Progress, graph_width
 from tapeout.validate import primitives
 from tapeout.validate.reference import Reference, open_weights
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
@@ -53,6 +53,13 @@ class Null:
     def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """Floats."""
         return ("kv-f32",)
+
+    def memory(self, config: DecoderConfig, context: int) -> Memory:
+        """Keys and values of every head; a whole prompt is computed at once, scores among it."""
+        width = config.num_kv_heads * (config.head_dim + config.value_dim)
+        tokens = sum(min(context, config.window(layer) or context) for layer in range(config.num_layers))
+        scores = 2 * config.num_heads * context + graph_width(config) + config.vocab_size
+        return Memory(4 * width * tokens, 4 * context * scores)
 
     def missing(self) -> str | None:
         """Whether torch and transformers are here."""

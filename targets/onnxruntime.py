@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -13,6 +16,7 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
+from tapeout.exporters.onnx import check_size
 from tapeout.models.graph import inside
 from tapeout.models.module import SAMPLES
 from tapeout.validate.encoders import check_batch
@@ -26,30 +30,36 @@ __all__ = [
     "OnnxModule",
     "OnnxRuntime",
     "TracedOnnx",
+    "cache_bytes",
     "open_session",
     "open_traced",
 ]
-
-_CHUNK = 512  # tokens of one run: bounds attention's scores at heads × 512 × context floats
 
 
 class OnnxRuntime:
     """A Session on onnxruntime; see ``open_session``.
 
-    Past and present of a layer are the same memory: a step writes its keys and values where they stay, and nothing is copied.
+    Past and present of a layer are the same memory: a step writes its keys and values where they stay, and nothing is copied. A long
+    prompt is computed chunk by chunk, so that what a step takes beside the cache does not grow with it.
     """
 
     facts: Facts
 
-    def __init__(self, facts: Facts, session: Any, tokenizer: Any) -> None:
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any, chunk: int) -> None:
         self.facts = facts
-        self._session, self._tokenizer = session, tokenizer
+        self._session, self._tokenizer, self._chunk = session, tokenizer, chunk
         self._binding = session.io_binding()
         self._vocab_size = int(session.get_outputs()[0].shape[2])
         self._mask = np.ones(facts.context, np.int64)
-        self._ids = np.zeros(_CHUNK, np.int64)
+        self._ids = np.zeros(chunk, np.int64)
         self._first = np.zeros(1, np.int64)
-        self._cache = [self._bind(each) for each in session.get_inputs() if each.name.startswith("past_")]
+        latents = "tapeout.latent_cache" in session.get_modelmeta().custom_metadata_map
+        self._cache: list[npt.NDArray[np.float32]] = []
+        for each in session.get_inputs():
+            if each.name.startswith("past_"):
+                # Values that are the keys once more take no memory of their own.
+                again = latents and each.name.endswith(".value")
+                self._cache.append(self._bind(each, self._cache[-1] if again else None))
         self._length = 0
 
     def prefill(self, ids: Sequence[int]) -> Logits:
@@ -89,15 +99,13 @@ class OnnxRuntime:
         self._binding = self._session = None
         self._cache = []
 
-    def _bind(self, value: Any) -> npt.NDArray[np.float32]:
+    def _bind(self, value: Any, given: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
         """Memory for a layer's keys or values [1, heads, tokens, width], given as past and taken as present."""
         _, heads, length, width = value.shape
-        tokens = self.facts.context
+        window = None
         if isinstance(length, str) and length.startswith("window_"):
             window = int(length.removeprefix("window_"))
-            # Behind the window is room for what is written before old rows are dropped, all at once.
-            tokens = min(tokens, window + window // 8 + 1)
-        cache = np.zeros((1, heads, tokens, width), np.float32)
+        cache = _room((1, heads, _rows(window, self.facts.context), width)) if given is None else given
         for bind, name in (
             (self._binding.bind_input, value.name),
             (self._binding.bind_output, value.name.replace("past_key_values", "present")),
@@ -110,8 +118,8 @@ class OnnxRuntime:
         length = self._length + len(ids)
         if length > self.facts.context:
             raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
-        for at in range(0, len(ids), _CHUNK):
-            yield at, ids[at : at + _CHUNK]
+        for at in range(0, len(ids), self._chunk):
+            yield at, ids[at : at + self._chunk]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
@@ -147,9 +155,9 @@ class OnnxRuntime:
 class OnnxGrown(OnnxRuntime):
     """A Session on a graph that optimum made: its cache is handed back and forth, and grows by what it is given."""
 
-    def __init__(self, facts: Facts, session: Any, tokenizer: Any) -> None:
+    def __init__(self, facts: Facts, session: Any, tokenizer: Any, chunk: int) -> None:
         self.facts = facts
-        self._session, self._tokenizer = session, tokenizer
+        self._session, self._tokenizer, self._chunk = session, tokenizer, chunk
         self._vocab_size = int(session.get_outputs()[0].shape[2])
         self._given = {each.name: each for each in session.get_inputs()}
         self._names = [each.name for each in session.get_outputs()]
@@ -349,6 +357,33 @@ def _observed(model: Any) -> dict[str, str]:
     return operators
 
 
+def _rows(window: int | None, context: int) -> int:
+    """Tokens that a layer's cache has room for: behind a window for what is written before old rows are dropped, all at once."""
+    return context if window is None else min(context, window + window // 8 + 1)
+
+
+def cache_bytes(layers: Iterable[tuple[int | None, int]], context: int) -> int:
+    """Bytes of keys and values of a sequence that fills the context.
+
+    Args:
+        layers: of each its sliding window (None: it has none) and the elements of a token's keys and values.
+        context: tokens.
+    """
+    return sum(4 * _rows(window, context) * width for window, width in layers)
+
+
+def _room(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Zeros that take memory as they are written, so that a short text does not pay for a long context.
+
+    A head's rows are far from the next head's: with huge pages (which numpy asks for) the first token would take 2 MiB of each.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that has none
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
+
+
 def _check_text(text: str) -> None:
     try:
         text.encode()
@@ -368,6 +403,7 @@ def open_traced(directory: str, context: int, threads: int | None = None) -> Tra
     except ImportError as error:
         raise MissingToolchain(f"onnx cannot be loaded ({error}): pip install 'tapeout[onnx]'") from error
     model = Path(directory) / "model.onnx"
+    check_size(model)
     try:
         graph = onnx.load(model, load_external_data=False)
     except FileNotFoundError:
@@ -381,7 +417,11 @@ def open_traced(directory: str, context: int, threads: int | None = None) -> Tra
 
 
 def open_session(
-    directory: str, context: int, graph: str | None = None, threads: int | None = None
+    directory: str,
+    context: int,
+    graph: str | None = None,
+    threads: int | None = None,
+    chunk: int = 512,
 ) -> OnnxRuntime | OnnxEncoder | OnnxModule:
     """Load ``model.onnx`` and its data on the CPU.
 
@@ -390,6 +430,7 @@ def open_session(
         context: most tokens of a sequence; no more than the graph was made for. Of a module it says nothing.
         graph: path of another graph over the same data; None: ``model.onnx``.
         threads: None: as many as this process has cores.
+        chunk: most tokens of a prompt that are computed at once.
 
     Raises:
         MissingToolchain: onnxruntime is not installed. PackageError: no such file.
@@ -401,6 +442,7 @@ def open_session(
     for path in (model, words if words.is_file() or not samples.is_file() else samples):
         if not path.is_file():
             raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
+    check_size(model)
     tokenizer = _tokenizer(directory) if words.is_file() else None
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     loaded, version, device = _load(directory, model, model.read_bytes(), threads)
@@ -419,7 +461,7 @@ def open_session(
         session.encode([[0]], [[1]])
     else:
         kind = OnnxGrown if said.get("tapeout.graph") == "optimum" else OnnxRuntime
-        session = kind(facts, loaded, tokenizer)
+        session = kind(facts, loaded, tokenizer, chunk)
         session.decode(0)
         session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)

@@ -75,7 +75,8 @@ def generate(
             f"the prompt has {len(seen)} tokens; the context of {session.facts.context} leaves no room."
         )
     session.reset()
-    logits = session.prefill(seen)[-1]
+    # A long prompt's logits, of every token, would be larger than the model.
+    logits = getattr(session, "append", session.prefill)(seen)[-1]
     most = min(generation.max_new_tokens, room)
     for new in range(1, most + 1):
         token = _next(logits, seen, generation, rng)

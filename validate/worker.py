@@ -117,6 +117,10 @@ class WorkerSession:
         """Append tokens to the sequence at once; return float32 [tokens, vocab], the logits after each."""
         return cast(Logits, self._call("prefill", ids=[int(token) for token in ids]))
 
+    def append(self, ids: Sequence[int]) -> Logits:
+        """``prefill`` whose last row alone is asked for: float32 [1, vocab] of a session that can leave out the others."""
+        return cast(Logits, self._call("append", ids=[int(token) for token in ids]))
+
     def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
         """What an encoder gives of a batch; see EncoderSession."""
         rows, seen = ([[int(value) for value in row] for row in each] for each in (ids, mask))
@@ -283,6 +287,9 @@ def serve(requests: int, replies: int) -> None:
                 if session:
                     session.close()
                 session = None
+            elif name == "append":
+                one = cast(Session, session)
+                value = getattr(one, name, one.prefill)(**arguments)[-1:]
             elif name == "time":
                 value = asdict(measure(cast(Session, session), **arguments))
             elif name == "time_encoding":

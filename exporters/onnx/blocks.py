@@ -242,6 +242,11 @@ def linear_of(scheme: Scheme, into: int, *, turned: bool) -> Linear | None:
     return Linear(bits, scheme.group, scheme.kind == "asymmetric", turned)
 
 
+def kernel_width(head_dim: int) -> int:
+    """Elements of a head as GroupQueryAttention takes it: a multiple of 8."""
+    return -(-head_dim // 8) * 8
+
+
 def block_of(scheme: Scheme, into: int) -> int | None:
     """Weights that share a scale in the file; None: no block divides the rows."""
     if scheme.group:

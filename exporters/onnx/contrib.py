@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tapeout.errors import ModelError
-from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, block_of
+from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, block_of, kernel_width
 from tapeout.exporters.onnx.emitter import Cut, Emitter, Routing, Run, Sum, Value
-from tapeout.exporters.onnx.graph import DOMAIN
+from tapeout.exporters.onnx.graph import DOMAIN, library
 from tapeout.models.decoder import Attention, Mla, Moe
 from tapeout.models.rope import Rope
+from tapeout.quantize import QuantTensor
 
 
 class ContribOps(Emitter):
@@ -43,11 +44,52 @@ class ContribOps(Emitter):
                 "GatherBlockQuantized", [rows, self._use(ids), *rest], out, domain=DOMAIN,
                 bits=container.bits, block_size=container.block, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
+        elif isinstance(container, Bnb4):
+            y = self._nf4_rows(out, self._use(ids), weight, container)
         else:
-            raise ModelError(
-                f"{weight} is an embedding; onnxruntime looks up no {container.kind}. What fits: int8."
-            )
+            assert isinstance(container, Float8)
+            y = self._fp8_rows(out, self._use(ids), weight, container)
         return y if scale == 1.0 else self._times(name, y, scale)
+
+    def _nf4_rows(self, name: str, ids: str, weight: str, container: Bnb4) -> str:
+        """Rows of a table of NF4 by standard operators, since onnxruntime looks up no such codes: the high nibble comes first."""
+        g, (rows, into) = self.graph, self._shape(weight)
+        codes, scales = self._parts(weight, container)
+        codes = g.view(f"{weight}.rows", codes, (rows, into // 2))
+        scales = g.view(f"{weight}.scales.rows", scales, (rows, into // container.block))
+        both = g.node("Gather", [codes, ids], f"{name}.codes")
+        four, low = (g.constant(f"uint8.{value}", np.array(value, np.uint8)) for value in (4, 15))
+        halves = [
+            g.node("BitShift", [both, four], f"{name}.high", direction="RIGHT"),
+            g.node("BitwiseAnd", [both, low], f"{name}.low"),
+        ]
+        last = g.constant("last", np.array([-1]))
+        halves = [g.node("Unsqueeze", [each, last], f"{each}.column") for each in halves]
+        pairs = g.node("Concat", halves, f"{name}.pairs", axis=-1)
+        pairs = g.node("Cast", [pairs], f"{name}.indices", to=library().TensorProto.INT32)
+        levels = g.constant("nf4.levels", self._levels(weight))
+        y = g.node("Gather", [levels, pairs], f"{name}.levels")
+        y = self._shaped(y, (0, 0, into // container.block, container.block), f"{name}.blocks")
+        each = g.node(
+            "Unsqueeze", [g.node("Gather", [scales, ids], f"{name}.scales"), last], f"{name}.scales.column"
+        )
+        return self._shaped(g.node("Mul", [y, each], f"{name}.scaled"), (0, 0, into), name)
+
+    def _fp8_rows(self, name: str, ids: str, weight: str, container: Float8) -> str:
+        """Rows of a table of E4M3 by their bytes, since Gather takes no 8-bit floats."""
+        g = self.graph
+        codes, scales = self._parts(weight, container)
+        codes = g.view(f"{weight}.bytes", codes, self._shape(weight), kind="UINT8")
+        rows = g.node("Gather", [codes, ids], f"{name}.codes")
+        rows = g.node("Cast", [rows], f"{name}.indices", to=library().TensorProto.INT32)
+        levels = g.table("fp8.levels", self._levels(weight))
+        y = g.node("Gather", [levels, rows], f"{name}.levels")
+        return g.node("Mul", [y, g.node("Gather", [scales, ids], f"{name}.scales")], name)
+
+    def _levels(self, weight: str) -> npt.NDArray[np.float32]:
+        tensor = self.graph.quant[weight]
+        assert isinstance(tensor, QuantTensor)
+        return np.asarray(tensor.codebook, np.float32)
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
         """MatMulNBits, MatMulBnb4 or FusedMatMul."""
@@ -88,10 +130,7 @@ class ContribOps(Emitter):
 
     def attention(self, name: str, query: Value, key: Value, value: Value, spec: Attention) -> str:
         """GroupQueryAttention, which turns, caches and masks; heads that it cannot turn are turned before."""
-        if spec.head_dim % 8:
-            raise ModelError(
-                f"head_dim {spec.head_dim} is not expressible in ONNX Runtime's GroupQueryAttention: it takes multiples of 8."
-            )
+        width = kernel_width(spec.head_dim)
         inside = spec.head_dim % 16 == 0 and spec.rope.dim == spec.head_dim
         cos, sin, position = self._rope(spec.rope, always=not inside)
         taken = [query, key, value]
@@ -110,7 +149,7 @@ class ContribOps(Emitter):
         window = spec.window if spec.window and spec.window < self.context else None
         if window:
             attributes |= {"local_window_size": window, "sliding_window_cache": 1}
-        cache = self._cache(spec.layer, spec.kv_heads, (spec.head_dim, spec.head_dim), window)
+        cache = self._cache(spec.layer, spec.kv_heads, (width, width), window)
         inputs = [*given, *cache[:2], "last_position", "total_length"]
         if inside:
             attributes |= {"do_rotary": 1, "rotary_interleaved": int(spec.rope.interleaved)}
@@ -118,9 +157,30 @@ class ContribOps(Emitter):
         else:
             for at, heads in ((0, spec.heads), (1, spec.kv_heads)):
                 inputs[at] = self._turn(f"{name}.{'qk'[at]}", inputs[at], heads, spec.rope)
-        return self.graph.node(
-            "GroupQueryAttention", inputs, name, [name, *cache[2:]], domain=DOMAIN, **attributes
+        if width == spec.head_dim:
+            return self.graph.node(
+                "GroupQueryAttention", inputs, name, [name, *cache[2:]], domain=DOMAIN, **attributes
+            )
+        # Zeros behind each head: they add nothing to a score, and what comes out behind a value is dropped.
+        for at, heads in enumerate((spec.heads, spec.kv_heads, spec.kv_heads)):
+            inputs[at] = self._padded(f"{name}.{'qkv'[at]}.wide", inputs[at], heads, spec.head_dim, width)
+        y = self.graph.node(
+            "GroupQueryAttention",
+            inputs,
+            f"{name}.wide",
+            [f"{name}.wide", *cache[2:]],
+            domain=DOMAIN,
+            **attributes,
         )
+        y = self._shaped(y, (0, 0, spec.heads, width), f"{name}.heads")
+        y, _ = self._cut(y, (spec.head_dim, width - spec.head_dim), f"{name}.kept", f"{name}.unused", 3)
+        return self._shaped(y, (0, 0, -1), name)
+
+    def _padded(self, name: str, x: str, heads: int, width: int, wide: int) -> str:
+        """Heads of ``width`` elements with zeros behind them."""
+        x = self._shaped(x, (0, 0, heads, width), f"{name}.split")
+        pads = self.graph.constant(f"pads.{wide - width}", np.array([0] * 7 + [wide - width]))
+        return self._shaped(self.graph.node("Pad", [x, pads], f"{name}.heads"), (0, 0, -1), name)
 
     def _turn(self, name: str, x: str, heads: int, rope: Rope) -> str:
         cos, sin, position = self._rope(rope, always=True)
@@ -132,19 +192,17 @@ class ContribOps(Emitter):
 
     def _attend_latents(self, name: str, query: str, key: str, latent: str, spec: Attention, mla: Mla) -> str:
         """GroupQueryAttention's values are as wide as its keys: a cached token takes twice kv_rank + rope_dim numbers."""
-        wide = mla.kv_rank + mla.rope_dim
-        if wide % 8:
-            raise ModelError(
-                f"kv_lora_rank + qk_rope_head_dim = {wide} is not expressible in ONNX Runtime's GroupQueryAttention: it takes "
-                "multiples of 8."
-            )
+        width = mla.kv_rank + mla.rope_dim
+        if (wide := kernel_width(width)) != width:
+            query = self._padded(f"{name}.q.wide", query, spec.heads, width, wide)
+            key = self._padded(f"{name}.k.wide", key, 1, width, wide)
         cache = self._cache(spec.layer, 1, (wide, wide), None)
         y = self.graph.node(
             "GroupQueryAttention", [query, key, key, *cache[:2], "last_position", "total_length"], f"{name}.wide",
             [f"{name}.wide", *cache[2:]], domain=DOMAIN, num_heads=spec.heads, kv_num_heads=1, scale=spec.scale,
         )  # fmt: skip
         y = self._shaped(y, (0, 0, spec.heads, wide), f"{name}.heads")
-        y, _ = self._cut(y, (mla.kv_rank, mla.rope_dim), f"{name}.kept", f"{name}.unused", 3)
+        y, _ = self._cut(y, (mla.kv_rank, wide - mla.kv_rank), f"{name}.kept", f"{name}.unused", 3)
         return self._shaped(y, (0, 0, -1), name)
 
     def gated(self, name: str, gate: Value, up: Value, act: str) -> str:

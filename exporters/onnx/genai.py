@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 
-from tapeout.models import Model
+from tapeout.exporters.onnx.blocks import kernel_width
+from tapeout.models import DecoderConfig, Model
 
 CONFIG = "genai_config.json"
+
+
+def cache_shape(config: DecoderConfig) -> tuple[int, int]:
+    """Heads of a layer's keys and elements of each, in the cache; its values are as many. The cache of latents is that of one head."""
+    if config.mla:
+        return 1, kernel_width(config.mla.kv_rank + config.mla.rope_dim)
+    return config.num_kv_heads, kernel_width(config.head_dim)
 
 
 def config(model: Model, context: int) -> str:
     """The file's text; generation defaults are the model's own."""
     c, generation = model.decoder, model.generation
     stop = list(generation.stop_token_ids)
-    # The cache of latents is that of one key head.
-    heads, width = (1, c.mla.kv_rank + c.mla.rope_dim) if c.mla else (c.num_kv_heads, c.head_dim)
+    heads, width = cache_shape(c)
     decoder = {
         "filename": "model.onnx",
         "head_size": width,

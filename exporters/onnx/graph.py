@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, SchemeError
+from tapeout.errors import MissingToolchain, PackageError, SchemeError
 from tapeout.exporters import Refused
 from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
 from tapeout.models import SourceTensor
@@ -27,6 +28,7 @@ _PAGE, _LINE = (
     64,
 )  # what large and small tensors are aligned to in the data file, so that they can be mapped
 _LARGE = 1 << 20
+_MOST = 2**31  # bytes of a protobuf message
 
 FLOATS = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
 BITS = {
@@ -53,6 +55,14 @@ def library() -> ModuleType:
         raise MissingToolchain("ONNX files need the onnx library: pip install 'tapeout[onnx]'.") from None
     found: ModuleType = onnx
     return found
+
+
+def check_size(path: Path) -> None:
+    """PackageError for a graph that is too large for protobuf, before it is read."""
+    if (size := path.stat().st_size) >= _MOST:
+        raise PackageError(
+            f"{path} has {size / 1e9:.2f} GB; a graph may have 2 GiB: its weights belong into external data, as tapeout writes them."
+        )
 
 
 @dataclass(frozen=True)
@@ -230,13 +240,13 @@ class Graph:
             self.initializers[name] = Initializer(name, pieces[0].kind, shape, pieces)
         return name
 
-    def view(self, name: str, of: str, shape: tuple[int, ...], at: int = 0) -> str:
-        """The bytes of an initializer, or some of them, under another name and in another shape."""
+    def view(self, name: str, of: str, shape: tuple[int, ...], at: int = 0, kind: str | None = None) -> str:
+        """The bytes of an initializer, or some of them, under another name and in another shape, or as another type."""
         base = self.initializers[of]
-        if shape == base.shape:
+        if shape == base.shape and kind in (None, base.kind):
             return of
         if name not in self.initializers:
-            self.initializers[name] = Initializer(name, base.kind, shape, view_of=of, at=at)
+            self.initializers[name] = Initializer(name, kind or base.kind, shape, view_of=of, at=at)
         return name
 
     def rename(self, value: str, name: str) -> str:

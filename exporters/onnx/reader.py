@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
-from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, library
+from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, check_size, library
 from tapeout.exporters.onnx.writer import MODEL, Dialect, build
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
@@ -35,7 +35,7 @@ def read_codes(
     path = artifact.directory / MODEL
     model = _open(path)
     found = {each.name: each for each in model.graph.initializer}
-    graph, _ = build(quant, dialect=dialect)
+    graph, _ = build(quant, dialect=dialect, context=artifact.context)
     wrong = [
         text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
     ]
@@ -54,7 +54,7 @@ def read_codes(
     together: dict[tuple[str, ...], list[tuple[Initializer, Piece]]] = {}
     for each in graph.initializers.values():
         if each.values is not None and not np.array_equal(
-            _load(found[each.name], artifact.directory), each.values
+            _load(found[each.name], artifact.directory), each.values, equal_nan=True
         ):
             raise PackageError(f"{path}: {each.name} holds other values than the model's config gives.")
         for piece in each.pieces:
@@ -102,6 +102,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _open(path: Path) -> Any:
     onnx = library()
     try:
+        check_size(path)
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ def write(
     layers: int | None = None,
     exact: bool = False,
     dialect: Dialect = "onnxruntime",
+    context: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -56,6 +58,7 @@ def write(
         layers: write the first decoder layers only.
         exact: as ``exact_graph``.
         dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes.
+        context: most tokens of a sequence, for which the file has positions; default, and the most: the model's own.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
 
@@ -64,12 +67,12 @@ def write(
         OutputError: the directory cannot be written.
         MissingToolchain: the onnx library is absent.
     """
-    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect)
+    graph, size = build(quant, layers=layers, exact=exact, dialect=dialect, context=context)
     files = side_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL).write_bytes(_model(graph, quant))
-        context = quant.model.config.max_position_embeddings
+        context = _context(quant, context)
         generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
         for name in generates:
             (directory / name).write_text(genai.config(quant.model, context), encoding="utf-8")
@@ -89,13 +92,23 @@ def write(
     )
 
 
-def exact_graph(quant: Quantized) -> bytes:
+def exact_graph(quant: Quantized, context: int | None = None) -> bytes:
     """The graph of the same weights, in the same data file, that leaves the inputs of quantized matmuls as they are."""
-    return _model(build(quant, exact=True)[0], quant)
+    return _model(build(quant, exact=True, context=context)[0], quant)
+
+
+def _context(quant: Quantized, wanted: int | None) -> int:
+    own = quant.model.config.max_position_embeddings
+    return min(wanted or own, own)
 
 
 def build(
-    quant: Quantized, *, layers: int | None = None, exact: bool = False, dialect: Dialect = "onnxruntime"
+    quant: Quantized,
+    *,
+    layers: int | None = None,
+    exact: bool = False,
+    dialect: Dialect = "onnxruntime",
+    context: int | None = None,
 ) -> tuple[Graph, int]:
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
@@ -122,7 +135,7 @@ def build(
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
         return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
-    ops = kind(graph, config.max_position_embeddings, exact)
+    ops = kind(graph, _context(quant, context), exact)
     ops.logits(decoder(ops, quant.model.decoder, ops.ids(), count))
     return graph, graph.finish()
 
@@ -137,7 +150,22 @@ def side_files(quant: Quantized) -> list[Path]:
         raise ModelError(
             f"{quant.model.directory} has no tokenizer.json, which an ONNX package tokenizes with."
         )
+    _check_ids(quant.model.directory / "tokenizer.json", quant.model.config.vocab_size)
     return files
+
+
+def _check_ids(tokenizer: Path, size: int) -> None:
+    """ModelError for tokens that the model has no row for; added ones (of pictures, say) may be for a larger model."""
+    try:
+        vocab = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+        ids = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+        beyond = [f"{text!r} = {index}" for text, index in ids.items() if index >= size]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{tokenizer} is no tokenizer with a vocabulary: {error!r}.") from error
+    if beyond:
+        raise ModelError(
+            f"tokenizer.json has ids beyond vocab_size {size} of config.json: {', '.join(beyond[:3])}."
+        )
 
 
 def _model(graph: Graph, quant: Quantized) -> bytes:
@@ -151,6 +179,8 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
     config = quant.model.config
     if isinstance(config, EncoderConfig):
         facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
+    elif isinstance(config, DecoderConfig) and config.mla:
+        facts["tapeout.latent_cache"] = "values are the keys"
     return graph.model(facts)
 
 

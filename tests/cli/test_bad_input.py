@@ -57,9 +57,90 @@ def unknown_family(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mistrall"}))
 
 
+def edit(**fields: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def word_level(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    vocab = {"type": "WordLevel", "vocab": {"a": 0, "<eos>": 256}, "unk_token": "a"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": vocab}))
+
+
+def more_tokens(directory: Path) -> None:
+    """Tokens 272 and 273, for which the model has no rows."""
+    path = directory / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"] |= {"ab": 272, "cd": 273}
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            edit(num_attention_heads=16),  # of 8 elements, as the other fields have it: the tensors do not
+            "q_proj.weight is [64, 64] where config.json says [128, 64]",
+        ),
+        (
+            edit(num_key_value_heads=2, head_dim=8),
+            "k_proj.weight is [32, 64] where config.json says [16, 64]",
+        ),
+        (
+            edit(num_key_value_heads=3),
+            "num_attention_heads = 8 is no multiple of num_key_value_heads = 3; fits: 1, 2, 4, 8.",
+        ),
+        (
+            edit(num_attention_heads=7, num_key_value_heads=7),
+            "hidden_size = 64 is no multiple of num_attention_heads = 7, and no head_dim is given.",
+        ),
+        (edit(num_attention_heads=0), "num_attention_heads = 0 is not a positive integer."),
+        (
+            edit(hidden_act="relu6"),
+            "the activation 'relu6' is not handled; did you mean 'gelu'? (known: gelu, gelu_pytorch_tanh, silu).",
+        ),
+        (
+            edit(rope_scaling={"rope_type": "ntk", "factor": 2.0}),
+            "rope_type 'ntk' is not handled; (known: default, dynamic, linear, llama3, longrope, yarn).",
+        ),
+        (
+            edit(model_type="gemma3_text", layer_types=["sliding_attention", "linear_attention"]),
+            "the attention 'linear_attention' in layer_types is not handled; ",
+        ),
+        (
+            edit(attention_type="linear"),
+            "attention_type = \"linear\", which the family 'llama' does not handle",
+        ),
+        (more_tokens, "tokenizer.json has ids beyond vocab_size 272 of config.json: 'ab' = 272, 'cd' = 273."),
+    ],
+)
+def test_configs_that_lie(
+    make_model: MakeModel, tmp_path: Path, kind: str, damage: Callable[[Path], None], message: str
+) -> None:
+    """What is wrong, and what is known, before anything is written."""
+    model = make_model(dtype="F32", **({"head_dim": 8} if "[128" in message else {}))
+    damage(model)
+    before = leftovers(tmp_path)
+    done = tapeout("export", "cpu", model, "--format", kind, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert message in paragraph(done)
+    assert leftovers(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
+        (
+            word_level,
+            [],
+            "tokenizer.json is a WordLevel tokenizer; tapeout writes BPE, WordPiece and Unigram",
+        ),
+        (lambda d: None, ["--context", "0"], "--context is 0; what fits: 1 or more"),
         (truncate, [], "is not a whole safetensors file"),
         (poison, [], "model.layers.1.mlp.up_proj.weight in "),
         (unknown_family, [], "did you mean 'mistral'"),

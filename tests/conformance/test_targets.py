@@ -9,11 +9,14 @@ import pytest
 from tapeout import targets
 from tapeout.conformance import Case, cases, check
 
-CASES = [case for name in targets.names() for case in cases(name)]
+# mobile carries what cpu carries, by the same code, in minutes: of mobile the scheme that is its own.
+CASES = [
+    case for name in targets.names() for case in cases(name) if name != "mobile" or case.scheme == "int4-g32"
+]
 
 
 def test_there_are_targets() -> None:
-    assert {"cpu", "null"} <= set(targets.names())
+    assert {"cpu", "mobile", "null"} <= set(targets.names())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

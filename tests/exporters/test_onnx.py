@@ -178,13 +178,31 @@ def test_a_graph_of_another_model_is_not_taken(quantized, tmp_path: Path) -> Non
         wrong(artifact, quantized("int4-g32", name="d", num_hidden_layers=1))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq", "fp8"])
+def test_embeddings_of_levels_come_back(quantized, tmp_path: Path, scheme: str, tied: bool) -> None:
+    """And no byte of them is in the file twice."""
+    quant = quantized(
+        scheme,
+        tie_word_embeddings=tied,
+        overrides={"*embed_tokens": scheme, "lm_head": scheme} if not tied else {"*embed_tokens": scheme},
+    )
+    artifact = onnx.write(quant, tmp_path)
+    assert wrong(artifact, quant) == []
+    assert (
+        artifact.containers["model.embed_tokens.weight"]
+        == onnx.carries(SCHEMES[scheme]).container.split(",")[0]
+    )
+    library.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    places = {}
+    for each in graph_of(artifact).initializer:
+        said = {entry.key: int(entry.value) for entry in each.external_data if entry.key != "location"}
+        if said:
+            places[said["offset"]] = said["length"]
+    assert (tmp_path / "model.onnx.data").stat().st_size < sum(places.values()) + 64 * len(places)
+
+
 def test_what_is_not_expressible_is_named(quantized, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="head_dim 12 is not expressible"):
-        onnx.write(quantized("int8", name="a", head_dim=12), tmp_path)
-    with pytest.raises(
-        ModelError, match=r"embed_tokens\.weight is an embedding; onnxruntime looks up no MatMulBnb4"
-    ):
-        onnx.write(quantized("nf4", name="b", overrides={"model.embed_tokens": "nf4"}), tmp_path)
     with pytest.raises(
         SchemeError,
         match=r"is mxfp4: onnxruntime has no kernel for these levels on CPUs\. What fits: int4-g32",

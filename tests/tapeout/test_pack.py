@@ -154,7 +154,10 @@ def test_facts_of_the_manifest(made: Made) -> None:
     # float32 keys and values: 2 layers, 4 heads of 8, a window of 100 tokens.
     assert needs["key_value_cache_bytes"] == 4 * 2 * 2 * 4 * 8 * 100
     weights = sum(path.stat().st_size for path in (made.root / "artifact").iterdir())
-    assert needs["memory_bytes"] == weights + needs["key_value_cache_bytes"]
+    assert needs["memory_bytes"] == weights + needs["key_value_cache_bytes"] + needs["work_bytes"]
+    assert needs["work_bytes"] > 4 * 256 * (
+        272 + 2 * 8 * 256
+    )  # logits and scores of a whole prompt, at least
 
 
 def test_opened_again_it_is_the_same(made: Made) -> None:

@@ -13,6 +13,8 @@ from tapeout.exporters import onnx
 from tapeout.models import load
 from tapeout.quantize import quantize
 from tapeout.targets import onnxruntime
+from tapeout.targets.cpu import Cpu
+from tapeout.targets.onnxruntime import cache_bytes
 from tapeout.validate import reference
 
 pytest.importorskip("onnx")
@@ -57,6 +59,13 @@ LONG = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "llama-narrow-heads": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama-heads-of-20": ("llama", {"head_dim": 20}),  # no multiple of 8: padded
+    "mistral-heads-of-12": ("mistral", {"sliding_window": 8, "head_dim": 12}),
+    "phi3-part-of-a-head": (
+        "phi3",
+        {"hidden_size": 96, "num_attention_heads": 8, "partial_rotary_factor": 0.5},
+    ),
+    "deepseek_v3-36": ("deepseek_v3", {"qk_rope_head_dim": 4}),  # a latent of 32 + 4
     "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16, "num_key_value_heads": 8}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 8}),
@@ -162,16 +171,76 @@ def test_int8_arithmetic_of_one_layer_is_explained(make_model: MakeModel, start:
     assert np.median(np.abs(exact - device).max(1)) / rounded.std() > 50 * CLOSE
 
 
-@pytest.mark.parametrize("scheme", ["none", "nf4", "fp8"])
-def test_what_is_not_rounded_is_said_to_be_exact(make_model: MakeModel, start: Open, scheme: str) -> None:
-    directory = make_model("llama", hidden_size=64)
-    overrides = {"model.embed_tokens": "none", "lm_head": "none"} if scheme != "none" else {}
+@pytest.mark.parametrize("scheme", ["none", "nf4", "nf4-dq", "fp8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_not_rounded_is_said_to_be_exact(
+    make_model: MakeModel, start: Open, scheme: str, tied: bool
+) -> None:
+    """Embedding and head too, whose bytes are the same where they are tied."""
+    directory = make_model("llama", hidden_size=128, tie_word_embeddings=tied)
+    overrides = {"model.embed_tokens": scheme} | ({} if tied else {"lm_head": scheme})
     quant = quantize(load(directory), scheme, overrides=overrides)
     arguments: dict[str, Any] = {"store": str(quant.directory), "threads": 1}
     expected = reference.open_session(str(directory), arithmetic="mlas", **arguments).prefill(IDS)
     out = directory.parent / "out"
     onnx.write(quant, out)
     assert apart(expected, onnxruntime.open_session(str(out), context=256, threads=1).prefill(IDS)) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(
+    make_model: MakeModel, start: Open, family: str, chunk: int
+) -> None:
+    """Chunks of one token, odd ones, and one that is longer than the prompt.
+
+    The same products, summed over blocks of keys that begin elsewhere: float32 in another order. Token by token is bit for bit
+    what ``decode`` gives.
+    """
+    directory = make_model(family, **({"sliding_window": 24} if family in ("mistral", "gemma2") else {}))
+    ids = [*IDS, *IDS]
+    whole = start(directory, write={"exact": True}).prefill(ids)
+    session = start(directory, write={"exact": True}, chunk=chunk)
+    logits = session.prefill(ids)
+    assert apart(whole, logits) < CLOSE
+    if chunk > len(ids):
+        assert np.array_equal(logits, whole)
+    session.reset()
+    assert apart(logits[-1], session.append(ids)[0]) < CLOSE  # the head's product is of one row
+    if chunk == 1:
+        session.reset()
+        assert np.array_equal([session.decode(token) for token in ids], logits)
+
+
+def test_the_cache_takes_memory_as_it_fills(make_model: MakeModel, start: Open) -> None:
+    """Of 262,144 tokens, 8 heads of 128 elements and 2 layers: 4.3 GB, of which a short prompt takes its rows' pages."""
+    import psutil
+
+    directory = make_model(
+        "llama", head_dim=128, num_key_value_heads=8, max_position_embeddings=262144, num_hidden_layers=2
+    )
+    session = start(directory, write={"exact": True})
+    process = psutil.Process()
+    whole = cache_bytes([(None, 2 * 8 * 128)] * 2, 262144)
+    assert sum(cache.nbytes for cache in session._cache) == whole == 2 * 2 * 8 * 128 * 262144 * 4
+    session.prefill(IDS)  # so that the arena has what a chunk of this length takes
+    before = process.memory_info().rss
+    session.reset()
+    session.append([1] * 2000)
+    grown = process.memory_info().rss - before
+    # 2,000 rows of each head are 250 pages of 4 KiB; the arena adds a chunk's activations, at most what the target says.
+    rows = 2 * 2 * 8 * 128 * 2000 * 4
+    work = Cpu(format="onnx").memory(load(directory).decoder, 262144).work
+    assert 0.9 * rows < grown < rows + work, (rows, grown, work)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latents_are_kept_once(make_model: MakeModel, start: Open, family: str) -> None:
+    session = start(make_model(family))
+    keys, values = session._cache[0], session._cache[1]
+    assert np.shares_memory(keys, values)
+    assert keys.shape == (1, 1, 256, 32 + 8)
+    assert len({cache.ctypes.data for cache in session._cache}) == 2  # one a layer
 
 
 def test_nothing_is_copied(make_model: MakeModel, start: Open) -> None:
