@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError, nearest
+from tapeout.models import gguf_header
 from tapeout.targets.llama_cpp_trace import Tracer
 from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits, Shown
 
@@ -212,7 +214,7 @@ def open_session(
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     wanted = llama.llama_model_default_params()
     wanted.n_gpu_layers = 0
-    wanted.use_extra_bufts = repack
+    wanted.use_extra_bufts = repack and not (_has_amx() and _has_short_rows(Path(model)))
     _LOG.clear()
     loaded = llama.llama_model_load_from_file(os.fsencode(model), wanted)
     if not loaded:
@@ -266,6 +268,25 @@ def cache_bytes(
         width * (whole if window is None else min(whole, padded(window + ubatch))) for window, width in layers
     )
     return int(elements * KV_BITS[kv_cache] / 8)
+
+
+def _has_amx() -> bool:
+    with contextlib.suppress(OSError):  # only Linux tells
+        return " amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return False
+
+
+def _has_short_rows(model: Path) -> bool:
+    """Whether codes stand in rows of a single block of 32, of which llama.cpp's AMX kernels (0.3.36) compute nonsense."""
+    from gguf import GGMLQuantizationType as Kind
+
+    plain = (Kind.F32, Kind.F16, Kind.BF16)
+    with contextlib.suppress(Exception):  # llama.cpp says what is wrong with a file
+        return any(
+            len(each.shape) > 1 and each.shape[0] == 32 and each.tensor_type not in plain
+            for each in gguf_header.read(model).tensors
+        )
+    return False
 
 
 def _fits(model: int, context: int, ubatch: int, kv_cache: KvCache) -> int:

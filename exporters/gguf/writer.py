@@ -92,9 +92,18 @@ def write(
         context=layout.context,
         bytes_per_token=_bytes_per_token(quant, layout),
         containers={source: entry.kind for entry in layout.entries for source in entry.parts},
-        notes=(*layout.notes, *vocabulary.notes),
+        notes=(*layout.notes, *_short_rows(layout), *vocabulary.notes),
         tokenizer_limits=tuple(vocabulary.limits),
     )
+
+
+def _short_rows(layout: Layout) -> list[str]:
+    """What to know of codes in rows of a single block."""
+    if not any(entry.block and entry.shape[-1] == 32 for entry in layout.entries):
+        return []
+    return [
+        "some rows are of 32 weights: llama.cpp built for a CPU with AMX computes them wrongly (0.3.36) unless it is told --no-repack"
+    ]
 
 
 def _bytes_per_token(quant: Quantized, layout: Layout) -> int:
