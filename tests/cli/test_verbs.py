@@ -199,6 +199,7 @@ def test_inspect_a_package(null: Exported) -> None:
         "scheme": "int8",
         "rounding": "rtn",
         "target": "null",
+        "graph": "built",
         "format": "plain",
         "containers": {"float": 5, "u8": 16},
         "context": 256,
@@ -336,7 +337,7 @@ def test_help_lists_every_verb() -> None:
     listed = tapeout("--help").stdout
     assert all(re.search(rf"│ {verb.split()[0]} ", listed) for verb in VERBS)
     targets = tapeout("export", "--help").stdout
-    assert re.search(r"│ cpu .*│\n(│ {5,}.*\n)*│ null ", targets)
+    assert re.search(r"│ cpu .*│\n(│ {5,}.*\n)*│ mobile .*│\n(│ {5,}.*\n)*│ null ", targets)
     assert "--max-shard-size" in tapeout("export", "cpu", "--help").stdout  # a field of Cpu, and of no other
     assert "--max-shard-size" not in tapeout("export", "null", "--help").stdout
 
