@@ -298,7 +298,9 @@ def test_what_onnxruntime_shows_of_each_family_is_the_graphs(tmp_path: Path, fam
     )  # a skip-norm that does not give its sum
     wanted |= {"norm", "logits", "attention.rope", "attention.scores"} if family not in encoders else set()
     wanted -= {"embedding"} if family.startswith("efficient") else set()  # a sum without a norm
-    wanted -= {"out"} if family in ("bert", "roberta", "distilbert") else set()  # the file's output: last_hidden_state
+    wanted -= (
+        {"out"} if family in ("bert", "roberta", "distilbert") else set()
+    )  # the file's output: last_hidden_state
     assert wanted <= shown, wanted - shown
 
 
