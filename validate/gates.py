@@ -150,9 +150,15 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
 
 
 def _parts(found: QuantTensor, expected: QuantTensor) -> Iterator[tuple[str, Any, Any]]:
-    """The arrays of both that must be equal. A scale's own codes need not be in the file, where the scale they mean is."""
+    """The arrays of both that must be equal.
+
+    A scale's own codes need not be in the file, where the scale they mean is; nor a static scale of inputs, which not every
+    runtime has a use for.
+    """
     for part in ("packed", "scale", "zero_point", "codebook"):
         yield part, getattr(found, part), getattr(expected, part)
+    if found.input_scale is not None:
+        yield "input_scale", found.input_scale, expected.input_scale
     for part in ("scale_codes", "minimum"):
         mine, theirs = getattr(found, part), getattr(expected, part)
         if mine is not None or (theirs is not None and part == "minimum"):

@@ -441,9 +441,12 @@ def _as_ggml(quant: Quantized, name: str) -> Round | None:
 
 
 def _as_mlas(quant: Quantized, name: str) -> Round | None:
-    """Every quantized weight whose container is one whose kernels round."""
-    scheme = quant.schemes[name]
-    block = None if scheme.kind == "none" else onnx.input_block(scheme, quant.model.specs[name].shape[-1])
+    """Every quantized weight whose container is one whose kernels round; as the scheme says where it says how."""
+    spec = quant.model.specs[name]
+    scheme = onnx.as_held(quant.schemes[name], spec.role)
+    if scheme.activations:
+        return _as_the_scheme_says(quant, name)
+    block = None if scheme.kind == "none" else onnx.input_block(scheme, spec.shape[-1])
     return None if block is None else partial(round_mlas, block=block)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tapeout.exporters.onnx.blocks import carries, input_block
+from tapeout.exporters.onnx.blocks import as_held, carries, input_block
 from tapeout.exporters.onnx.reader import describe, read_codes
 from tapeout.exporters.onnx.writer import exact_graph, write
 
-__all__ = ["carries", "describe", "exact_graph", "input_block", "read_codes", "write"]
+__all__ = ["as_held", "carries", "describe", "exact_graph", "input_block", "read_codes", "write"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, SchemeError
 from tapeout.exporters import Refused
-from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
+from tapeout.exporters.onnx.blocks import Container, NBits, as_held, carries, container_of
 from tapeout.models import SourceTensor
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -173,7 +173,8 @@ class Graph:
 
     def container(self, source: str) -> Container | None:
         """The container of a tensor; None: it is float here, with a note if that is not its scheme."""
-        scheme, shape = self.quant.schemes[source], self.quant.model.specs[source].shape
+        spec = self.quant.model.specs[source]
+        scheme, shape = as_held(self.quant.schemes[source], spec.role), spec.shape
         if scheme.kind == "none":
             return None
         carry = carries(scheme)

@@ -17,7 +17,8 @@ from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
 from tapeout.exporters.onnx.blocks import Linear
 from tapeout.exporters.onnx.contrib import OPSET, ContribOps
-from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
+from tapeout.exporters.onnx.emitter import Value
+from tapeout.exporters.onnx.encoder import EncoderContribOps
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.exporters.steps import by_rows
@@ -106,7 +107,7 @@ def build(
             raise ModelError(
                 f"{quant.model.name} is an encoder, which is written in ONNX Runtime's operators only."
             )
-        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact, keep_sums=config.pre_norm)
+        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact)
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
         return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
@@ -146,10 +147,10 @@ def _notes(quant: Quantized) -> Iterator[str]:
         if scheme.levels == "e4m3":
             yield f"onnxruntime widens {scheme} to float32 when it loads the model"
         if scheme.activations:
-            unused = (
-                "; their calibrated scales are not in the file" if scheme.activations == "int8-static" else ""
+            yield (
+                f"on x86 CPUs without VNNI, sums of {scheme}'s int8 products overflow unless the session is opened with "
+                "session.x64quantprecision = 1, as tapeout opens it"
             )
-            yield f"onnxruntime rounds the inputs of {scheme} to int8 by itself, with a scale for every block of weights{unused}"
         if scheme.bits == 3:
             yield f"the codes of {scheme} are held in 4 bits"
 
