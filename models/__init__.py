@@ -17,6 +17,7 @@ from tapeout.models.checkpoint import Checkpoint, SourceTensor
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.encoder import EncoderConfig
 from tapeout.models.families import family
+from tapeout.models.seq2seq import Seq2SeqConfig
 
 __all__ = [
     "Checkpoint",
@@ -25,6 +26,7 @@ __all__ = [
     "Generation",
     "Model",
     "Role",
+    "Seq2SeqConfig",
     "SourceTensor",
     "TensorSpec",
     "load",
@@ -79,7 +81,7 @@ class Model:
     name: str
     directory: Path
     raw_config: Mapping[str, Any]
-    config: DecoderConfig | EncoderConfig
+    config: DecoderConfig | EncoderConfig | Seq2SeqConfig
     specs: Mapping[str, TensorSpec]
     checkpoint: Checkpoint
     quantization: Mapping[str, Any] | None = None
@@ -87,11 +89,15 @@ class Model:
     @property
     def decoder(self) -> DecoderConfig:
         """The config of a decoder; ModelError if it is none."""
-        if isinstance(self.config, EncoderConfig):
-            raise ModelError(
-                f"{self.name} is an encoder ({self.config.family}), and this is done to decoders only."
-            )
+        if not isinstance(self.config, DecoderConfig):
+            raise ModelError(f"{self.name} is {self.kind}, and this is done to decoders only.")
         return self.config
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words, with its family."""
+        kinds = {EncoderConfig: "an encoder", Seq2SeqConfig: "an encoder-decoder", DecoderConfig: "a decoder"}
+        return f"{kinds[type(self.config)]} ({self.config.family})"
 
     def tokenizer_files(self) -> list[Path]:
         """The files of TOKENIZER_FILES that the model has."""
