@@ -21,7 +21,7 @@ from tapeout import CalledByItsName, __version__
 from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
 from tapeout.memory import keep_freed_memory
-from tapeout.models import EncoderConfig, Model, Role, SourceTensor
+from tapeout.models import EncoderConfig, Model, Role, Seq2SeqConfig, SourceTensor
 from tapeout.models.checkpoint import read_header
 from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
@@ -141,6 +141,11 @@ def quantize(
         calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
     ):
         static = any(s.activations == "int8-static" for s in schemes.values())
+        if isinstance(model.config, Seq2SeqConfig):
+            raise SchemeError(
+                f"{model.name} is {model.kind}, which calibration does not run. What fits: rounding rtn or hqq without a calibration "
+                "text, and a scheme without static scales of inputs."
+            )
         if isinstance(model.config, EncoderConfig) and (rounding in _WITH_DATA or not static):
             raise SchemeError(
                 f"{model.name} is an encoder, of which calibration finds static scales of inputs and nothing else. What fits: "

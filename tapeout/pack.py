@@ -20,7 +20,7 @@ from tapeout import CalledByItsName, __version__, targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model
+from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, Seq2SeqConfig
 from tapeout.quantize import Quantized
 from tapeout.targets import Target
 from tapeout.validate.report import Report
@@ -181,6 +181,9 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
     cache = 0
+    if isinstance(config, Seq2SeqConfig):  # of source and target
+        values = 2 * config.decoder_layers * config.num_heads * config.head_dim * 2 * artifact.context
+        cache = int(values * KV_BITS[target.cache] / 8)
     if isinstance(config, DecoderConfig):
         window = min(artifact.context, config.sliding_window or artifact.context)
         values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * window

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, Refused
-from tapeout.models import EncoderConfig, Model
+from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized, Scheme
 from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
 
@@ -93,8 +93,8 @@ def check_carries(target: Target, schemes: set[Scheme]) -> None:
 
 
 def check_cache(target: Target, model: Model) -> None:
-    """Raise TapeoutError when the target's runtime cannot keep the model's keys and values as its option says; an encoder has none."""
-    if isinstance(model.config, EncoderConfig):
+    """Raise TapeoutError when the target's runtime cannot keep the model's keys and values as its option says; others have none, or floats."""
+    if not isinstance(model.config, DecoderConfig):
         return
     if model.config.mla and KV_BITS[target.cache] < 16:
         fitting = tuple(kind for kind in target.kv_caches() if KV_BITS[kind] >= 16)

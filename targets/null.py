@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact, Carry, plain
-from tapeout.models import EncoderConfig
+from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Progress
 from tapeout.validate.reference import Reference, open_weights
@@ -55,10 +55,10 @@ class Null:
         return f"{', '.join(absent)} is not installed: pip install 'tapeout[reference]'." if absent else None
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
-        """Write one file a tensor; ModelError for an encoder."""
-        if isinstance(config := quant.model.config, EncoderConfig):
+        """Write one file a tensor; ModelError for what is no decoder."""
+        if not isinstance(quant.model.config, DecoderConfig):
             raise ModelError(
-                f"{quant.model.name} is an encoder ({config.family}), which target null does not run: use target cpu with --format onnx."
+                f"{quant.model.name} is {quant.model.kind}, which target null does not run: use target cpu with --format onnx."
             )
         artifact = plain.write(quant, out)
         if progress:

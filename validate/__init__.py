@@ -11,13 +11,14 @@ from pathlib import Path
 from tapeout import CalledByItsName
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact
-from tapeout.models import EncoderConfig, Model
+from tapeout.models import EncoderConfig, Model, Seq2SeqConfig
 from tapeout.quantize import Quantized
 from tapeout.validate import gates
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
 from tapeout.validate.report import GateResult, Report
+from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_throughput
 
@@ -25,7 +26,7 @@ __all__ = ["ENCODER_GATES", "GATES", "GateResult", "Limits", "Options", "Report"
 
 ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
 GATES = ("integrity", "codes", "lowering", "decode", "quality", "tokenizer", "task")
-_GOLDEN_PROMPTS, _GOLDEN_TOKENS = 3, 16
+_GOLDEN_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def validate(
     if files is None:
         files = gates.digests(artifact)
     with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
-        kind = EncoderEvidence if isinstance(model.config, EncoderConfig) else Evidence
-        evidence = kind(
+        kinds = {EncoderConfig: EncoderEvidence, Seq2SeqConfig: Seq2SeqEvidence}
+        evidence = kinds.get(type(model.config), Evidence)(
             artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
         )
         try:
@@ -151,13 +152,7 @@ def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
         pairs = list(zip(evidence.sequences, evidence.cached, strict=True))[:_GOLDEN_PROMPTS]
     except TapeoutError:
         return ()
-    found = []
-    if isinstance(evidence, EncoderEvidence):
-        return tuple((tuple(ids), rows[0].copy()) for ids, rows in pairs)
-    for ids, logits in pairs:
-        length = min(_GOLDEN_TOKENS, len(ids))
-        found.append((tuple(ids[:length]), logits[length - 1].copy()))
-    return tuple(found)
+    return tuple(evidence.golden(ids, rows) for ids, rows in pairs)
 
 
 def _notes(quant: Quantized) -> list[str]:

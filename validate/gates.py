@@ -233,7 +233,7 @@ def _bisect(evidence: Evidence, limit: float) -> str:
 
 def decode(evidence: Evidence) -> list[GateResult]:
     """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
-    session, window, ids = evidence.deployed, evidence.window, evidence.probe
+    session, window, ids = evidence.deployed, evidence.window, evidence.probed
     length, predicted = len(ids), evidence.predicted_probe.kl
     # Once two runs have parted, each has a rounding error of its own: their variances add up.
     limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
@@ -241,14 +241,14 @@ def decode(evidence: Evidence) -> list[GateResult]:
     lead = 4 * (evidence.predicted_probe.worst + _FLOAT_DEVIATION)
     sizes = [size for size in (7, 32) if size < length]
     head, tail = ids[: -min(DECODED, length - 1)], ids[-min(DECODED, length - 1) :]
-    session.reset()
+    evidence.begin(session)
     whole = session.prefill(ids)
     roads: dict[str, Logits] = {}
-    session.reset()
+    evidence.begin(session)
     session.prefill(head)
     roads["decode"] = np.array([session.decode(token) for token in tail])
     for size in sizes:
-        session.reset()
+        evidence.begin(session)
         parts = [session.prefill(ids[at : at + size]) for at in range(0, length, size)]
         roads[f"batches of {size}"] = np.concatenate(parts)
     results = []
@@ -297,12 +297,10 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.top1 is not None
     assert limits.perplexity is not None
     distance = _distance(evidence.original, evidence.quantized)
-    tokens = max(1, sum(len(ids) - 1 for ids in evidence.sequences))
+    scored = [evidence.scored(ids) for ids in evidence.sequences]
+    tokens = max(1, sum(len(ids) - 1 for ids in scored))
     loss = [
-        sum(
-            negative_log_likelihood(logits, np.array(ids))
-            for logits, ids in zip(each, evidence.sequences, strict=True)
-        )
+        sum(negative_log_likelihood(logits, np.array(ids)) for logits, ids in zip(each, scored, strict=True))
         / tokens
         for each in (evidence.original, evidence.quantized)
     ]

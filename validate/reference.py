@@ -22,9 +22,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf, onnx
-from tapeout.models import EncoderConfig, Model, load
+from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders
+from tapeout.validate import encoders, seq2seq
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
-) -> Reference | encoders.EncoderReference:
+) -> Reference | encoders.EncoderReference | seq2seq.Seq2SeqReference:
     """Load the reference of a model.
 
     Args:
@@ -206,8 +206,8 @@ def open_session(
     if arithmetic in _ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    encodes = isinstance(source.config, EncoderConfig)
-    network = encoders.network(source, layers) if encodes else _network(source, layers)
+    networks = {EncoderConfig: encoders.network, Seq2SeqConfig: seq2seq.network}
+    network = networks.get(type(source.config), _network)(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
@@ -218,8 +218,11 @@ def open_session(
     if kv_cache is not None:
         _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
     facts = _facts(before, begin, source.config.max_position_embeddings)
-    if encodes:
-        return encoders.EncoderReference(source, network, facts, cache(partial(_tokenizer, source.directory)))
+    tokenizer = cache(partial(_tokenizer, source.directory))
+    if isinstance(source.config, EncoderConfig):
+        return encoders.EncoderReference(source, network, facts, tokenizer)
+    if isinstance(source.config, Seq2SeqConfig):
+        return seq2seq.Seq2SeqReference(source, network, facts, tokenizer)
     return Reference(source.directory, network, facts)
 
 

@@ -16,7 +16,7 @@ from tapeout.errors import MissingToolchain, ModelError, SchemeError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
 from tapeout.exporters.gguf import blocks, k_blocks
 from tapeout.exporters.gguf.arch import ARCHS, choose
-from tapeout.models import DecoderConfig, EncoderConfig, Role, SourceTensor
+from tapeout.models import DecoderConfig, Role, SourceTensor
 from tapeout.models.rope import divisors
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4
@@ -185,9 +185,9 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         ModelError: a field of the model's config that its arch does not express, or nvfp4 where llama.cpp drops half of it.
         SchemeError: a tensor's scheme that GGUF does not carry.
     """
-    if isinstance(quant.model.config, EncoderConfig):
+    if not isinstance(quant.model.config, DecoderConfig):
         raise ModelError(
-            f"{quant.model.name} is an encoder ({quant.model.config.family}), which is not expressible in our GGUF: use --format onnx."
+            f"{quant.model.name} is {quant.model.kind}, which is not expressible in our GGUF: use --format onnx."
         )
     config = quant.model.decoder
     count = config.num_layers if layers is None else layers

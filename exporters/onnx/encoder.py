@@ -9,10 +9,8 @@ import numpy as np
 from tapeout.exporters.onnx.contrib import ContribOps
 from tapeout.exporters.onnx.emitter import Value
 from tapeout.exporters.onnx.graph import DOMAIN, library
-from tapeout.models.encoder import EncoderConfig, SelfAttention
+from tapeout.models.encoder import LOWEST, EncoderConfig, SelfAttention
 from tapeout.models.rope import cos_sin
-
-_LOWEST = float(np.finfo(np.float32).min)  # what scores of padding become
 
 
 @dataclass
@@ -114,7 +112,7 @@ class EncoderContribOps(ContribOps):
         mask = self._once("Cast", ["attention_mask"], "padding_mask", to=library().TensorProto.INT32)
         return g.node(
             "MultiHeadAttention", [q, k, v, "", mask], name, domain=DOMAIN,
-            num_heads=spec.heads, mask_filter_value=_LOWEST,
+            num_heads=spec.heads, mask_filter_value=LOWEST,
         )  # fmt: skip
 
     def first(self, name: str, x: Value) -> str:

@@ -106,6 +106,7 @@ class Graph:
 
     Attributes:
         containers: of each tensor that was asked for, by its Hugging Face name.
+        others: graphs over the same initializers, by the files that they stand in.
         notes: what a user has to know.
     """
 
@@ -117,6 +118,20 @@ class Graph:
     constants: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     containers: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    others: dict[str, Graph] = field(default_factory=dict)
+    shares: bool = False  # initializers with another: it then holds those alone that its nodes use
+
+    def other(self, file: str) -> Graph:
+        """Begin another graph, whose initializers are these too."""
+        self.shares = True
+        self.others[file] = Graph(
+            self.quant,
+            initializers=self.initializers,
+            containers=self.containers,
+            notes=self.notes,
+            shares=True,
+        )
+        return self.others[file]
 
     def node(
         self,
@@ -251,16 +266,19 @@ class Graph:
         graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs)
         for name, values in self.constants.items():
             graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+        used = {name for node in self.nodes for name in node.input}
         for each in self.initializers.values():
+            if self.shares and each.name not in used:
+                continue
             proto = graph.initializer.add(name=each.name, dims=each.shape)
             proto.data_type = onnx.TensorProto.DataType.Value(each.kind)
             proto.data_location = onnx.TensorProto.EXTERNAL
             for key, value in (("location", DATA), ("offset", each.offset), ("length", each.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
-        used = [helper.make_opsetid("", opset)]
+        opsets = [helper.make_opsetid("", opset)]
         if any(node.domain == DOMAIN for node in self.nodes):
-            used.append(helper.make_opsetid(DOMAIN, 1))
-        model = helper.make_model(graph, opset_imports=used, producer_name="tapeout", ir_version=10)
+            opsets.append(helper.make_opsetid(DOMAIN, 1))
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="tapeout", ir_version=10)
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -20,13 +21,15 @@ from tapeout.exporters.onnx.contrib import OPSET, ContribOps
 from tapeout.exporters.onnx.emitter import Value
 from tapeout.exporters.onnx.encoder import EncoderContribOps
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.exporters.onnx.seq2seq import ENCODER, Seq2SeqContribOps
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
-from tapeout.models import DecoderConfig, EncoderConfig, Role
+from tapeout.models import DecoderConfig, EncoderConfig, Role, Seq2SeqConfig
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
+from tapeout.models.seq2seq import Seq2SeqOps, decode, encode
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -67,7 +70,8 @@ def write(
     files = tokenizer_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MODEL).write_bytes(_model(graph, quant))
+        for name, each in {MODEL: graph, **graph.others}.items():
+            (directory / name).write_bytes(_model(each, quant))
         context = quant.model.config.max_position_embeddings
         generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
         for name in generates:
@@ -80,7 +84,7 @@ def write(
     return Artifact(
         format="onnx",
         directory=directory,
-        files=(MODEL, DATA, *generates, *(file.name for file in files)),
+        files=(MODEL, *graph.others, DATA, *generates, *(file.name for file in files)),
         context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
@@ -102,13 +106,19 @@ def build(
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
+    if dialect == "standard" and not isinstance(config, DecoderConfig):
+        raise ModelError(
+            f"{quant.model.name} is {quant.model.kind}, which is written in ONNX Runtime's operators only."
+        )
     if isinstance(config, EncoderConfig):
-        if dialect == "standard":
-            raise ModelError(
-                f"{quant.model.name} is an encoder, which is written in ONNX Runtime's operators only."
-            )
         encoding = EncoderContribOps(graph, config.max_position_embeddings, exact)
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
+        return graph, graph.finish()
+    if isinstance(config, Seq2SeqConfig):
+        stacks = Seq2SeqContribOps(graph, config.max_position_embeddings, exact, stack="decoder")
+        source = replace(stacks, graph=graph.other(ENCODER), stack="encoder")
+        encode(cast("Seq2SeqOps[Value]", source), config, source.ids(), count)
+        stacks.logits(decode(cast("Seq2SeqOps[Value]", stacks), config, stacks.ids(), count))
         return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
     ops = kind(graph, config.max_position_embeddings, exact)
@@ -136,6 +146,8 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
     config = quant.model.config
     if isinstance(config, EncoderConfig):
         facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
+    if isinstance(config, Seq2SeqConfig):
+        facts["tapeout.start"] = str(config.decoder_start_token_id)
     return graph.model(facts, OPSET)
 
 
@@ -161,9 +173,16 @@ def _bytes_per_token(graph: Graph) -> int:
     for each in graph.initializers.values():
         for piece in each.pieces:
             share = 1.0
-            if isinstance(config, EncoderConfig):
+            if not isinstance(config, DecoderConfig):
                 spec = graph.quant.model.specs[piece.sources[0]]
-                share = 1 / spec.shape[0] if spec.role in (Role.EMBEDDING, Role.POSITION) else 1.0
+                looked_up = spec.role in (Role.EMBEDDING, Role.POSITION)
+                share = 1 / spec.shape[0] if looked_up and not config.tie_word_embeddings else 1.0
+                # The source is read once, whatever the length of the target.
+                share = (
+                    0.0
+                    if piece.sources[0].startswith("encoder.") and isinstance(config, Seq2SeqConfig)
+                    else share
+                )
             elif piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
                 share = 1 / config.vocab_size
             elif config.moe and any(
