@@ -31,12 +31,15 @@ class Seq2SeqReference:
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Take the source, and return what follows the target's begin, float32 [1, vocab]; or append tokens to the target."""
         import torch
+        from transformers import DynamicCache, EncoderDecoderCache
 
         if self._source is not None:
             return self._step(ids)
         self._check(ids, 0)
         with torch.inference_mode():
             self._source = self._module.get_encoder()(input_ids=torch.tensor([list(ids)]))
+        # Its own choice counts the encoder's layers.
+        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return self._step([self._config.decoder_start_token_id])
 
     def decode(self, token: int) -> Logits:
@@ -66,15 +69,14 @@ class Seq2SeqReference:
 
         self._check(ids, self._length)
         with torch.inference_mode():
-            out = self._module(
+            logits = self._module(
                 encoder_outputs=self._source,
                 decoder_input_ids=torch.tensor([list(ids)]),
                 past_key_values=self._cache,
                 use_cache=True,
-            )
-        self._cache = out.past_key_values
+            ).logits
         self._length += len(ids)
-        return cast(Logits, out.logits[0].float().numpy())
+        return cast(Logits, logits[0].float().numpy())
 
     def _check(self, ids: Sequence[int], before: int) -> None:
         if not ids or before + len(ids) > self.facts.context:
