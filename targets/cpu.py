@@ -31,6 +31,7 @@ _GELU_DERIVATION = (
     f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: its input and its output are off by up to 2^-11 of themselves, in each of "
     "L layers, so logits by 2^-11 sqrt(2 L) of their deviation, and the largest of thousands by four times that."
 )
+_ERF_DERIVATION = f"{_GELU_DERIVATION} The table's GELU is the approximation by tanh, off by up to 2^-11 from the one by erf: sqrt(3 L) in place of sqrt(2 L)."
 _LEVEL_DERIVATION = (
     "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
     "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
@@ -160,7 +161,9 @@ class _Gguf:
 
     @staticmethod
     def bound(quant: Quantized) -> tuple[str, float]:
-        config = quant.model.decoder
+        config = quant.model.config
+        if config.hidden_act == "gelu":
+            return _ERF_DERIVATION, 4 * 2**-11 * math.sqrt(3 * config.num_layers)
         if config.hidden_act.startswith("gelu"):
             return _GELU_DERIVATION, 4 * 2**-11 * math.sqrt(2 * config.num_layers)
         return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT
@@ -208,6 +211,10 @@ class _Gguf:
         if cpu.cache != "kv-f16":
             kind = _CACHE_TYPES[cpu.cache]
             flags += f" -fa on -ctk {kind} -ctv {kind}"
+        if (
+            "embeddings.word_embeddings.weight" in artifact.containers
+        ):  # the one arch of encoders that it writes
+            return f"llama-embedding {flags} -p TEXT"
         return f"llama-cli {flags}\nllama-server {flags}"
 
 
@@ -259,6 +266,12 @@ class _Onnx:
 
     @staticmethod
     def commands(cpu: Cpu, artifact: Artifact) -> str:
+        graphs = [name for name in artifact.files if name.endswith(".onnx")]
+        if "genai_config.json" not in artifact.files:
+            opened = "; ".join(
+                f'print(rt.InferenceSession("artifact/{name}").get_inputs())' for name in graphs
+            )
+            return f"python -c 'import onnxruntime as rt; {opened}'  # what it takes"
         lines = (
             "import onnxruntime_genai as og",
             'model = og.Model("artifact")  # pip install onnxruntime-genai',
