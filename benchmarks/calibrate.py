@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from quality_peers import PEERS, environment
+from quality_peers import PEERS
 
 from tapeout.files import cache_directory
 
@@ -68,7 +68,7 @@ def main() -> None:
                     there = work / f"peer-{depth}-{rounding}"
                     words = ["--model", model, "--calibration", text, "--out", there, "--samples", samples]
                     common.run(
-                        environment("llm_compressor", PEERS["llm_compressor"]),
+                        common.environment("llm_compressor", PEERS["llm_compressor"]),
                         _HERE / "peers" / "llm_compressor.py",
                         *words,
                         "--length",

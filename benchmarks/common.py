@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +54,18 @@ def checkpoint(shape: str, work: Path) -> Path:
     return generated(work / f"llama-{shape}", SHAPES[shape])
 
 
-def generated(directory: Path, fields: dict[str, Any]) -> Path:
-    """A generated Llama checkpoint with these fields, bf16, in shards; made once."""
+def generated(directory: Path, fields: dict[str, Any], family: str = "llama") -> Path:
+    """A generated checkpoint with these fields, bf16, in shards; made once."""
     if not (directory / "whole").exists():
         # In a process of its own: a child's peak memory begins with that of the process that started it.
         code = (
             "import json, sys; from pathlib import Path; from tapeout.generated import write_model\n"
-            "write_model(Path(sys.argv[1]), 'llama', json.loads(sys.argv[2]), dtype='BF16', shard_bytes=1 << 30)"
+            "write_model(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), dtype='BF16', shard_bytes=1 << 30)"
         )
-        run(sys.executable, "-c", code, directory, json.dumps(fields))
+        run(sys.executable, "-c", code, directory, family, json.dumps(fields))
+        if family != "llama":
+            (directory / "whole").touch()
+            return directory
         # llama.cpp refuses what its converter makes of a BPE without merges.
         path = directory / "tokenizer.json"
         tokenizer = json.loads(path.read_text())
@@ -157,6 +162,20 @@ def export_by_us(
     )
     words = (model, scheme, out, format, json.dumps(overrides or {}))
     return run(sys.executable, "-c", code, *words, environment={"TAPEOUT_CACHE": str(cache)})
+
+
+def environment(name: str, packages: tuple[str, ...]) -> Path:
+    """The Python that holds these packages; made on first use."""
+    if not packages:
+        return Path(sys.executable)
+    place = cache_directory() / "peer" / f"{name}-{hashlib.sha256(repr(packages).encode()).hexdigest()[:8]}"
+    python = place / "bin" / "python"
+    if not (place / "whole").exists():
+        venv.create(place, with_pip=True, clear=True)
+        # hqq's setup would build kernels for CUDA.
+        run(python, "-m", "pip", "install", *packages, environment={"DISABLE_CUDA": "1"})
+        (place / "whole").touch()
+    return python
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from quality_peers import environment
+from common import environment
 
 ENVIRONMENTS = {
     "genai": (

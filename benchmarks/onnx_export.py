@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import common
+from common import environment
 from onnx_decode import ENVIRONMENTS
-from quality_peers import environment
 
 _EXPORT = Path(__file__).resolve().parent / "peers" / "onnx_export.py"
 

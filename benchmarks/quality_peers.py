@@ -11,7 +11,6 @@ import math
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import common
 
-from tapeout.files import cache_directory, file_sha256
+from tapeout.files import file_sha256
 
 _HERE = Path(__file__).resolve().parent
 SAMPLES, LENGTH = 128, 512
@@ -63,24 +62,10 @@ def _run(name: str, packages: tuple[str, ...], model: Path, calibration: Path, o
     # Scripts find one another from here, and are no module themselves: their names are those of what they import.
     variables = {"PYTHONPATH": str(_HERE), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     script = _HERE / "peers" / f"{name}.py"
-    python = environment(name, packages)
+    python = common.environment(name, packages)
     common.run(
         python, script, *words, "--samples", str(SAMPLES), "--length", str(LENGTH), environment=variables
     )
-
-
-def environment(name: str, packages: tuple[str, ...]) -> Path:
-    """The Python that holds these packages; made on first use."""
-    if not packages:
-        return Path(sys.executable)
-    place = cache_directory() / "peer" / f"{name}-{hashlib.sha256(repr(packages).encode()).hexdigest()[:8]}"
-    python = place / "bin" / "python"
-    if not (place / "whole").exists():
-        venv.create(place, with_pip=True, clear=True)
-        # hqq's setup would build kernels for CUDA.
-        common.run(python, "-m", "pip", "install", *packages, environment={"DISABLE_CUDA": "1"})
-        (place / "whole").touch()
-    return python
 
 
 def _key(name: str, model: Path, calibration: Path) -> str:

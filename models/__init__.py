@@ -18,6 +18,7 @@ from tapeout.models.checkpoint import Checkpoint, SourceTensor
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.encoder import EncoderConfig
 from tapeout.models.families import family, known
+from tapeout.models.seq2seq import Seq2SeqConfig
 from tapeout.models.traced import TracedConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "Generation",
     "Model",
     "Role",
+    "Seq2SeqConfig",
     "SourceTensor",
     "TensorSpec",
     "TracedConfig",
@@ -86,7 +88,7 @@ class Model:
     name: str
     directory: Path
     raw_config: Mapping[str, Any]
-    config: DecoderConfig | EncoderConfig | TracedConfig
+    config: DecoderConfig | EncoderConfig | Seq2SeqConfig | TracedConfig
     specs: Mapping[str, TensorSpec]
     checkpoint: Checkpoint
     quantization: Mapping[str, Any] | None = None
@@ -99,16 +101,20 @@ class Model:
                 f"{self.name} is of no family that tapeout has a file for ({self.config.family}): its graph comes from "
                 f"{self.config.road}, and that goes to ONNX only, without calibration: use target cpu with --format onnx."
             )
-        if isinstance(self.config, EncoderConfig):
-            raise ModelError(
-                f"{self.name} is an encoder ({self.config.family}), and this is done to decoders only."
-            )
+        if not isinstance(self.config, DecoderConfig):
+            raise ModelError(f"{self.name} is {self.kind}, and this is done to decoders only.")
         return self.config
 
     @property
     def graph(self) -> str:
         """Which road its graph takes into a format that needs one: ``built`` here, ``torch.export`` or ``optimum``."""
         return self.config.road if isinstance(self.config, TracedConfig) else "built"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words, with its family."""
+        kinds = {EncoderConfig: "an encoder", Seq2SeqConfig: "an encoder-decoder", DecoderConfig: "a decoder"}
+        return f"{kinds.get(type(self.config), 'of no family with a file here')} ({self.config.family})"
 
     def tokenizer_files(self) -> list[Path]:
         """The files of TOKENIZER_FILES that the model has."""

@@ -13,9 +13,20 @@ from typing import Literal, Protocol, TypeVar
 from tapeout.models.graph import Ops
 from tapeout.models.rope import Rope
 
-__all__ = ["ENCODER_ACTIVATIONS", "EncoderConfig", "EncoderOps", "Names", "SelfAttention", "encoder"]
+__all__ = [
+    "ENCODER_ACTIVATIONS",
+    "LOWEST",
+    "EncoderConfig",
+    "EncoderOps",
+    "Names",
+    "SelfAttention",
+    "encoder",
+]
 
 V = TypeVar("V")
+
+LOWEST = -3.4028234663852886e38
+"""The lowest float32: what the score of a token becomes that is not looked at."""
 
 ENCODER_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 """Of MLPs, as Hugging Face names them: gelu is the exact one (erf)."""

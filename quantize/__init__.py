@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tapeout import CalledByItsName, __version__
 from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
 from tapeout.memory import keep_freed_memory
-from tapeout.models import DecoderConfig, Model, Role, SourceTensor, TracedConfig
+from tapeout.models import EncoderConfig, Model, Role, Seq2SeqConfig, SourceTensor, TracedConfig
 from tapeout.models.checkpoint import read_header
 from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
@@ -139,13 +140,16 @@ def quantize(
     if plan.foreign is None and (
         calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
     ):
-        if not isinstance(model.config, DecoderConfig):
-            what = "an encoder, and calibration runs decoders only"
-            if isinstance(model.config, TracedConfig):
-                what = f"of no family with a file here ({model.config.family}), and calibration runs the decoders of known families only"
+        static = any(s.activations == "int8-static" for s in schemes.values())
+        if isinstance(model.config, Seq2SeqConfig | TracedConfig):
             raise SchemeError(
-                f"{model.name} is {what}. What fits: rounding rtn or hqq without a "
-                "calibration text, and a scheme without static scales of inputs."
+                f"{model.name} is {model.kind}, which calibration does not run. What fits: rounding rtn or hqq without a calibration "
+                "text, and a scheme without static scales of inputs."
+            )
+        if isinstance(model.config, EncoderConfig) and (rounding in _WITH_DATA or not static):
+            raise SchemeError(
+                f"{model.name} is an encoder, of which calibration finds static scales of inputs and nothing else. What fits: "
+                "rounding rtn or hqq, and a calibration text with w8a8-static only."
             )
         tokens = (calibration or Calibration()).tokens(model)
         one_core_each()
@@ -266,6 +270,12 @@ def _fill(
         found = plan.foreign.write(directory, pool, progress)
     elif tokens is None:
         found = _plain(directory, model, plan.schemes, simple, pool, progress)
+    elif isinstance(model.config, EncoderConfig):
+        from tapeout.quantize.ranges import input_scales
+
+        static = [name for name, each in plan.schemes.items() if each.activations == "int8-static"]
+        scales = input_scales(model, tokens, static, pool, progress)
+        found = _plain(directory, model, plan.schemes, simple, pool, progress, scales)
     else:
         from tapeout.quantize.calibrated import Calibrated
 
@@ -290,6 +300,7 @@ def _plain(
     simple: store.Round,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
+    input_scales: Mapping[str, np.float32] = MappingProxyType({}),
 ) -> store.Findings:
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
@@ -300,7 +311,8 @@ def _plain(
         source = model.checkpoint[name]
         if schemes[name].kind != "none":
             try:
-                store.write_tensor(directory, source, schemes[name], pool, simple)
+                scale = input_scales.get(name)
+                store.write_tensor(directory, source, schemes[name], pool, simple, scale)
                 return store.written(directory, name)
             except ScaleOverflow:
                 found.fallbacks[name] = (

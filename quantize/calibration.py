@@ -7,12 +7,13 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, ModelError, RecipeError
-from tapeout.models import Model
+from tapeout.models import EncoderConfig, Model
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Calibration:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, no field
 
     def tokens(self, model: Model) -> npt.NDArray[np.int32]:
-        """Windows of the text, int32 [sequences, length].
+        """Windows of the text, int32 [sequences, length]; an encoder's begin and end with the tokens that belong there.
 
         Raises:
             RecipeError: the text cannot be read, is not UTF-8 or too short, or a number is not positive.
@@ -62,6 +63,10 @@ class Calibration:
         if count > self.sequences:
             chosen = np.random.default_rng(self.seed).choice(count, self.sequences, replace=False)
             windows = windows[np.sort(chosen)]
+        if isinstance(model.config, EncoderConfig):
+            around = _tokenizer(model).encode("", add_special_tokens=True).ids
+            if len(around) == 2:
+                windows[:, [0, -1]] = around
         return windows
 
     def text_sha256(self, model: Model) -> str:
@@ -127,6 +132,10 @@ def _dataset(path: Path) -> list[str]:
 
 
 def _encode(model: Model, text: str) -> npt.NDArray[np.int32]:
+    return np.array(_tokenizer(model).encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def _tokenizer(model: Model) -> Any:
     from tokenizers import Tokenizer
 
     path = model.directory / "tokenizer.json"
@@ -134,4 +143,5 @@ def _encode(model: Model, text: str) -> npt.NDArray[np.int32]:
         raise ModelError(f"{path} is absent; calibration needs it to read a text.")
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    tokenizer.no_padding()
+    return tokenizer

@@ -70,9 +70,16 @@ def tensor_path(store: Path, name: str) -> Path:
 
 
 def write_tensor(
-    store: Path, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round = rtn.round_to_nearest
+    store: Path,
+    source: SourceTensor,
+    scheme: Scheme,
+    pool: Executor,
+    simple: Round = rtn.round_to_nearest,
+    input_scale: np.float32 | None = None,
 ) -> None:
     """Round one tensor into its file, streamed by rows, by ``simple``; does nothing when the file is there.
+
+    ``input_scale``: the calibrated one, of a scheme that wants it.
 
     Raises:
         ModelError: a weight is NaN or infinite.
@@ -83,17 +90,26 @@ def write_tensor(
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                _round_into(file.fileno(), source, scheme, pool, simple)
+                _round_into(file.fileno(), source, scheme, pool, simple, input_scale)
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
-def _round_into(handle: int, source: SourceTensor, scheme: Scheme, pool: Executor, simple: Round) -> None:
+def _round_into(
+    handle: int,
+    source: SourceTensor,
+    scheme: Scheme,
+    pool: Executor,
+    simple: Round,
+    input_scale: np.float32 | None,
+) -> None:
     out, into = source.shape
     layout = lattice.layout(scheme, out, into)
     _, at = _lay_out(layout, scheme, 0)
+    if scheme.activations == "int8-static":
+        write_at(handle, np.array([input_scale], np.float32), at["input_scale"])
     task = max(1, _TASK_WEIGHTS // into)
     whole, scales = None, np.empty((0, 0), np.float32)
     if scheme.scales == "e4m3":

@@ -11,7 +11,7 @@ from typing import Any
 from tapeout import targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
-from tapeout.models import EncoderConfig, TracedConfig, load
+from tapeout.models import EncoderConfig, Seq2SeqConfig, TracedConfig, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
 from tapeout.validate.session import KV_BITS
@@ -80,6 +80,12 @@ def _model(path: Path) -> dict[str, Any]:
     elif isinstance(config, TracedConfig):
         rope = None
         heads = {"graph": config.road, "maker": config.maker}
+    elif isinstance(config, Seq2SeqConfig):
+        rope = None
+        heads = {
+            "heads": f"{config.num_heads}, {config.head_dim} wide",
+            "decoder_layers": config.decoder_layers,
+        }
     else:
         rope = config.rope
         heads = {"heads": f"{config.num_heads} / {config.num_kv_heads} key-value, {config.head_dim} wide"}

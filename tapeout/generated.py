@@ -79,6 +79,26 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 """Fields of small encoders, by family."""
 
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "t5": {
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": 272,
+        "d_model": 64,
+        "d_kv": 24,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 16,
+        "relative_attention_max_distance": 40,
+        "n_positions": 192,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+}
+"""Fields of small encoder-decoders, by family."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},
@@ -137,7 +157,7 @@ def write_model(
     Args:
         directory: made when absent.
         model_type: a known family.
-        config: fields over those of SMALL and of FAMILIES, or of ENCODERS.
+        config: fields over those of SMALL and of FAMILIES, or of ENCODERS or SEQ2SEQ.
         dtype: F32, F16 or BF16 (truncated from float32).
         shard_bytes: begin a new file after this many bytes; None: one file.
         seed: the same seed gives the same bytes.
@@ -146,18 +166,20 @@ def write_model(
         ``directory``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    encodes = model_type in ENCODERS
+    other = (ENCODERS | SEQ2SEQ).get(model_type)
     name = model_type.removesuffix("_text").title().replace("_", "")
     named = {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
     raw = {
         **named,
-        **(ENCODERS[model_type] if encodes else SMALL | FAMILIES.get(model_type, {})),
+        **(other or SMALL | FAMILIES.get(model_type, {})),
         **(config or {}),
     }
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
     kind = family(model_type)
-    if encodes:
+    if model_type in ENCODERS:
         (_write_roberta_tokenizer if model_type == "roberta" else _write_wordpiece)(directory, raw)
+    elif other:
+        _write_t5_tokenizer(directory)
     else:
         (directory / "generation_config.json").write_text(
             json.dumps({"eos_token_id": raw["eos_token_id"], "max_new_tokens": 16})
@@ -284,6 +306,23 @@ def _write_roberta_tokenizer(directory: Path, raw: dict[str, Any]) -> None:
         "sep": "</s>",
     }
     _describe_tokenizer(directory, {f"{name}_token": token for name, token in named.items()})
+
+
+def _write_t5_tokenizer(directory: Path) -> None:
+    """A byte-level BPE without merges behind T5's special tokens; ``</s>`` ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _describe_tokenizer(directory, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
 
 
 def _describe_tokenizer(directory: Path, special: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from tapeout import CalledByItsName, __version__, targets
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, TracedConfig
+from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, Seq2SeqConfig, TracedConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized
 from tapeout.targets import Memory, Target
@@ -208,9 +208,12 @@ def pack(
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
     config = quant.model.config
     size = sum((artifact.directory / file).stat().st_size for file in artifact.files)
-    memory = Memory(0, 0)
+    memory, bits = Memory(0, 0), KV_BITS[target.cache]
     if isinstance(config, TracedConfig):
-        memory = Memory(int(config.cache_values * artifact.context * KV_BITS[target.cache] / 8), 0)
+        memory = Memory(int(config.cache_values * artifact.context * bits / 8), 0)
+    if isinstance(config, Seq2SeqConfig):  # of source and target
+        values = 2 * config.decoder_layers * config.num_heads * config.head_dim * 2 * artifact.context
+        memory = Memory(int(values * bits / 8), 0)
     if isinstance(config, DecoderConfig):
         memory = target.memory(config, artifact.context)
     return {

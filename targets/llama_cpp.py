@@ -19,9 +19,10 @@ import psutil
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError, nearest
 from tapeout.models import gguf_header
 from tapeout.targets.llama_cpp_trace import Tracer
+from tapeout.validate.encoders import check_batch
 from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits, Shown
 
-__all__ = ["LlamaCpp", "cache_bytes", "open_session"]
+__all__ = ["LlamaCpp", "LlamaCppEncoder", "cache_bytes", "open_session"]
 
 _CACHE_TYPES: dict[KvCache, int] = {"kv-f32": 0, "kv-f16": 1, "kv-int8": 8, "kv-int4": 2}  # of ggml_type
 _WARNING, _CONTINUED = 3, 5  # of ggml_log_level
@@ -88,19 +89,7 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
-        llama, room = _library(), len(data) + 16
-        while True:
-            buffer = (ctypes.c_int32 * room)()
-            count = llama.llama_tokenize(self._vocab, data, len(data), buffer, room, False, True)
-            if count >= 0:
-                return buffer[:count]
-            if count == _INT32_MIN or -count <= room:
-                raise RuntimeCrash(f"llama.cpp does not tokenize a text of {len(data)} bytes.{_log_tail()}")
-            room = -count
+        return _tokenized(self._vocab, text, around=False)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD.
@@ -108,20 +97,10 @@ class LlamaCpp:
         Token by token, as llama.cpp's programs print: its ``llama_detokenize`` also drops spaces before punctuation.
         """
         self._check_ids(ids)
-        pieces = [self._piece(token, strip=self._space_prefix and at == 0) for at, token in enumerate(ids)]
+        pieces = [
+            _piece(self._vocab, token, strip=self._space_prefix and at == 0) for at, token in enumerate(ids)
+        ]
         return b"".join(pieces).decode("utf-8", "replace")
-
-    def _piece(self, token: int, strip: bool) -> bytes:
-        """The bytes of one token, without its leading space if ``strip``."""
-        llama, room = _library(), 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, int(strip), True)
-            if count >= 0:
-                return buffer.raw[:count]
-            if -count <= room:
-                raise RuntimeCrash(f"llama.cpp has no text for token {token}.{_log_tail()}")
-            room = -count
 
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
         """As TracedSession says; TapeoutError when the session was not opened for it, or for ids that one batch has no room for."""
@@ -174,6 +153,98 @@ class LlamaCpp:
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (outputs, self._vocab_size))
 
 
+class LlamaCppEncoder:
+    """An EncoderSession on llama.cpp, which runs sequence by sequence; see ``open_session``."""
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, model: int, context: int) -> None:
+        llama = _library()
+        self.facts = facts
+        self._model, self._context = model, context
+        self._vocab = llama.llama_model_get_vocab(model)
+        self._vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+        self._width = int(llama.llama_model_n_embd(model))
+        self._pooled = llama.llama_pooling_type(context) != llama.LLAMA_POOLING_TYPE_NONE
+        self._normalize = _metadata(model, b"tapeout.normalize") == "true"
+        self._batch = llama.llama_batch_init(facts.context, 0, 1)
+
+    def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
+        """What the model gives of a batch, 0 at padding; see EncoderSession."""
+        rows, seen = check_batch(ids, mask, self._vocab_size, self.facts.context)
+        found = np.zeros((len(rows), rows.shape[1], self._width), np.float32)
+        if self._pooled:
+            found = found[:, 0]
+        for row, real, out in zip(rows, seen == 1, found, strict=True):
+            places = np.flatnonzero(real)
+            out[... if self._pooled else real] = self._run(row[real], places)
+        if self._pooled and self._normalize:
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the model takes it, the tokens around it too."""
+        return _tokenized(self._vocab, text, around=True)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept: what WordPiece has lost of it stays lost."""
+        return b"".join(_piece(self._vocab, token, strip=False) for token in ids).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        if self._context:
+            llama = _library()
+            llama.llama_batch_free(self._batch)
+            llama.llama_free(self._context)
+            llama.llama_model_free(self._model)
+            self._context = self._model = 0
+
+    def _run(self, ids: Any, places: Any) -> Logits:
+        """States [tokens, width] of one sequence, or its embedding [width]."""
+        llama, batch = _library(), self._batch
+        batch.n_tokens = len(ids)
+        for i, (token, place) in enumerate(zip(ids.tolist(), places.tolist(), strict=True)):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, place, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        if status := llama.llama_encode(self._context, batch):
+            raise RuntimeCrash(f"llama_encode gave {status} for {len(ids)} tokens.{_log_tail()}")
+        if self._pooled:
+            given = llama.llama_get_embeddings_seq(self._context, 0)
+            return np.ctypeslib.as_array(given, (self._width,)).copy()
+        given = llama.llama_get_embeddings(self._context)
+        return np.ctypeslib.as_array(given, (len(ids), self._width)).copy()
+
+
+def _tokenized(vocab: int, text: str, *, around: bool) -> list[int]:
+    """Token ids of a text, special tokens in it recognised; ``around``: with those that the file puts there."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+    llama, room = _library(), len(data) + 16
+    while True:
+        buffer = (ctypes.c_int32 * room)()
+        count = llama.llama_tokenize(vocab, data, len(data), buffer, room, around, True)
+        if count >= 0:
+            return list(buffer[:count])
+        if count == _INT32_MIN or -count <= room:
+            raise RuntimeCrash(f"llama.cpp does not tokenize a text of {len(data)} bytes.{_log_tail()}")
+        room = -count
+
+
+def _piece(vocab: int, token: int, *, strip: bool) -> bytes:
+    """The bytes of one token, without its leading space if ``strip``."""
+    llama, room = _library(), 64
+    while True:
+        buffer = ctypes.create_string_buffer(room)
+        count = llama.llama_token_to_piece(vocab, token, buffer, room, int(strip), True)
+        if count >= 0:
+            return buffer.raw[:count]
+        if -count <= room:
+            raise RuntimeCrash(f"llama.cpp has no text for token {token}.{_log_tail()}")
+        room = -count
+
+
 def open_session(
     model: str,
     context: int | None = None,
@@ -185,7 +256,7 @@ def open_session(
     batch: int = 512,
     ubatch: int = 512,
     traced: bool = False,
-) -> LlamaCpp:
+) -> LlamaCpp | LlamaCppEncoder:
     """Load a GGUF file (or the first of its shards) on the CPU. The defaults are those of llama.cpp's own tools.
 
     Args:
@@ -222,6 +293,10 @@ def open_session(
     own = context or int(llama.llama_model_n_ctx_train(loaded))
     length = _fits(loaded, own, min(ubatch, batch), kv_cache)
     given = llama.llama_context_default_params()
+    encodes = _metadata(loaded, b"general.architecture") == "bert"
+    if encodes:  # a sequence at once, and as long as the file says: there is no cache
+        given.embeddings, length = True, own
+        batch = ubatch = own
     given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
     given.n_threads = given.n_threads_batch = threads
     given.type_k = given.type_v = _CACHE_TYPES[kv_cache]
@@ -240,9 +315,15 @@ def open_session(
     load_s = perf_counter() - begin
     version = f"llama.cpp {llama.llama_version().decode()} (llama-cpp-python {llama.__version__})"
     device = f"cpu, {threads} threads"
-    session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch, tracer)
-    session.decode(0)  # weights are mapped, and count as resident only once they were read
-    session.reset()
+    session: LlamaCpp | LlamaCppEncoder
+    # Weights are mapped, and count as resident only once they were read.
+    if encodes:
+        session = LlamaCppEncoder(Facts(version, device, load_s, 0, length), loaded, opened)
+        session.encode([[0]], [[1]])
+    else:
+        session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch, tracer)
+        session.decode(0)
+        session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)
     session.facts = Facts(version, device, load_s, resident, length)
     return session

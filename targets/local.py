@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, gguf, onnx
 from tapeout.exporters.onnx.genai import CONFIG as GENAI
-from tapeout.models import DecoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Memory, Progress, graph_width, llama_cpp, onnxruntime
@@ -34,6 +34,7 @@ _GELU_DERIVATION = (
     f"{_FLOAT32_DERIVATION} GELU comes from a table of float16: its input and its output are off by up to 2^-11 of themselves, in each of "
     "L layers, so logits by 2^-11 sqrt(2 L) of their deviation, and the largest of thousands by four times that."
 )
+_ERF_DERIVATION = f"{_GELU_DERIVATION} The table's GELU is the approximation by tanh, off by up to 2^-11 from the one by erf: sqrt(3 L) in place of sqrt(2 L)."
 _LEVEL_DERIVATION = (
     "The shipped data under a graph of accuracy_level 0, which leaves inputs alone: sums of K products taken in another order differ by "
     "about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
@@ -187,7 +188,10 @@ class _Gguf:
 
     @staticmethod
     def bound(quant: Quantized) -> tuple[str, float]:
-        config = quant.model.decoder
+        config = quant.model.config
+        assert isinstance(config, DecoderConfig | EncoderConfig)  # what GGUF is written of
+        if config.hidden_act == "gelu":
+            return _ERF_DERIVATION, 4 * 2**-11 * math.sqrt(3 * config.num_layers)
         if config.hidden_act.startswith("gelu"):
             return _GELU_DERIVATION, 4 * 2**-11 * math.sqrt(2 * config.num_layers)
         return _FLOAT32_DERIVATION, _WEIGHTS_LIMIT
@@ -249,6 +253,10 @@ class _Gguf:
     @staticmethod
     def commands(device: Local, artifact: Artifact) -> str:
         flags = device.flags(artifact)
+        if (
+            "embeddings.word_embeddings.weight" in artifact.containers
+        ):  # the one arch of encoders that it writes
+            return f"llama-embedding {flags} -p TEXT"
         return f"llama-cli {flags}\nllama-server {flags}"
 
 
@@ -299,7 +307,10 @@ class _Onnx:
 
     @classmethod
     def exact(cls, device: Local, artifact: Artifact, quant: Quantized, scratch: Path) -> SessionSpec:
-        """Another graph over the very data file that ships."""
+        """Another graph over the very data file that ships; of two graphs, with the data once more."""
+        if len(_graphs(artifact)) > 1:
+            twin = onnx.write(quant, scratch / "twin", exact=True, context=artifact.context)
+            return cls.open(device, twin)
         graph = scratch / "exact.onnx"
         graph.write_bytes(onnx.exact_graph(quant, artifact.context))
         return cls.open(device, artifact, graph)
@@ -326,7 +337,10 @@ class _Onnx:
             )
             return "python - <<END\n" + "\n".join(lines) + "\nEND"
         if GENAI not in artifact.files:
-            return "# artifact/model.onnx is for onnxruntime: pip install onnxruntime"
+            opened = "; ".join(
+                f'print(rt.InferenceSession("artifact/{name}").get_inputs())' for name in _graphs(artifact)
+            )
+            return f"python -c 'import onnxruntime as rt; {opened}'  # pip install onnxruntime: what it takes"
         lines = (
             "import onnxruntime_genai as og",
             'model = og.Model("artifact")  # pip install onnxruntime-genai',
@@ -338,6 +352,10 @@ class _Onnx:
             "print(words.decode(generator.get_sequence(0)))",
         )
         return "python - <<END\n" + "\n".join(lines) + "\nEND"
+
+
+def _graphs(artifact: Artifact) -> list[str]:
+    return [name for name in artifact.files if name.endswith(".onnx")]
 
 
 def parse_size(text: str) -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact, Carry, plain
-from tapeout.models import DecoderConfig, EncoderConfig
+from tapeout.models import DecoderConfig
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.quantize import Quantized, QuantTensor, Scheme
@@ -67,10 +67,10 @@ class Null:
         return f"{', '.join(absent)} is not installed: pip install 'tapeout[reference]'." if absent else None
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
-        """Write one file a tensor; ModelError for an encoder."""
-        if isinstance(config := quant.model.config, EncoderConfig):
+        """Write one file a tensor; ModelError for what is no decoder."""
+        if not isinstance(quant.model.config, DecoderConfig):
             raise ModelError(
-                f"{quant.model.name} is an encoder ({config.family}), which target null does not run: use target cpu with --format onnx."
+                f"{quant.model.name} is {quant.model.kind}, which target null does not run: use target cpu with --format onnx."
             )
         _ = quant.model.decoder  # ModelError of what is no decoder of a family that has a file
         artifact = plain.write(quant, out)

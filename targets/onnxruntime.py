@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from platform import machine
 from time import perf_counter
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ __all__ = [
     "OnnxGrown",
     "OnnxModule",
     "OnnxRuntime",
+    "OnnxSeq2Seq",
     "TracedOnnx",
     "cache_bytes",
     "open_session",
@@ -263,6 +265,92 @@ class OnnxEncoder:
         self._session = None
 
 
+class OnnxSeq2Seq:
+    """A Session on onnxruntime of an encoder-decoder; see ``open_session``.
+
+    The first tokens after ``reset`` are the source; what is appended then is the target, behind the token that begins it.
+    """
+
+    facts: Facts
+
+    def __init__(self, facts: Facts, encoder: Any, decoder: Any, tokenizer: Any) -> None:
+        self.facts = facts
+        self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
+        self._start = int(decoder.get_modelmeta().custom_metadata_map["tapeout.start"])
+        self._vocab_size = int(decoder.get_outputs()[0].shape[2])
+        self._outputs = [each.name for each in decoder.get_outputs()]
+        self._empty = {
+            each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+            for each in decoder.get_inputs()
+            if each.name.startswith("past_")
+        }
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._source: dict[str, Any] = {}
+        self._past, self._length = self._empty, 0
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Take the source, and return what follows the target's begin, float32 [1, vocab]; or append tokens to the target."""
+        if self._source:
+            return self._step(ids)
+        self._check(ids, 0)
+        given = np.array([ids], np.int64)
+        mask = np.ones_like(given)
+        names = [each.name for each in self._encoder.get_outputs()]
+        crossed = _ran(self._encoder, names, {"input_ids": given, "attention_mask": mask})
+        self._source = dict(zip(names, crossed, strict=True)) | {"encoder_attention_mask": mask}
+        return self._step([self._start])
+
+    def decode(self, token: int) -> Logits:
+        """Append one token to the target; return float32 [vocab]."""
+        return cast(Logits, self._step([token])[0])
+
+    def reset(self) -> None:
+        """Begin anew: the next tokens are a source."""
+        self._source, self._past, self._length = {}, self._empty, 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the model takes it, with the token that ends it."""
+        _check_text(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._encoder = self._decoder = None
+        self._source = self._past = {}
+
+    def _step(self, ids: Sequence[int]) -> Logits:
+        self._check(ids, self._length)
+        feed = {"input_ids": np.array([ids], np.int64)} | self._source | self._past
+        logits, *present = _ran(self._decoder, self._outputs, feed)
+        names = [name.replace("present", "past_key_values") for name in self._outputs[1:]]
+        self._past = dict(zip(names, present, strict=True))
+        self._length += len(ids)
+        return cast(Logits, logits[0])
+
+    def _check(self, ids: Sequence[int], before: int) -> None:
+        if not ids or before + len(ids) > self.facts.context:
+            raise TapeoutError(
+                f"{before + len(ids)} tokens do not fit the context of {self.facts.context}, or there are none."
+            )
+        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            raise TapeoutError(
+                f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {self._vocab_size}."
+            )
+
+
+def _ran(session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+    try:
+        found: list[Any] = session.run(outputs, feed)
+    except Exception as error:  # its own tree, rooted in Exception
+        raise RuntimeCrash(f"onnxruntime cannot run {feed['input_ids'].shape[1]} tokens: {error}") from error
+    return found
+
+
 class TracedOnnx:
     """A TracedSession on onnxruntime; see ``open_traced``."""
 
@@ -391,6 +479,15 @@ def _check_text(text: str) -> None:
         raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
 
 
+def _overflows() -> bool:
+    """Whether pairs of int8 products are summed in 16 bits here: on x86 without VNNI, or where nothing says that it is there.
+
+    Asked for others, onnxruntime takes slow kernels on any x86 CPU.
+    """
+    flags = Path("/proc/cpuinfo")
+    return machine() in ("x86_64", "AMD64") and not (flags.exists() and "vnni" in flags.read_text())
+
+
 def open_traced(directory: str, context: int, threads: int | None = None) -> TracedOnnx:
     """Load ``model.onnx`` with every named value in sight, and without the rounding of inputs; the file stays as it is.
 
@@ -422,7 +519,7 @@ def open_session(
     graph: str | None = None,
     threads: int | None = None,
     chunk: int = 512,
-) -> OnnxRuntime | OnnxEncoder | OnnxModule:
+) -> OnnxRuntime | OnnxEncoder | OnnxModule | OnnxSeq2Seq:
     """Load ``model.onnx`` and its data on the CPU.
 
     Args:
@@ -446,16 +543,24 @@ def open_session(
     tokenizer = _tokenizer(directory) if words.is_file() else None
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     loaded, version, device = _load(directory, model, model.read_bytes(), threads)
-    load_s = perf_counter() - begin
     said = loaded.get_modelmeta().custom_metadata_map
+    source = None
+    if "tapeout.start" in said:  # an encoder-decoder: two graphs over one data file
+        beside = model.with_name("encoder.onnx")
+        source, _, _ = _load(directory, beside, beside.read_bytes(), threads)
+    load_s = perf_counter() - begin
     facts = Facts(version, device, load_s, 0, context)
-    session: OnnxRuntime | OnnxEncoder | OnnxModule
+    session: OnnxRuntime | OnnxEncoder | OnnxModule | OnnxSeq2Seq
     # What is mapped counts as resident only once it was read.
     if said.get("tapeout.graph") == "torch.export":
         from safetensors.numpy import load_file
 
         session = OnnxModule(facts, loaded, Samples(load_file(samples)))
         session.infer(0, 0)
+    elif source is not None:
+        session = OnnxSeq2Seq(facts, source, loaded, tokenizer)
+        session.prefill([0])
+        session.reset()
     elif "tapeout.output" in said:
         session = OnnxEncoder(facts, loaded, tokenizer)
         session.encode([[0]], [[1]])
@@ -476,6 +581,8 @@ def _load(directory: str, model: Path, graph: bytes, threads: int | None) -> tup
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what is fatal is raised as well
+    if _overflows():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
     try:
         loaded = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])

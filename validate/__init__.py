@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tapeout import CalledByItsName
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact
-from tapeout.models import EncoderConfig, Model, TracedConfig
+from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig
 from tapeout.quantize import Quantized
 from tapeout.validate import gates
 from tapeout.validate.encoder_evidence import EncoderEvidence
@@ -22,6 +22,7 @@ from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
 from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult, Report
+from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 
@@ -35,7 +36,7 @@ _NOT_OF_MODULES = {
     "tokenizer": "a plain module takes arrays: there is no tokenizer.",
     "task": "a plain module takes arrays: there are no prompts with answers.",
 }
-_GOLDEN_PROMPTS, _GOLDEN_TOKENS = 3, 16
+_GOLDEN_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def validate(
 def _kind(model: Model) -> type[Evidence]:
     if isinstance(model.config, EncoderConfig):
         return EncoderEvidence
+    if isinstance(model.config, Seq2SeqConfig):
+        return Seq2SeqEvidence
     return ModuleEvidence if isinstance(model.config, TracedConfig) and model.config.is_module else Evidence
 
 
@@ -182,19 +185,13 @@ def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:
         pairs = list(zip(evidence.sequences, evidence.cached, strict=True))[:_GOLDEN_PROMPTS]
     except TapeoutError:
         return ()
-    found = []
-    if isinstance(evidence, EncoderEvidence):
-        return tuple((tuple(ids), rows[0].copy()) for ids, rows in pairs)
-    for ids, logits in pairs:
-        length = min(_GOLDEN_TOKENS, len(ids))
-        found.append((tuple(ids[:length]), logits[length - 1].copy()))
-    return tuple(found)
+    return tuple(evidence.golden(ids, rows) for ids, rows in pairs)
 
 
 def _golden_arrays(evidence: Evidence) -> Mapping[str, npt.NDArray[Any]]:
     """The same of a module, which has no prompts."""
     try:
-        return evidence.golden() if isinstance(evidence, ModuleEvidence) else {}
+        return evidence.golden_arrays() if isinstance(evidence, ModuleEvidence) else {}
     except TapeoutError:  # a gate has said why
         return {}
 

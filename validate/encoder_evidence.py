@@ -56,6 +56,10 @@ class EncoderEvidence(Evidence):
             rounded = self.record("rounded", spec, self.sequences)
         return Distance.between(self.dequantized, rounded)
 
+    def golden(self, ids: Sequence[int], rows: Logits) -> tuple[tuple[int, ...], Logits]:
+        """A text, and its first row."""
+        return tuple(ids), rows[0].copy()
+
     @property
     def of_different_lengths(self) -> list[list[int]]:
         """A batch of the first sequences, each cut to another length, the first to one token."""

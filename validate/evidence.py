@@ -31,6 +31,7 @@ from tapeout.validate.worker import WorkerSession, open_session
 _REFERENCE = "tapeout.validate.reference:open_session"
 _GRAPH = "tapeout.validate.primitives:open_session"
 DECODED = 64  # tokens that the decode gate takes one by one
+_GOLDEN_TOKENS = 16  # of a golden prompt at most
 _WINDOW = 512  # tokens of a sequence of text
 _AT_ONCE = 20  # tasks that a worker answers before it is heard of
 
@@ -167,6 +168,24 @@ class Evidence:
                 "the evaluation text gives no token with this tokenizer: give a text of the model's own kind."
             )
         return (flat * (length // len(flat) + 1))[:length]
+
+    def begin(self, session: Any) -> None:
+        """Make a session ready for the tokens of ``probed``."""
+        session.reset()
+
+    @property
+    def probed(self) -> list[int]:
+        """The tokens that the decode gate appends."""
+        return self.probe
+
+    def scored(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of a sequence that its rows of logits stand behind."""
+        return list(ids)
+
+    def golden(self, ids: Sequence[int], rows: Logits) -> tuple[tuple[int, ...], Logits]:
+        """A prompt, and the row that must follow it."""
+        length = min(_GOLDEN_TOKENS, len(ids))
+        return tuple(ids[:length]), rows[length - 1].copy()
 
     @cached_property
     def said(self) -> Said:

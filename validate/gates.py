@@ -152,9 +152,15 @@ def _difference(found: QuantTensor, expected: QuantTensor) -> str:
 
 
 def _parts(found: QuantTensor, expected: QuantTensor) -> Iterator[tuple[str, Any, Any]]:
-    """The arrays of both that must be equal. A scale's own codes need not be in the file, where the scale they mean is."""
+    """The arrays of both that must be equal.
+
+    A scale's own codes need not be in the file, where the scale they mean is; nor a static scale of inputs, which not every
+    runtime has a use for.
+    """
     for part in ("packed", "scale", "zero_point", "codebook"):
         yield part, getattr(found, part), getattr(expected, part)
+    if found.input_scale is not None:
+        yield "input_scale", found.input_scale, expected.input_scale
     for part in ("scale_codes", "minimum"):
         mine, theirs = getattr(found, part), getattr(expected, part)
         if mine is not None or (theirs is not None and part == "minimum"):
@@ -217,7 +223,7 @@ def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: S
 
 def decode(evidence: Evidence) -> list[GateResult]:
     """Compare token-by-token decoding, and other batch sizes, with one prefill on the same device."""
-    session, window, ids = evidence.deployed, evidence.window, evidence.probe
+    session, window, ids = evidence.deployed, evidence.window, evidence.probed
     length, predicted = len(ids), evidence.cost(evidence.predicted_probe)
     # Once two runs have parted, each has a rounding error of its own: their variances add up.
     limit = _TWICE * 2 * predicted + _FLOAT_FLOOR
@@ -225,14 +231,14 @@ def decode(evidence: Evidence) -> list[GateResult]:
     lead = 4 * (evidence.predicted_probe.worst + _FLOAT_DEVIATION)
     sizes = [size for size in (7, 32) if size < length]
     head, tail = ids[: -min(DECODED, length - 1)], ids[-min(DECODED, length - 1) :]
-    session.reset()
+    evidence.begin(session)
     whole = session.prefill(ids)
     roads: dict[str, Logits] = {}
-    session.reset()
+    evidence.begin(session)
     session.prefill(head)
     roads["decode"] = np.array([session.decode(token) for token in tail])
     for size in sizes:
-        session.reset()
+        evidence.begin(session)
         parts = [session.prefill(ids[at : at + size]) for at in range(0, length, size)]
         roads[f"batches of {size}"] = np.concatenate(parts)
     results = []
@@ -281,12 +287,10 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.top1 is not None
     assert limits.perplexity is not None
     distance = _distance(evidence.original, evidence.quantized)
-    tokens = max(1, sum(len(ids) - 1 for ids in evidence.sequences))
+    scored = [evidence.scored(ids) for ids in evidence.sequences]
+    tokens = max(1, sum(len(ids) - 1 for ids in scored))
     loss = [
-        sum(
-            negative_log_likelihood(logits, np.array(ids))
-            for logits, ids in zip(each, evidence.sequences, strict=True)
-        )
+        sum(negative_log_likelihood(logits, np.array(ids)) for logits, ids in zip(each, scored, strict=True))
         / tokens
         for each in (evidence.original, evidence.quantized)
     ]

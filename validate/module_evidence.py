@@ -78,7 +78,7 @@ class ModuleEvidence(Evidence):
             )
         return Distance.between(self.dequantized, rounded)
 
-    def golden(self) -> dict[str, np.ndarray[Any, Any]]:
+    def golden_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs ``inputs.N.NAME`` and what must come out, ``outputs.N.K`` [rows, width], of the first samples."""
         found: dict[str, np.ndarray[Any, Any]] = {}
         for (sample, output), rows in zip(self.sequences, self.dequantized, strict=True):

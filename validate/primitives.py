@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError
-from tapeout.models import DecoderConfig, EncoderConfig, TracedConfig, load
+from tapeout.models import DecoderConfig, EncoderConfig, load
 from tapeout.models.encoder import encoder
 from tapeout.models.graph import decoder
 from tapeout.models.torch_encoder import TorchEncoderOps
@@ -171,10 +171,8 @@ def open_session(model: str, store: str | None = None) -> Primitives:
         ModelError: there is no store, and the checkpoint has codes only.
     """
     source = load(model)
-    if isinstance(source.config, TracedConfig):
-        raise ModelError(
-            f"{source.name} has a graph that {source.graph} made; its values have no names in common with ours."
-        )
+    if not isinstance(source.config, DecoderConfig | EncoderConfig):
+        raise ModelError(f"{source.name} is {source.kind}; only decoders and encoders are walked.")
     quant = open_store(Path(store), source) if store is not None else None
     if source.quantization is not None and quant is None:
         raise ModelError(

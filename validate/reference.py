@@ -22,9 +22,9 @@ import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf, onnx
-from tapeout.models import EncoderConfig, Model, TracedConfig, load
+from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders, modules
+from tapeout.validate import encoders, modules, seq2seq
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
-) -> Reference | encoders.EncoderReference | modules.ModuleReference:
+) -> Reference | encoders.EncoderReference | modules.ModuleReference | seq2seq.Seq2SeqReference:
     """Load the reference of a model.
 
     Args:
@@ -211,8 +211,8 @@ def open_session(
     if isinstance(source.config, TracedConfig) and source.config.is_module:
         run = modules.program(source, quant, _ROUNDED.get(arithmetic), double=arithmetic == "float64")
         return modules.ModuleReference(source, run, _facts(before, begin, 0))
-    encodes = isinstance(source.config, EncoderConfig)
-    network = encoders.network(source, layers) if encodes else _network(source, layers)
+    networks = {EncoderConfig: encoders.network, Seq2SeqConfig: seq2seq.network}
+    network = networks.get(type(source.config), _network)(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     if arithmetic == "float64":
@@ -223,8 +223,11 @@ def open_session(
     if kv_cache is not None:
         _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
     facts = _facts(before, begin, source.config.max_position_embeddings)
-    if encodes:
-        return encoders.EncoderReference(source, network, facts, cache(partial(tokenizer, source.directory)))
+    words = cache(partial(tokenizer, source.directory))
+    if isinstance(source.config, EncoderConfig):
+        return encoders.EncoderReference(source, network, facts, words)
+    if isinstance(source.config, Seq2SeqConfig):
+        return seq2seq.Seq2SeqReference(source, network, facts, words)
     return Reference(source.directory, network, facts)
 
 
@@ -488,9 +491,12 @@ def _as_ggml(quant: Quantized, name: str) -> Round | None:
 
 
 def _as_mlas(quant: Quantized, name: str) -> Round | None:
-    """Every quantized weight whose container is one whose kernels round."""
-    scheme = quant.schemes[name]
-    block = None if scheme.kind == "none" else onnx.input_block(scheme, quant.model.specs[name].shape[-1])
+    """Every quantized weight whose container is one whose kernels round; as the scheme says where it says how."""
+    spec = quant.model.specs[name]
+    scheme = onnx.as_held(quant.schemes[name], spec.role)
+    if scheme.activations:
+        return _as_the_scheme_says(quant, name)
+    block = None if scheme.kind == "none" else onnx.input_block(scheme, spec.shape[-1])
     return None if block is None else partial(round_mlas, block=block)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tapeout.errors import ModelError
-from tapeout.models import DecoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig
 from tapeout.models.rope import attention_factor, mscale
 
 _GELU = "gelu_pytorch_tanh"
@@ -160,6 +160,32 @@ def choose(config: DecoderConfig, sliding_window: str, layers: int) -> tuple[str
         f"context of {window}"
     )
     return "granite_swa", context, [*notes, note]
+
+
+def choose_encoder(config: EncoderConfig) -> list[str]:
+    """Notes of an encoder, which llama.cpp's arch ``bert`` computes for its embeddings.
+
+    Raises:
+        ModelError: what the arch does not compute.
+    """
+    unfit: dict[str, Any] = {}
+    if config.family != "bert":
+        unfit["model_type"] = config.family
+    if config.output == "logits":
+        unfit["a head of classes"] = len(config.labels)
+    if not config.hidden_act.startswith("gelu"):
+        unfit["hidden_act"] = config.hidden_act
+    if unfit:
+        fields = ", ".join(f"{field} = {value}" for field, value in unfit.items())
+        raise ModelError(f"{fields} is not expressible in GGUF arch 'bert'. What fits: format onnx.")
+    notes = []
+    if config.normalize:
+        notes.append(
+            "llama.cpp's library gives embeddings as they are pooled; its tools and tapeout divide them by their length, as the model does"
+        )
+    if config.type_rows > 1:
+        notes.append("llama.cpp gives every token type 0")
+    return notes
 
 
 def turns_neighbours(config: DecoderConfig) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, ModelError, SchemeError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
 from tapeout.exporters.gguf import blocks, k_blocks
-from tapeout.exporters.gguf.arch import ARCHS, choose
+from tapeout.exporters.gguf.arch import ARCHS, choose, choose_encoder
 from tapeout.models import DecoderConfig, EncoderConfig, Role, SourceTensor
 from tapeout.models.rope import divisors
 from tapeout.quantize import Quantized, QuantTensor, Scheme
@@ -185,11 +185,13 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
         ModelError: a field of the model's config that its arch does not express, or nvfp4 where llama.cpp drops half of it.
         SchemeError: a tensor's scheme that GGUF does not carry.
     """
-    if isinstance(quant.model.config, EncoderConfig):
+    config = quant.model.config
+    if isinstance(config, EncoderConfig):
+        return _encoder(quant, config, as_float32=as_float32, layers=layers)
+    if not isinstance(config, DecoderConfig):
         raise ModelError(
-            f"{quant.model.name} is an encoder ({quant.model.config.family}), which is not expressible in our GGUF: use --format onnx."
+            f"{quant.model.name} is {quant.model.kind}, which is not expressible in our GGUF: use --format onnx."
         )
-    config = quant.model.decoder
     count = config.num_layers if layers is None else layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
@@ -230,6 +232,29 @@ def lay_out(quant: Quantized, *, sliding_window: str, as_float32: bool, layers: 
             sinks = np.full(config.num_heads, _NO_SINK)
             entries.append(Entry(f"blk.{layer}.attn_sinks.weight", None, sinks.shape, "F32", values=sinks))
     return Layout(arch, context, tuple(entries), tuple(notes), count)
+
+
+def _encoder(quant: Quantized, config: EncoderConfig, *, as_float32: bool, layers: int | None) -> Layout:
+    """Of an encoder, in its checkpoint's order."""
+    notes = choose_encoder(config)
+    count = config.num_layers if layers is None else layers
+    if not 1 <= count <= config.num_layers:
+        raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
+    names = library().get_tensor_name_map(library().MODEL_ARCH.BERT, config.num_layers)
+    left_out = tuple(f"{config.names.layer.format(index)}." for index in range(count, config.num_layers))
+    entries = []
+    for source, spec in quant.model.specs.items():
+        if source.startswith(left_out):
+            continue
+        kind, block, note = ("F32", None, None) if as_float32 else _kind(quant, source)
+        if note and note not in notes:
+            notes.append(note)
+        if block is blocks.NVFP4:
+            raise ModelError(
+                f"{source} cannot be nvfp4 in GGUF arch 'bert': it is proven of dense llamas. What fits: mxfp4."
+            )
+        entries.append(Entry(_name(names, source, False), source, spec.shape, kind, block))
+    return Layout("bert", config.max_position_embeddings, tuple(entries), tuple(notes), count)
 
 
 def _rope_tables(config: DecoderConfig) -> list[Entry]:

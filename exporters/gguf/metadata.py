@@ -7,7 +7,7 @@ from typing import Any
 
 from tapeout.exporters.gguf.arch import ARCHS
 from tapeout.exporters.gguf.layout import Layout, library
-from tapeout.models import DecoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig
 from tapeout.models.decoder import Moe
 from tapeout.models.rope import attention_factor, mscale
 from tapeout.quantize import Quantized
@@ -39,7 +39,7 @@ def largest_kind(layout: Layout) -> str:
 def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     """Add everything but the tokenizer to a ``gguf.GGUFWriter``."""
     gguf = library()
-    config, model = quant.model.decoder, quant.model
+    model = quant.model
     kind = largest_kind(layout)
     writer.add_type("model")
     writer.add_name(name)
@@ -53,6 +53,10 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     writer.add_string("tapeout.codes_sha256", quant.digest)
 
     writer.add_context_length(layout.context)
+    if isinstance(model.config, EncoderConfig):
+        _add_encoder(writer, model.config, layout)
+        return
+    config = model.decoder
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(layout.layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -78,6 +82,21 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
         # Without the lengths of a compressed cache llama.cpp takes kv_b as it is, in the canonical codes.
         writer.add_kv_lora_rank(config.mla.kv_rank)
         writer.add_q_lora_rank(config.mla.q_rank or 0)
+
+
+def _add_encoder(writer: Any, config: EncoderConfig, layout: Layout) -> None:
+    kinds = library().PoolingType
+    pooled = {"cls": kinds.CLS, "mean": kinds.MEAN}[config.pooling]
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(layout.layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(pooled if config.output == "sentence_embedding" else kinds.NONE)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_token_type_count(max(1, config.type_rows))
+    writer.add_bool("tapeout.normalize", config.normalize)
 
 
 def _add_rope(writer: Any, config: DecoderConfig) -> None:

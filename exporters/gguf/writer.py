@@ -19,7 +19,7 @@ from tapeout.exporters.gguf import metadata, tokenizer
 from tapeout.exporters.gguf.layout import FLOATS, Entry, Index, Layout, lay_out, library
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
-from tapeout.models import SourceTensor
+from tapeout.models import EncoderConfig, SourceTensor
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
@@ -110,8 +110,11 @@ def _bytes_per_token(quant: Quantized, layout: Layout) -> int:
     """Bytes that a token reads: every tensor whole, but of the experts those that it is routed to, and one row of an embedding
     table that is not the head as well.
     """
-    config = quant.model.decoder
-    total = 0
+    config = quant.model.config
+    if isinstance(config, EncoderConfig):
+        tables = ("token_embd.weight", "position_embd.weight", "token_types.weight")
+        return sum(e.nbytes // e.shape[0] if e.name in tables else e.nbytes for e in layout.entries)
+    config, total = quant.model.decoder, 0
     for entry in layout.entries:
         share = entry.nbytes
         if entry.name == "token_embd.weight" and not config.tie_word_embeddings:

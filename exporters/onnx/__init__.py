@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tapeout.exporters.onnx.blocks import carries, input_block
+from tapeout.exporters.onnx.blocks import as_held, carries, input_block
 from tapeout.exporters.onnx.genai import cache_shape
 from tapeout.exporters.onnx.graph import check_size
 from tapeout.exporters.onnx.reader import describe, read_codes
 from tapeout.exporters.onnx.writer import exact_graph, write
 
 __all__ = [
+    "as_held",
     "cache_shape",
     "carries",
     "check_size",

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.exporters import Carry, Exact, Refused
-from tapeout.quantize import QuantTensor, Scheme
+from tapeout.models import Role
+from tapeout.quantize import SCHEMES, QuantTensor, Scheme
 from tapeout.quantize.tensor import pack, unpack
 
 Bytes = npt.NDArray[np.uint8]
@@ -147,22 +148,24 @@ class Float8:
 
 @dataclass(frozen=True)
 class Linear:
-    """ONNX's own DequantizeLinear: codes as integers of the format, signed where there is no zero point.
+    """ONNX's own integers, for DequantizeLinear and matmuls of integers: signed where there is no zero point.
 
     Attributes:
         bits: of a code in the file: 4 or 8.
         block: weights under a scale; None: a row.
         zero_point: whether each block has one; codes and zero points are then unsigned.
         turned: [in, out], as MatMul takes it; otherwise [out, in], for lookups.
+        static: whether the calibrated scale of int8 inputs is there.
 
     Parts, turned: ``codes`` (u)int4 or (u)int8 [in, out]; ``scales`` float32 [in / block, out], or [out] of rows;
-    ``zero_points`` as the codes [in / block, out].
+    ``zero_points`` as the codes [in / block, out]; ``input_scale`` float32 [].
     """
 
     bits: int
     block: int | None
     zero_point: bool
     turned: bool
+    static: bool = False
 
     @property
     def kind(self) -> str:
@@ -185,6 +188,8 @@ class Linear:
         }
         if self.zero_point:
             found["zero_points"] = (self.kind, each)
+        if self.static:
+            found["input_scale"] = ("FLOAT", ())
         return found
 
     def pack(self, tensor: QuantTensor) -> Parts:
@@ -196,6 +201,8 @@ class Linear:
         if self.zero_point:
             assert tensor.zero_point is not None
             parts["zero_points"] = self._integers(np.asarray(tensor.zero_point))
+        if self.static:
+            parts["input_scale"] = np.array(tensor.input_scale, np.float32)
         return parts
 
     def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
@@ -207,6 +214,8 @@ class Linear:
         if self.zero_point:
             points = self._rows(parts["zero_points"], *like.scale.shape)
             found = replace(found, zero_point=points.astype(np.uint8))
+        if self.static:
+            found = replace(found, input_scale=parts["input_scale"].reshape(-1)[0])
         return _with_codes(found, codes.astype(np.uint8))
 
     def _rows(self, part: npt.NDArray[np.generic], rows: int, columns: int) -> npt.NDArray[np.generic]:
@@ -221,8 +230,11 @@ class Linear:
 Container = NBits | Bnb4 | Float8 | Linear
 
 
-def container_of(scheme: Scheme, into: int) -> NBits | Bnb4 | Float8 | None:
+def container_of(scheme: Scheme, into: int) -> Container | None:
     """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
+    if scheme.activations:  # what kernels that multiply integers with integers take
+        static = scheme.activations == "int8-static"
+        return Linear(scheme.bits, scheme.group, zero_point=False, turned=True, static=static)
     if scheme.levels == "nf4":
         return Bnb4()
     if scheme.levels == "e4m3" and scheme.scales == "float16":
@@ -254,8 +266,18 @@ def block_of(scheme: Scheme, into: int) -> int | None:
     return next((block for block in _BLOCKS if into % block == 0), None)
 
 
+def as_held(scheme: Scheme, role: Role) -> Scheme:
+    """The scheme by which a tensor is held: a table that is looked up has no inputs to round, nor has a head that shares it."""
+    if scheme.activations and role is Role.EMBEDDING:
+        return replace(SCHEMES["int8"], name=scheme.name)
+    return scheme
+
+
 def input_block(scheme: Scheme, into: int) -> int | None:
-    """Inputs of a matmul that ONNX Runtime rounds to int8 under one scale, as deployed; None: it leaves them float32."""
+    """Inputs of a matmul that ONNX Runtime rounds to int8 under one scale, as deployed; None: it leaves them float32.
+
+    Not asked of a scheme that says itself how inputs are rounded.
+    """
     container = container_of(scheme, into)
     # There are no int8 kernels of 2 bits for the shortest and the longest blocks.
     rounds = isinstance(container, NBits) and (container.bits > 2 or container.block in (32, 64, 128))
@@ -275,15 +297,13 @@ def carries(scheme: Scheme) -> Carry:
         return Exact("MatMulBnb4, slow", 4 + 32 / container.block)
     if isinstance(container, Float8):
         return Exact(f"{FLOAT8}, float32 in memory")
+    if isinstance(container, Linear):
+        each = "calibrated" if container.static else "a token"
+        return Exact(f"{container.kind}, inputs too, their scale {each}")
     assert isinstance(container, NBits)
     bits = container.bits + (32 + container.bits * container.zero_point) / container.block
     wider = f", at {bits:g} bits" if container.bits != scheme.bits else ""
-    inputs = {
-        None: "",
-        "int8": ", inputs a scale a block",
-        "int8-static": ", the inputs' static scale unused",
-    }
-    return Exact(container.kind + wider + inputs[scheme.activations], bits)
+    return Exact(container.kind + wider, bits)
 
 
 def _swap(packed: Bytes) -> Bytes:

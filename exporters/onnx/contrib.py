@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, NBits, block_of, kernel_width
+from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, Linear, NBits, block_of, kernel_width
 from tapeout.exporters.onnx.emitter import Cut, Emitter, Routing, Run, Sum, Value
 from tapeout.exporters.onnx.graph import DOMAIN, library
 from tapeout.models.decoder import Attention, Mla, Moe
@@ -21,8 +22,11 @@ from tapeout.models.rope import Rope
 from tapeout.quantize import QuantTensor
 
 
+@dataclass
 class ContribOps(Emitter):
     """``Ops`` that writes onnxruntime's operators."""
+
+    _rounded: dict[tuple[str, float], str] = field(default_factory=dict)  # values under a static scale
 
     def embedding(self, name: str, ids: Value, weight: str, scale: float) -> str:
         """GatherBlockQuantized of the table that a tied head multiplies with; of NF4 and FP8, row by row."""
@@ -92,11 +96,13 @@ class ContribOps(Emitter):
         return np.asarray(tensor.codebook, np.float32)
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
-        """MatMulNBits, MatMulBnb4 or FusedMatMul."""
+        """MatMulNBits, MatMulBnb4, MatMulIntegerToFloat or FusedMatMul."""
         x = self._wanted(name, x)
         container = self.graph.container(weight)
         if isinstance(container, NBits):
             return self._n_bits(name, x, weight, container, bias)
+        if isinstance(container, Linear) and not self.exact:
+            return self._integers(name, x, weight, container, bias)
         out = f"{name}.product" if bias else name
         if isinstance(container, Bnb4):
             codes, scales = self._parts(weight, container)
@@ -105,11 +111,17 @@ class ContribOps(Emitter):
                 "MatMulBnb4", [x, codes, scales], out, domain=DOMAIN,
                 N=rows, K=into, block_size=container.block, quant_type=1, transB=1,
             )  # fmt: skip
+        elif isinstance(
+            container, Linear
+        ):  # not DequantizeLinear, of which onnxruntime would make int8 products again
+            codes, scales, *_ = self._parts(weight, container)
+            wide = self.graph.node("Mul", [self._float32(codes, f"{out}.levels"), scales], f"{out}.weight")
+            y = self.graph.node("MatMul", [x, wide], out)
         else:
             y = self.graph.node(
                 "FusedMatMul", [x, self._floats(weight, container)], out, domain=DOMAIN, transB=1
             )
-        return self.graph.node("Add", [y, self.graph.vector(bias)], name) if bias else y
+        return self._plus(name, y, self.graph.vector(bias)) if bias else y
 
     def rms_norm(self, name: str, x: Value, weight: str, *, eps: float, offset: float, parts: int = 1) -> str:
         """RMSNormalization, or SkipSimplifiedLayerNormalization of a sum that nobody has asked for yet."""
@@ -298,6 +310,48 @@ class ContribOps(Emitter):
             return multiply(f"{at}.down", self.gated(f"{at}.inner", gate, up, act), "down", hidden, inner)
 
         return run
+
+    def _plus(self, name: str, x: str, y: str) -> str:
+        return self.graph.node("Add", [x, y], name)
+
+    def _integers(self, name: str, x: str, weight: str, container: Linear, bias: str | None) -> str:
+        """Int8 with int8: the inputs' codes, which whatever multiplies the same inputs shares, and a scale for each output."""
+        g = self.graph
+        codes, scales, *static = self._parts(weight, container)
+        # Unsigned with the zero point in the middle: for those CPUs have faster products with signed weights.
+        zero = g.constant("int8.zero", np.array(128, np.uint8))
+        last = [g.vector(bias)] if bias else []
+        if static:
+            tensor = g.quant[weight]
+            assert isinstance(tensor, QuantTensor)
+            key = (x, float(tensor.input_scale or 0))
+            if key not in self._rounded:
+                self._rounded[key] = g.node("QuantizeLinear", [x, *static, zero], f"{name}.int8")
+            inputs = [self._rounded[key], codes, *static, scales, zero, *(["", *last] if last else [])]
+            return g.node("MatMulIntegerToFloat", inputs, name, domain=DOMAIN)
+        given, step = self._by_token(x, zero)
+        one = g.constant("int8.one", np.ones((), np.float32))
+        y = g.node("MatMulIntegerToFloat", [given, codes, one, scales, zero], f"{name}.sums", domain=DOMAIN)
+        y = g.node("Mul", [y, step], f"{name}.product" if bias else name)
+        return self._plus(name, y, *last) if bias else y
+
+    def _by_token(self, x: str, zero: str) -> tuple[str, str]:
+        """Codes of x [..., in] under a scale for each token, amax / 127, and these scales [..., 1].
+
+        A token of zeros has the scale 0, by which whatever its codes give is multiplied.
+        """
+        g, given, step = self.graph, f"{x}.int8", f"{x}.int8.step"
+        if any(node.name == given for node in g.nodes):
+            return given, step
+        last = g.constant("last", np.array([-1]))
+        largest = g.node("ReduceMax", [g.node("Abs", [x], f"{x}.abs"), last], f"{x}.largest", keepdims=1)
+        g.node("Div", [largest, g.constant("int8.largest", np.array(127, np.float32))], step)
+        steps = g.node("Reshape", [step, last], f"{step}.flat")
+        zeros = g.node("Expand", [zero, g.node("Shape", [steps], f"{x}.count")], f"{x}.int8.zeros")
+        g.node("Flatten", [x], f"{x}.rows", axis=-1)
+        codes = g.node("QuantizeLinear", [f"{x}.rows", steps, zeros], f"{given}.rows", axis=0)
+        g.node("Reshape", [codes, g.node("Shape", [x], f"{x}.shape")], given)
+        return given, step
 
     def _parts(self, weight: str, container: Container, codes: tuple[int, ...] | None = None) -> list[str]:
         """The initializers of a tensor: codes (in this shape, if nobody has asked before), scales, zero points."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -322,6 +323,12 @@ class Emitter(ABC):
 
     def _float32(self, x: str, name: str) -> str:
         return self.graph.node("Cast", [x], name, to=library().TensorProto.FLOAT)
+
+    def _once(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """A node that another use may have written already."""
+        if not any(node.name == name for node in self.graph.nodes):
+            self.graph.node(op, inputs, name, **attributes)
+        return name
 
     def _times(self, name: str, x: str, factor: float) -> str:
         by = self.graph.constant(f"{name}.factor", np.array(factor, np.float32))

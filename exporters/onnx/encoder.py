@@ -6,34 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tapeout.exporters.onnx.blocks import NBits
 from tapeout.exporters.onnx.contrib import ContribOps
-from tapeout.exporters.onnx.emitter import Cut, Routing, Sum
+from tapeout.exporters.onnx.emitter import Value
 from tapeout.exporters.onnx.graph import DOMAIN, library
-from tapeout.models.encoder import EncoderConfig, SelfAttention
+from tapeout.models.encoder import LOWEST, EncoderConfig, SelfAttention
 from tapeout.models.rope import cos_sin
-
-_LOWEST = float(np.finfo(np.float32).min)  # what scores of padding become
-
-
-@dataclass
-class Biased:
-    """A product whose bias is added by what reads it, where that can, or as soon as something else does."""
-
-    name: str
-    product: str
-    bias: str
-    written: bool = False
-
-
-Value = str | Sum | Cut | Routing | Biased
 
 
 @dataclass
 class EncoderContribOps(ContribOps):
     """``EncoderOps`` that writes nodes; see ``tapeout.models.encoder``."""
-
-    keep_sums: bool = False  # pre-norm: what a norm adds up is used again
 
     def ids(self) -> str:
         """Declare what every batch is given, and what follows from it."""
@@ -61,13 +43,6 @@ class EncoderContribOps(ContribOps):
             shape = ["batch", "tokens", config.width]
         self.graph.outputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
-    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> Value:  # type: ignore[override]
-        """As for decoders, but the bias of a matmul that takes none goes into what follows."""
-        x = self._use(x)
-        if bias is None or isinstance(self.graph.container(weight), NBits):
-            return super().linear(name, x, weight, bias)
-        return Biased(name, super().linear(f"{name}.product", x, weight, None), self.graph.vector(bias))
-
     def _wanted(self, name: str, x: Value) -> str:
         """All of it: no row of a head's input is left out."""
         return self._use(x)
@@ -94,35 +69,25 @@ class EncoderContribOps(ContribOps):
         """Gather."""
         return self.graph.node("Gather", [self.graph.vector(weight), "token_type_ids"], name)
 
-    def add(self, name: str, x: Value, y: Value) -> Sum:
-        """Nothing yet: a norm takes the sum with it, and a bias in its second part."""
-        mine = self._use(x)
-        if isinstance(y, Biased) and not y.written:
-            y.written = True
-            return BiasedSum(name, mine, y.product, bias=y.bias)
-        return Sum(name, mine, self._use(y))
+    def add(self, name: str, x: Value, y: Value) -> str:  # type: ignore[override]
+        """Sum."""
+        return self._plus(name, self._use(x), self._use(y))
+
+    def _plus(self, name: str, x: str, y: str) -> str:
+        """Sum: an Add would be made one with a norm or a GELU behind it (SkipLayerNormalization, BiasGelu of onnxruntime 1.32).
+
+        Their kernels take four times and twice as long as both nodes.
+        """
+        return self.graph.node("Sum", [x, y], name)
 
     def layer_norm(self, name: str, x: Value, weight: str, bias: str, *, eps: float) -> str:
-        """LayerNormalization, or SkipLayerNormalization of a sum that nobody has asked for yet."""
-        given = [self.graph.vector(weight), self.graph.vector(bias)]
-        if isinstance(x, Sum) and not x.written:
-            outputs = [name]
-            if self.keep_sums:
-                x.written = True
-                outputs = [name, "", "", x.name]
-            more = [x.bias] if isinstance(x, BiasedSum) else []
-            return self.graph.node(
-                "SkipLayerNormalization", [x.x, x.y, *given, *more], name, outputs, domain=DOMAIN, epsilon=eps
-            )
-        return self.graph.node("LayerNormalization", [self._use(x), *given], name, axis=-1, epsilon=eps)
+        """LayerNormalization."""
+        given = [self._use(x), self.graph.vector(weight), self.graph.vector(bias)]
+        return self.graph.node("LayerNormalization", given, name, axis=-1, epsilon=eps)
 
     def activation(self, name: str, x: Value, act: str) -> str:
-        """One node; the exact GELU adds the bias of what it is given."""
-        g = self.graph
-        if act == "gelu" and isinstance(x, Biased) and not x.written:
-            x.written = True
-            return g.node("BiasGelu", [x.product, x.bias], name, domain=DOMAIN)
-        y = self._use(x)
+        """One node."""
+        g, y = self.graph, self._use(x)
         if act == "silu":
             return g.node("QuickGelu", [y], name, domain=DOMAIN, alpha=1.0)
         if act.startswith("gelu"):
@@ -147,7 +112,7 @@ class EncoderContribOps(ContribOps):
         mask = self._once("Cast", ["attention_mask"], "padding_mask", to=library().TensorProto.INT32)
         return g.node(
             "MultiHeadAttention", [q, k, v, "", mask], name, domain=DOMAIN,
-            num_heads=spec.heads, mask_filter_value=_LOWEST,
+            num_heads=spec.heads, mask_filter_value=LOWEST,
         )  # fmt: skip
 
     def first(self, name: str, x: Value) -> str:
@@ -176,28 +141,3 @@ class EncoderContribOps(ContribOps):
         length = g.node("ReduceL2", [y, g.constant("last", np.array([-1]))], f"{name}.length", keepdims=1)
         least = g.constant("least_length", np.array(1e-12, np.float32))
         return g.node("Div", [y, g.node("Max", [length, least], f"{name}.divisor")], name)
-
-    def _once(self, op: str, inputs: list[str], name: str, *, to: int) -> str:
-        """A node that several ask for."""
-        if not any(node.name == name for node in self.graph.nodes):
-            self.graph.node(op, inputs, name, to=to)
-        return name
-
-    def _use(self, value: Value) -> str:
-        if isinstance(value, Biased):
-            if not value.written:
-                value.written = True
-                self.graph.node("Add", [value.product, value.bias], value.name)
-            return value.name
-        if isinstance(value, BiasedSum) and not value.written:
-            value.written = True
-            y = self.graph.node("Add", [value.y, value.bias], f"{value.name}.biased")
-            return self.graph.node("Add", [value.x, y], value.name)
-        return super()._use(value)
-
-
-@dataclass
-class BiasedSum(Sum):
-    """A sum whose second part still lacks its bias."""
-
-    bias: str = ""

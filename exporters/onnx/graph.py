@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, PackageError, SchemeError
 from tapeout.exporters import Refused
-from tapeout.exporters.onnx.blocks import Container, NBits, carries, container_of
+from tapeout.exporters.onnx.blocks import Container, NBits, as_held, carries, container_of
 from tapeout.models import SourceTensor
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -121,6 +121,7 @@ class Graph:
 
     Attributes:
         containers: of each tensor that was asked for, by its Hugging Face name.
+        others: graphs over the same initializers, by the files that they stand in.
         notes: what a user has to know.
         name: of the whole.
         opset: of the standard operators.
@@ -136,6 +137,21 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     name: str = "decoder"
     opset: int = OPSET
+    others: dict[str, Graph] = field(default_factory=dict)
+    shares: bool = False  # initializers with another: it then holds those alone that its nodes use
+
+    def other(self, file: str) -> Graph:
+        """Begin another graph, whose initializers are these too."""
+        self.shares = True
+        self.others[file] = Graph(
+            self.quant,
+            initializers=self.initializers,
+            containers=self.containers,
+            notes=self.notes,
+            opset=self.opset,
+            shares=True,
+        )
+        return self.others[file]
 
     def node(
         self,
@@ -198,7 +214,8 @@ class Graph:
 
     def container(self, source: str) -> Container | None:
         """The container of a tensor; None: it is float here, with a note if that is not its scheme."""
-        scheme, shape = self.quant.schemes[source], self.quant.model.specs[source].shape
+        spec = self.quant.model.specs[source]
+        scheme, shape = as_held(self.quant.schemes[source], spec.role), spec.shape
         if scheme.kind == "none":
             return None
         carry = carries(scheme)
@@ -287,9 +304,17 @@ class Graph:
                 wanted |= _taken(node)
         self.nodes = kept[::-1]
         self.constants = {name: values for name, values in self.constants.items() if name in wanted}
-        self.initializers = {
-            name: each for name, each in self.initializers.items() if each.values is None or name in wanted
-        }
+        for each in self.others.values():
+            each._prune()
+            wanted |= {name for node in each.nodes for name in node.input}
+        if self.others or not self.shares:  # the one that others share with
+            unused = [
+                name
+                for name, each in self.initializers.items()
+                if each.values is not None and name not in wanted
+            ]
+            for name in unused:
+                del self.initializers[name]
 
     def model(self, metadata: Mapping[str, str]) -> bytes:
         """The model's bytes: the same graph gives the same; ``finish`` comes first."""
@@ -298,15 +323,20 @@ class Graph:
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         for name, values in self.constants.items():
             graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+        used = {name for node in self.nodes for name in node.input}
         for each in self.initializers.values():
+            if self.shares and each.name not in used:
+                continue
             proto = graph.initializer.add(name=each.name, dims=each.shape)
             proto.data_type = onnx.TensorProto.DataType.Value(each.kind)
             proto.data_location = onnx.TensorProto.EXTERNAL
             for key, value in (("location", DATA), ("offset", each.offset), ("length", each.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
-        used = [helper.make_opsetid("", self.opset)]
-        used += [helper.make_opsetid(each, 1) for each in sorted({node.domain for node in self.nodes} - {""})]
-        model = helper.make_model(graph, opset_imports=used, producer_name="tapeout", ir_version=10)
+        opsets = [helper.make_opsetid("", self.opset)]
+        opsets += [
+            helper.make_opsetid(each, 1) for each in sorted({node.domain for node in self.nodes} - {""})
+        ]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="tapeout", ir_version=10)
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)
         return data

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
-from tapeout.exporters.onnx.graph import BITS, Initializer, Piece, check_size, library
+from tapeout.exporters.onnx.graph import BITS, Graph, Initializer, Piece, check_size, library
 from tapeout.exporters.onnx.writer import MODEL, Dialect, build
 from tapeout.models.checkpoint import to_float32
 from tapeout.quantize import Quantized, QuantTensor
@@ -33,20 +33,21 @@ def read_codes(
         PackageError: a file is truncated or no ONNX model, or an initializer is missing, too many, or of another type or shape.
     """
     path = artifact.directory / MODEL
-    model = _open(path)
-    found = {each.name: each for each in model.graph.initializer}
     graph, _ = build(quant, dialect=dialect, context=artifact.context)
-    wrong = [
-        text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
-    ]
-    for name, values in graph.constants.items():
-        held = library().numpy_helper.to_array(found[name]) if name in found else None
-        if held is None or held.dtype != values.dtype or not np.array_equal(held, values):
-            wrong.append(f"{name} is {'missing' if held is None else 'another constant'}")
+    graphs = {path: graph, **{artifact.directory / name: each for name, each in graph.others.items()}}
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    for file, one in graphs.items():
+        held = {proto.name: proto for proto in _open(file).graph.initializer}
+        wrong += _wrong_constants(one, held)
+        for name in sorted(held.keys() - one.constants.keys()):
+            if name not in graph.initializers:
+                wrong.append(f"{name} is unexpected")
+            elif name in found and found[name] != held[name]:
+                wrong.append(f"{name} is another in {file.name}")
+            found[name] = held[name]
     wrong += [
-        f"{name} is unexpected"
-        for name in found
-        if name not in graph.initializers and name not in graph.constants
+        text for each in graph.initializers.values() if (text := _difference(each, found.get(each.name)))
     ]
     if wrong:
         more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -115,6 +116,14 @@ def _open(path: Path) -> Any:
             f"{path} is not an ONNX model: it has no graph. It was cut off or changed; write it again."
         )
     return model
+
+
+def _wrong_constants(graph: Graph, held: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the constants that stand in a graph itself."""
+    for name, values in graph.constants.items():
+        found = library().numpy_helper.to_array(held[name]) if name in held else None
+        if found is None or found.dtype != values.dtype or not np.array_equal(found, values):
+            yield f"{name} is {'missing' if found is None else 'another constant'}"
 
 
 def _difference(expected: Initializer, proto: Any | None) -> str | None:

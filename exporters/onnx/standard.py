@@ -125,12 +125,6 @@ class StandardOps(Emitter):
         blocks = {"block_size": container.block} if container.block else {}
         return self._once("DequantizeLinear", parts, f"{weight}.float32", axis=container.axis, **blocks)
 
-    def _once(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """A node of constants, which another use may have written already."""
-        if not any(node.name == name for node in self.graph.nodes):
-            self.graph.node(op, inputs, name, **attributes)
-        return name
-
     def _mask(self, window: int | None) -> str:
         """Which tokens each new one attends to, bool [batch, 1, tokens, total]."""
         g, kinds = self.graph, library().TensorProto

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,17 +19,20 @@ from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
 from tapeout.exporters.onnx.blocks import Linear
 from tapeout.exporters.onnx.contrib import ContribOps
-from tapeout.exporters.onnx.encoder import EncoderContribOps, Value
+from tapeout.exporters.onnx.emitter import Value
+from tapeout.exporters.onnx.encoder import EncoderContribOps
 from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
 from tapeout.exporters.onnx.placed import place
+from tapeout.exporters.onnx.seq2seq import ENCODER, Seq2SeqContribOps
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
-from tapeout.models import DecoderConfig, EncoderConfig, Role, TracedConfig
+from tapeout.models import DecoderConfig, EncoderConfig, Role, Seq2SeqConfig, TracedConfig
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.encoder import EncoderOps, encoder
 from tapeout.models.graph import EMBEDDING, decoder
 from tapeout.models.module import SAMPLES
+from tapeout.models.seq2seq import Seq2SeqOps, decode, encode
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -71,7 +75,8 @@ def write(
     files = side_files(quant)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MODEL).write_bytes(_model(graph, quant))
+        for name, each in {MODEL: graph, **graph.others}.items():
+            (directory / name).write_bytes(_model(each, quant))
         context = _context(quant, context)
         generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
         for name in generates:
@@ -84,7 +89,7 @@ def write(
     return Artifact(
         format="onnx",
         directory=directory,
-        files=(MODEL, DATA, *generates, *(file.name for file in files)),
+        files=(MODEL, *graph.others, DATA, *generates, *(file.name for file in files)),
         context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
@@ -126,13 +131,19 @@ def build(
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
     graph = Graph(quant)
+    if dialect == "standard" and not isinstance(config, DecoderConfig):
+        raise ModelError(
+            f"{quant.model.name} is {quant.model.kind}, which is written in ONNX Runtime's operators only."
+        )
     if isinstance(config, EncoderConfig):
-        if dialect == "standard":
-            raise ModelError(
-                f"{quant.model.name} is an encoder, which is written in ONNX Runtime's operators only."
-            )
-        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact, keep_sums=config.pre_norm)
+        encoding = EncoderContribOps(graph, config.max_position_embeddings, exact)
         encoding.output(encoder(cast("EncoderOps[Value]", encoding), config, encoding.ids(), count), config)
+        return graph, graph.finish()
+    if isinstance(config, Seq2SeqConfig):
+        stacks = Seq2SeqContribOps(graph, config.max_position_embeddings, exact, stack="decoder")
+        source = replace(stacks, graph=graph.other(ENCODER), stack="encoder")
+        encode(cast("Seq2SeqOps[Value]", source), config, source.ids(), count)
+        stacks.logits(decode(cast("Seq2SeqOps[Value]", stacks), config, stacks.ids(), count))
         return graph, graph.finish()
     kind = StandardOps if dialect == "standard" else ContribOps
     ops = kind(graph, _context(quant, context), exact)
@@ -181,6 +192,8 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
         facts |= {"tapeout.output": config.output, "tapeout.vocab_size": str(config.vocab_size)}
     elif isinstance(config, DecoderConfig) and config.mla:
         facts["tapeout.latent_cache"] = "values are the keys"
+    elif isinstance(config, Seq2SeqConfig):
+        facts["tapeout.start"] = str(config.decoder_start_token_id)
     return graph.model(facts)
 
 
@@ -192,10 +205,10 @@ def _notes(quant: Quantized) -> Iterator[str]:
         if scheme.levels == "e4m3":
             yield f"onnxruntime widens {scheme} to float32 when it loads the model"
         if scheme.activations:
-            unused = (
-                "; their calibrated scales are not in the file" if scheme.activations == "int8-static" else ""
+            yield (
+                f"on x86 CPUs without VNNI, sums of {scheme}'s int8 products overflow unless the session is opened with "
+                "session.x64quantprecision = 1, as tapeout opens it"
             )
-            yield f"onnxruntime rounds the inputs of {scheme} to int8 by itself, with a scale for every block of weights{unused}"
         if scheme.bits == 3:
             yield f"the codes of {scheme} are held in 4 bits"
 
@@ -210,9 +223,16 @@ def _bytes_per_token(graph: Graph) -> int:
                 spec = graph.quant.model.specs[piece.sources[0]]
                 looked_up = spec.role is Role.EMBEDDING and not config.tie_word_embeddings
                 share = 1 / spec.shape[0] if looked_up or spec.role is Role.POSITION else 1.0
-            elif isinstance(config, EncoderConfig):
+            elif not isinstance(config, DecoderConfig):
                 spec = graph.quant.model.specs[piece.sources[0]]
-                share = 1 / spec.shape[0] if spec.role in (Role.EMBEDDING, Role.POSITION) else 1.0
+                looked_up = spec.role in (Role.EMBEDDING, Role.POSITION)
+                share = 1 / spec.shape[0] if looked_up and not config.tie_word_embeddings else 1.0
+                # The source is read once, whatever the length of the target.
+                share = (
+                    0.0
+                    if piece.sources[0].startswith("encoder.") and isinstance(config, Seq2SeqConfig)
+                    else share
+                )
             elif piece.sources[0] == EMBEDDING and not config.tie_word_embeddings:
                 share = 1 / config.vocab_size
             elif config.moe and any(

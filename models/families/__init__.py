@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 from tapeout.errors import ModelError, nearest
 from tapeout.models.decoder import ConfigReader, DecoderConfig, TensorSpec
 from tapeout.models.encoder import EncoderConfig
+from tapeout.models.seq2seq import Seq2SeqConfig
 
-C = TypeVar("C", DecoderConfig, EncoderConfig)
+C = TypeVar("C", DecoderConfig, EncoderConfig, Seq2SeqConfig)
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Family(Generic[C]):
     """What a family file gives.
 
     Attributes:
-        config: reads the fields of ``config.json`` into a DecoderConfig or an EncoderConfig; raises ModelError or KeyError.
+        config: reads the fields of ``config.json`` into a DecoderConfig, an EncoderConfig or a Seq2SeqConfig; raises ModelError or KeyError.
         tensors: every tensor that a checkpoint of this config holds, by its Hugging Face name, in file order.
         optional: whether a tensor that is not expected may be there all the same (rotary buffers, tied heads).
     """

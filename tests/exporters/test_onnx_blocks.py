@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tapeout.exporters import Exact, Refused
 from tapeout.exporters.onnx import blocks
-from tapeout.exporters.onnx.blocks import Bnb4, NBits, container_of
+from tapeout.exporters.onnx.blocks import Bnb4, Linear, NBits, container_of
 from tapeout.quantize import SCHEMES, QuantTensor, lattice
 from tapeout.quantize.tensor import pack
 
@@ -148,6 +148,7 @@ def test_what_is_not_carried_says_what_is() -> None:
         if isinstance(carry, Refused):
             assert name in {"mxfp4", "nvfp4", "q5_k", "q4_k", "q2_k"}
             assert not isinstance(blocks.carries(SCHEMES[carry.nearest]), Refused)
+    assert blocks.carries(SCHEMES["w8a8"]) == Exact("INT8, inputs too, their scale a token")
     assert blocks.carries(SCHEMES["q6_k"]) == Exact("MatMulNBits 8-bit, at 10 bits", 10.0)
     assert blocks.carries(SCHEMES["int4-g32-asym"]) == Exact("MatMulNBits 4-bit asymmetric", 5.125)
 
@@ -178,7 +179,13 @@ def oracle(parts: Parts, how: blocks.Container, out: int, into: int) -> np.ndarr
         nodes = [
             helper.make_node("Cast", ["codes"], ["levels"], to=onnx.TensorProto.FLOAT),
             helper.make_node("Mul", ["levels", "scales"], ["w"]),
-            helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", transB=1),
+            helper.make_node(
+                "FusedMatMul",
+                ["x", "w"],
+                ["y"],
+                domain="com.microsoft",
+                transB=int(not isinstance(how, Linear)),
+            ),
         ]
     held = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items() if name != "codes"]
     kind, shape = how.shapes(out, into)["codes"]
@@ -233,6 +240,7 @@ def shift_the_zero_point(parts: Parts) -> Parts:
 
 def transpose(parts: Parts) -> Parts:
     codes = np.asarray(parts["codes"]).view(np.uint8)
+    codes = codes.reshape(256, -1) if len(codes) == 1 else codes  # of Linear, which gives them in one row
     return parts | {"codes": np.ascontiguousarray(codes.T).reshape(codes.shape)}
 
 

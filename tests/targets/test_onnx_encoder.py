@@ -17,7 +17,7 @@ from tapeout.exporters import onnx as exporter
 from tapeout.generated import ENCODERS, write_model
 from tapeout.models import EncoderConfig, load
 from tapeout.pack import Package
-from tapeout.quantize import Quantized, quantize
+from tapeout.quantize import Calibration, Quantized, QuantTensor, quantize
 from tapeout.recipe import Recipe
 from tapeout.replay import encode, revalidate
 from tapeout.targets.onnxruntime import OnnxEncoder, open_session
@@ -44,10 +44,13 @@ CASES = [
     ("bert", {}, "int4-g32-asym"),
     ("bert", {}, "nf4"),
     ("bert", {}, "fp8"),
+    ("bert", {}, "w8a8"),
+    ("efficient_encoder_v2", {}, "w8a8-static"),
     ("bert", {"hidden_act": "gelu_new"}, "none"),
     ("bert", {"hidden_act": "relu"}, "none"),
     ("bert", {"hidden_act": "silu"}, "int8"),
 ]
+FEW = Calibration(None, 4, 64)
 LOOSE = {
     "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3},
     "tokens": 600,
@@ -79,7 +82,7 @@ def write(quant: Quantized, out: Path) -> OnnxEncoder:
 def test_outputs_are_those_of_the_reference(tmp_path: Path, family: str, fields: Any, scheme: str) -> None:
     model = load(write_model(tmp_path / "tiny", family, fields, dtype="F32"))
     assert isinstance(model.config, EncoderConfig)
-    quant = quantize(model, scheme)
+    quant = quantize(model, scheme, calibration=FEW if scheme == "w8a8-static" else None)
     session = write(quant, tmp_path / "out")
     expected = reference.open_session(str(model.directory), str(quant.directory))
     assert isinstance(expected, EncoderReference)
@@ -104,6 +107,55 @@ def test_what_a_scheme_costs_is_far_above_that(tmp_path: Path) -> None:
     assert np.abs(found - original).max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_inputs_are_rounded_as_the_scheme_says(tmp_path: Path, scheme: str) -> None:
+    """Deployed, what is left beside the reference's own rounding are codes whose input stood within 2^-20 of a half."""
+    model = load(write_model(tmp_path / "tiny", "bert", CLASSIFIERS["bert"], dtype="F32"))
+    few = FEW if scheme == "w8a8-static" else None
+    quant = quantize(model, scheme, overrides={"classifier": scheme}, calibration=few)
+    artifact = exporter.write(quant, tmp_path / "out")
+    assert (
+        artifact.containers["bert.pooler.dense.weight"] == artifact.containers["classifier.weight"] == "INT8"
+    )
+    assert "session.x64quantprecision" in " ".join(artifact.notes)
+    session = open_session(str(artifact.directory), artifact.context, threads=1)
+    ids, mask = (each.tolist() for each in padded(sequences(model.config, [37, 1, 90, 18]), 0))  # type: ignore[arg-type]
+
+    def expected(arithmetic: Any) -> Any:
+        return reference.open_session(str(model.directory), str(quant.directory), arithmetic).encode(
+            ids, mask
+        )  # type: ignore[union-attr]
+
+    plain, rounded = expected("float32"), expected("mlas")
+    np.testing.assert_array_equal(rounded, expected("scheme"))
+    found = session.encode(ids, mask)  # type: ignore[union-attr]
+    assert np.square(found - rounded).sum() < 0.01 * np.square(plain - rounded).sum()
+
+
+def test_static_scales_are_the_largest_inputs_of_the_calibration_text(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path / "tiny", "bert", {}, dtype="F32"))
+    quant = quantize(model, "w8a8-static", calibration=FEW)
+    network = reference.open_session(str(model.directory))._module  # type: ignore[union-attr]
+    largest: dict[str, float] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, n=name: largest.update(
+                    {n: max(largest.get(n, 0.0), float(args[0].abs().max()))}
+                )
+            )
+    tokens = FEW.tokens(model)
+    assert {tuple(row) for row in tokens[:, [0, -1]].tolist()} == {(2, 3)}  # [CLS] and [SEP]
+    with torch.inference_mode():
+        network(torch.from_numpy(tokens.astype(np.int64)))
+    found = {name: quant[name] for name, scheme in quant.schemes.items() if scheme.activations}
+    assert len(found) == 12
+    for name, tensor in found.items():
+        assert isinstance(tensor, QuantTensor)
+        # The same sums in another order: within the tolerance of the graph.
+        assert tensor.input_scale == pytest.approx(largest[name.removesuffix(".weight")] / 127, rel=TOLERANCE)
+
+
 def test_token_types_may_be_given_or_left_out(tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "tiny", "bert", {}, dtype="F32"))
     session = write(quantize(model, "none"), tmp_path / "out")
@@ -124,7 +176,8 @@ def test_the_graph_is_small_and_named_as_the_primitives_are(tmp_path: Path) -> N
     assert len(graph.node) == 27
     kinds = {node.name: node.op_type for node in graph.node}
     assert kinds["layers.1.attention.context"] == "MultiHeadAttention"
-    assert kinds["layers.1.attention.norm"] == kinds["embedding"] == "SkipLayerNormalization"
+    assert kinds["layers.1.attention.norm"] == kinds["embedding"] == "LayerNormalization"
+    assert kinds["layers.1.attention.residual"] == "Sum"
     assert [each.name for each in graph.output] == ["last_hidden_state"]
     dims = [[d.dim_param or d.dim_value for d in each.type.tensor_type.shape.dim] for each in graph.output]
     assert dims == [["batch", "tokens", 64]]
@@ -160,14 +213,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> OnnxEncoder:
 
 def test_what_is_done_to_decoders_only_is_refused(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "tiny", "bert", {}, dtype="F32")
-    with pytest.raises(ModelError, match=r"is an encoder \(bert\).*use --format onnx"):
-        target("cpu").export(quantize(load(directory), "int8"), tmp_path / "out")
     with pytest.raises(
         ModelError, match=r"is an encoder \(bert\), which target null does not run.*--format onnx"
     ):
         target("null").export(quantize(load(directory), "int8"), tmp_path / "out")
-    with pytest.raises(SchemeError, match=r"calibration runs decoders only. What fits: rounding rtn or hqq"):
-        quantize(load(directory), "int4-g32", rounding="gptq")
+    for how in ({"rounding": "gptq"}, {"calibration": FEW}):
+        with pytest.raises(
+            SchemeError, match=r"static scales of inputs and nothing else. What fits: rounding"
+        ):
+            quantize(load(directory), "int4-g32", **how)  # type: ignore[arg-type]
     with pytest.raises(
         RecipeError, match=r"to embeddings\.position_embeddings\.weight, a position, which stays"
     ):

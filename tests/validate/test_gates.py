@@ -738,6 +738,7 @@ def measured(original: Logits, quantized: Logits, ids: list[int], limits: Limits
         original=[original],
         quantized=[quantized],
         sequences=[ids],
+        scored=list,
         tasks=[],
         text=None,
     )
@@ -815,6 +816,7 @@ def test_quality_of_no_text() -> None:
         quant=SimpleNamespace(scheme=SCHEMES["int8"], schemes={}),
         original=[],
         quantized=[],
+        scored=list,
         sequences=[],
     )
     result = only(gates.guarded("quality", lambda e: gates.quality(e, Limits()), cast(Evidence, evidence)))
