@@ -116,6 +116,26 @@ def figures() -> str:
     if one := found.get("cpu_7b"):
         fraction = f"{one['roofline_fraction']:.0%} of {one['bandwidth_gb_per_s']:.1f} GB/s"
         rows.append(f"| 7B in INT4, decode | {one['decode_tokens_per_s']:.1f} tokens/s, {fraction} | | |")
+    if one := found.get("onnx_export", {}).get("rows"):
+        ours, theirs = (
+            f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB" for who in ("tapeout", "genai")
+        )
+        speedup = _times(one["genai"]["wall_s"] / one["tapeout"]["wall_s"])
+        rows.append(
+            f"| 1.1B checkpoint to ONNX in INT4 | {ours} peak | {theirs} (onnxruntime-genai's builder) | {speedup} |"
+        )
+    if one := found.get("onnx_decode", {}).get("rows"):
+        mine, built = one["tapeout, onnxruntime-genai"], one["genai's builder, onnxruntime-genai"]
+        for what in ("decode", "prefill"):
+            a, b = mine[f"{what}_tokens_per_s"], built[f"{what}_tokens_per_s"]
+            rows.append(
+                f"| {what} of the 1.1B in INT4 on onnxruntime-genai | {a:.1f} tokens/s | {b:.1f} tokens/s (its builder's file) | {_times(a / b)} |"
+            )
+    if one := found.get("encoder", {}).get("sides"):
+        a, b = one["tapeout w8a8-static"]["batch_1"]["p50_ms"], one["optimum int8"]["batch_1"]["p50_ms"]
+        rows.append(
+            f"| BERT-base in INT8, 128 tokens | {a:.1f} ms | {b:.1f} ms (optimum) | {_times(b / a)} |"
+        )
     for run in found.get("calibrate", {}).get("runs", []):
         ours = f"{run['wall_s']:.0f} s, {run['peak_rss_gb']:.2f} GB peak"
         theirs = (

@@ -6,18 +6,25 @@ optimum-int8: the graph that optimum left in MODEL, its matmuls rounded to int8 
 
 from __future__ import annotations
 
+import runpy
 import sys
 import tempfile
 from pathlib import Path
 
 
 def genai(model: Path, out: Path) -> None:
-    from onnxruntime_genai.models.builder import create_model
-
     with tempfile.TemporaryDirectory() as cache:
-        create_model(
-            None, str(model), str(out), "int4", "cpu", cache, int4_block_size=32, int4_accuracy_level=4
+        settings = (
+            "-p",
+            "int4",
+            "-e",
+            "cpu",
+            "--extra_options",
+            "int4_block_size=32",
+            "int4_accuracy_level=4",
         )
+        sys.argv = ["builder", "-i", str(model), "-o", str(out), "-c", cache, *settings]
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
 
 def optimum(model: Path, out: Path) -> None:
