@@ -65,7 +65,10 @@ def test_embeddings_are_those_of_the_reference(tmp_path: Path, pooling: str | No
     )
     expected = reference.open_session(str(model.directory), str(quant.directory))
     assert isinstance(session, LlamaCppEncoder)
-    sequences = [[5 + (i * 31 + 7 * row) % 200 for i in range(n)] for row, n in enumerate((37, 1, artifact.context, 18))]
+    sequences = [
+        [5 + (i * 31 + 7 * row) % 200 for i in range(n)]
+        for row, n in enumerate((37, 1, artifact.context, 18))
+    ]
     assert artifact.context == (64 if pooling else 96)
     ids, mask = padded(sequences, 0)
     found, wanted = (each.encode(ids.tolist(), mask.tolist()) for each in (session, expected))  # type: ignore[union-attr]
