@@ -52,11 +52,11 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
     writer.add_string("tapeout.source_sha256", quant.source_sha256)
     writer.add_string("tapeout.codes_sha256", quant.digest)
 
-    writer.add_context_length(layout.context)
     if isinstance(model.config, EncoderConfig):
         _add_encoder(writer, model.config, layout)
         return
     config = model.decoder
+    writer.add_context_length(layout.context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(layout.layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -87,6 +87,8 @@ def add_model(writer: Any, quant: Quantized, layout: Layout, name: str) -> None:
 def _add_encoder(writer: Any, config: EncoderConfig, layout: Layout) -> None:
     kinds = library().PoolingType
     pooled = {"cls": kinds.CLS, "mean": kinds.MEAN}[config.pooling]
+    # The rows of its table, of which sentence-transformers may use fewer.
+    writer.add_context_length(config.position_rows)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(layout.layers)
     writer.add_feed_forward_length(config.intermediate_size)
