@@ -18,11 +18,9 @@ from tapeout.build import target
 from tapeout.errors import ModelError, TapeoutError
 from tapeout.exporters import Refused
 from tapeout.generated import ENCODERS, write_model
-from tapeout.models import EncoderConfig, load
+from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
-from tapeout.validate import gates
-from tapeout.validate.encoder_evidence import EncoderEvidence
-from tapeout.validate.evidence import Evidence
+from tapeout.validate import evidence_of, gates
 
 FORMATS = ("gguf", "onnx")
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
@@ -74,6 +72,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
     "deepseek_v2, groups of experts": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "t5": ("t5", {"d_model": 128, "d_ff": 256, "num_heads": 8, "d_kv": 16}),
+    "t5, v1.1": (
+        "t5",
+        {
+            "d_model": 128,
+            "d_ff": 256,
+            "num_heads": 8,
+            "d_kv": 16,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
     **{name: (name, {"dim": 128, "hidden_dim": 256} if name == "distilbert" else _WIDE) for name in ENCODERS},
 }
 """Rows of the table: a family, and fields of its config."""
@@ -109,12 +119,8 @@ def cell(row: str, form: str, scheme: str, work: Path) -> str:
         artifact = device.export(quant, work / "artifact")
     except (ModelError, TapeoutError) as error:
         return f"refused: {error}"
-    kind = EncoderEvidence if isinstance(model.config, EncoderConfig) else Evidence
-    evidence = kind(artifact, model, quant, device, work / "scratch")
-    if kind is Evidence:
-        evidence.sequences = SEQUENCES
-    else:
-        evidence.sequences = evidence.sequences[:4]
+    evidence = evidence_of(model)(artifact, model, quant, device, work / "scratch")
+    evidence.sequences = SEQUENCES if isinstance(model.config, DecoderConfig) else evidence.sequences[:4]
     try:
         found = [*gates.codes(evidence), *gates.lowering(evidence)]
     finally:

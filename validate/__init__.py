@@ -26,7 +26,7 @@ from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 
-__all__ = ["ENCODER_GATES", "GATES", "MODULE_GATES", "GateResult", "Limits", "Options", "Report", "validate"]
+__all__ = ["ENCODER_GATES", "GATES", "MODULE_GATES", "GateResult", "Limits", "Options", "Report", "evidence_of", "validate"]
 
 MODULE_GATES = ("integrity", "codes", "lowering", "quality", "decode", "tokenizer", "task")
 ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
@@ -82,7 +82,7 @@ def validate(
     if files is None:
         files = gates.digests(artifact)
     with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
-        evidence = _kind(model)(
+        evidence = evidence_of(model)(
             artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
         )
         try:
@@ -111,7 +111,8 @@ def validate(
     )
 
 
-def _kind(model: Model) -> type[Evidence]:
+def evidence_of(model: Model) -> type[Evidence]:
+    """What validation gathers of a model of that kind."""
     if isinstance(model.config, EncoderConfig):
         return EncoderEvidence
     if isinstance(model.config, Seq2SeqConfig):
