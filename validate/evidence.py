@@ -242,7 +242,7 @@ class Evidence:
         """
         if index not in self._walks:
             scratch = self.scratch / f"walk-{index}"
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=True)  # a walk that could not be taken left it
             spec = self.device.traced(self.artifact, scratch)
             self._walks[index] = self._walk(spec, index, scratch) if spec else None
         return self._walks[index]

@@ -193,9 +193,9 @@ def test_what_optimum_does_not_export_is_said_in_its_words(tmp_path: Path) -> No
     model = tmp_path / "model"
     shutil.copytree(FIXTURES / "opt" / "model", model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "bart"}))
     with pytest.raises(
         ModelError,
-        match=r"'t5' is no family .* could not be made by optimum: ValueError: Asked to export a t5 model",
+        match=r"'bart' is no family .* could not be made by optimum: .+size mismatch",
     ):
         load(model)

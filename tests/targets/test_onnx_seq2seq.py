@@ -97,7 +97,9 @@ def test_padded_batches_of_sources(tmp_path: Path) -> None:
 
 
 def test_generation_is_that_of_transformers(tmp_path: Path) -> None:
-    model = load(write_model(tmp_path / "tiny", "t5", V11, dtype="F32"))
+    # As many layers on both sides: transformers sizes the cache of `generate` by the encoder's.
+    fields = V11 | {"num_decoder_layers": 2}
+    model = load(write_model(tmp_path / "tiny", "t5", fields, dtype="F32"))
     artifact = exporter.write(quantize(model, "none", out=tmp_path / "codes"), tmp_path / "out")
     session = open_session(str(tmp_path / "out"), artifact.context, threads=1)
     found = list(sample(session, ids(30), Generation(max_new_tokens=12, stop_token_ids=(1,))))  # type: ignore[arg-type]
