@@ -140,7 +140,7 @@ def formulas() -> tuple[list[Formula], list[Formula]]:
     while len(held_out) < HELD_OUT:
         formula = draw()
         held_out.setdefault(formula.flat, formula)
-    trained = []
+    trained: list[Formula] = []
     while len(trained) < SAMPLES:
         formula = draw()
         if formula.flat not in held_out:
