@@ -48,7 +48,10 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
 Many = Parameter(negative="", consume_multiple=False)
 ModelArgument = Annotated[
-    str, Parameter(help="A Hugging Face directory, a hub id, or: arithmetic, count, topics_v1, topics_v2.")
+    str,
+    Parameter(
+        help="A Hugging Face directory, a hub id, or: arithmetic, count, formula, text2sql, topics_v1, topics_v2."
+    ),
 ]
 
 

@@ -36,7 +36,7 @@ Turns a question into SQL: `how many books are there whose pages is over 300 <se
   whatever words and with whatever values; the {held_out} held-out questions are all of such shapes. Tables, columns, words and values
   occur in training, in other combinations. It knows these tables, values and phrasings alone.
 - **Training**: {epochs} epoch, {steps:,} steps of batch {batch_size}, of samples of about one length, AdamW, learning rate {peak} with a warm-up
-  of 4 % and a cosine to 1e-5, weight decay {decay}, products in bfloat16; {seconds:.0f} seconds on one core of a busy CPU. Tokens of the
+  of 4 % and a cosine to 1e-5, weight decay {decay}, products in bfloat16; {seconds:.0f} seconds on one core of a busy CPU, pauses too. Tokens of the
   prompt weigh {prompt_weight} in the loss.
 - **Accuracy** on `tasks.jsonl` (held-out questions, greedy, exact SQL): float32 {float32:.1%}, bfloat16 (as saved) {saved:.1%}, with weights
   rounded to int4 and the embedding to int8, both in groups of 32, {int4:.1%}.
