@@ -52,7 +52,8 @@ Many = Parameter(negative="", consume_multiple=False)
 ModelArgument = Annotated[
     str,
     Parameter(
-        help="A Hugging Face directory, a hub id, file.py:factory of a torch module, or: arithmetic, count, topics_v1, topics_v2."
+        help="A Hugging Face directory, a hub id, file.py:factory of a torch module, or: "
+        "arithmetic, count, formula, text2sql, topics_v1, topics_v2."
     ),
 ]
 

@@ -233,7 +233,9 @@ def check(config: DecoderConfig, name: str, layers: int) -> None:
         unfit["rms_norm_eps"] = c.rms_norm_eps
     if unfit:
         fields = ", ".join(f"{field} = {value}" for field, value in unfit.items())
-        raise ModelError(f"{fields} is not expressible in GGUF arch '{name}'.")
+        # ONNX Runtime's attention takes heads of a multiple of 8, and builds the graph by the config.
+        fits = "" if c.mla or c.head_dim % 8 else "; what fits: --format onnx"
+        raise ModelError(f"{fields} is not expressible in GGUF arch '{name}'{fits}.")
 
 
 def _attention_scale(c: DecoderConfig, name: str, layers: int) -> float:

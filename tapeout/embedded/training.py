@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 def output_directory(description: str | None) -> Path:
-    """Read ``--out DIR`` from the command line, and make the run repeatable."""
+    """Read ``--out DIR`` from the command line, and make the run repeatable: seed, one thread, deterministic kernels."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="where the model directory is written")
     out: Path = parser.parse_args().out
@@ -43,11 +43,17 @@ def output_directory(description: str | None) -> Path:
 
 
 def byte_level_bpe(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]], *, pad: str, context: int
+    tokens: Sequence[str],
+    merges: Sequence[tuple[str, str]],
+    *,
+    pad: str,
+    context: int,
+    **special: str,
 ) -> PreTrainedTokenizerFast:
     """Make a tokenizer that llama.cpp's ``gpt2`` model with the pre-tokenizer ``gpt-2`` repeats id for id.
 
-    Text that no token covers is dropped, here and there. ``<eos>`` and ``pad`` are among ``tokens``; there is no bos.
+    Text that no token covers is dropped, here and there. ``<eos>``, ``pad`` and what ``special`` names, such as
+    ``sep_token``, are among ``tokens``; there is no bos.
     """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
@@ -60,6 +66,7 @@ def byte_level_bpe(
         pad_token=pad,
         padding_side="left",
         model_max_length=context,
+        **special,
     )
 
 
@@ -93,6 +100,8 @@ class Recipe(NamedTuple):
         decay: weight decay of the matrices.
         noise: standard deviation of what is added to each matrix for the length of a step, in units of the
             matrix's own. It stands for the rounding to come, and keeps the model from learning by heart.
+        bfloat16: whether the matrices are multiplied in bfloat16, which pays for wide ones.
+        by_length: whether the samples of a step are of about one length, which saves the padding.
     """
 
     epochs: int
@@ -101,6 +110,19 @@ class Recipe(NamedTuple):
     prompt_weight: float
     decay: float
     noise: float
+    bfloat16: bool = False
+    by_length: bool = False
+
+
+def _epoch(lengths: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
+    """Indices of the samples of each step of a pass, in a new order; ``lengths``, int64 [samples], counts tokens."""
+    order = torch.randperm(len(lengths))
+    if not recipe.by_length:
+        return list(order.split(recipe.batch_size))
+    # Sorted within 16 batches, which are then shuffled.
+    runs = [run[lengths[run].argsort(stable=True)] for run in order.split(16 * recipe.batch_size)]
+    batches = torch.cat(runs).split(recipe.batch_size)
+    return [batches[index] for index in torch.randperm(len(batches))]
 
 
 def fit(model: Any, tokenizer: Any, samples: Sequence[Sample], recipe: Recipe) -> float:
@@ -115,7 +137,10 @@ def fit(model: Any, tokenizer: Any, samples: Sequence[Sample], recipe: Recipe) -
     groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.peak, fused=True)
     steps = recipe.epochs * math.ceil(len(ids) / recipe.batch_size)
-    order = [rows for _ in range(recipe.epochs) for rows in torch.randperm(len(ids)).split(recipe.batch_size)]
+    lengths = (
+        (ids != tokenizer.pad_token_id).sum(1) if recipe.by_length else torch.full((len(ids),), ids.shape[1])
+    )
+    order = [rows for _ in range(recipe.epochs) for rows in _epoch(lengths, recipe)]
     model.train()
     for step, rows in enumerate(order):
         rate = FINAL_RATE + (recipe.peak - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -125,11 +150,13 @@ def fit(model: Any, tokenizer: Any, samples: Sequence[Sample], recipe: Recipe) -
         if recipe.noise:
             for matrix in matrices:
                 matrix.data = matrix.data + recipe.noise * matrix.data.std() * torch.randn_like(matrix.data)
-        logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
+        inputs, weighed = (whole[rows, : lengths[rows].max()] for whole in (ids, weights))
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+            logits = model(input_ids=inputs[:, :-1], use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[rows, 1:].flatten(), reduction="none"
+            logits.float().flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
         )
-        loss = (losses * weights[rows, 1:].flatten()).sum() / weights[rows, 1:].sum()
+        loss = (losses * weighed[:, 1:].flatten()).sum() / weighed[:, 1:].sum()
         optimizer.zero_grad()
         loss.backward()
         for matrix, data in zip(matrices, clean, strict=True):

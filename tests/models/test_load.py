@@ -283,7 +283,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         load(tmp_path / "file")
     with pytest.raises(
         ModelError,
-        match=r"neither a directory, nor an embedded model \(arithmetic, count, topics_v1, topics_v2\)",
+        match=r"neither a directory, nor an embedded model \(arithmetic, count, formula, text2sql, topics_v1, topics_v2\)",
     ):
         load("arithmetik")
 

@@ -34,7 +34,7 @@ def test_tasks_survive_calibrated_rounding(
     )
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "count"])
+@pytest.mark.parametrize("name", ["arithmetic", "count", "formula", "text2sql"])
 def test_the_default_text_is_the_models_own(name: str) -> None:
     model = load(name)
     own = model.directory / "calibration.txt"
