@@ -26,7 +26,17 @@ from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 
-__all__ = ["ENCODER_GATES", "GATES", "MODULE_GATES", "GateResult", "Limits", "Options", "Report", "evidence_of", "validate"]
+__all__ = [
+    "ENCODER_GATES",
+    "GATES",
+    "MODULE_GATES",
+    "GateResult",
+    "Limits",
+    "Options",
+    "Report",
+    "evidence_of",
+    "validate",
+]
 
 MODULE_GATES = ("integrity", "codes", "lowering", "quality", "decode", "tokenizer", "task")
 ENCODER_GATES = ("integrity", "codes", "lowering", "padding", "quality", "tokenizer", "task")
