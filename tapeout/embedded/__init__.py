@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapeout.errors import ModelError, nearest
 
-NAMES = ("arithmetic", "count", "text2sql", "topics_v1", "topics_v2")
+NAMES = ("arithmetic", "count", "formula", "text2sql", "topics_v1", "topics_v2")
 """The last two are encoders."""
 
 

@@ -56,7 +56,7 @@ def test_tasks_survive_the_device(tmp_path: Path, name: str, form: str, scheme: 
     (tmp_path / "artifact").mkdir()
     artifact = device.export(quant, tmp_path / "artifact")
     evidence = Evidence(artifact, model, quant, device, tmp_path)
-    assert [gate.status for gate in gates.codes(evidence, Limits())] == ["passed"]
+    assert [gate.status for gate in gates.codes(evidence)] == ["passed"]
     session = started(device.session(artifact))
     try:
         given = [answer(session, task.prompt, model.generation) for task in tasks]

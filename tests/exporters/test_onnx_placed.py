@@ -293,9 +293,9 @@ def test_what_such_a_graph_cannot_do_is_named(example: Callable[..., Any], tmp_p
     with pytest.raises(ModelError, match=r"it is not cut to fewer layers"):
         onnx.write(quant, tmp_path, layers=1)
     for target in (tapeout.target("cpu"), tapeout.target("null")):
-        with pytest.raises(ModelError, match=r"window is of no family .* use target cpu with --format onnx"):
+        with pytest.raises(ModelError, match=r"window is of no family .* use .*--format onnx"):
             target.export(quant, tmp_path)
-    with pytest.raises(SchemeError, match=r"calibration runs the decoders of known families only"):
+    with pytest.raises(SchemeError, match=r"window is of no family .*, which calibration does not run"):
         quantize(model, "int4-g32", rounding="gptq")
     with pytest.raises(SchemeError, match=r"is mxfp4: onnxruntime has no kernel"):
         onnx.write(quantize(model, "mxfp4"), tmp_path)
