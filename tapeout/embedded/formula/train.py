@@ -41,7 +41,7 @@ Computes expressions of two or three numbers, with parentheses and precedence: `
   the parentheses.
 - **Training**: {epochs} epochs, batch {batch_size}, of samples of about one length, AdamW, learning rate {peak} with a warm-up of 4 % and a
   cosine to 1e-5, weight decay {decay}, noise of {noise} of each matrix's standard deviation for the length of a step; {seconds:.0f} seconds
-  on one core of a busy CPU. Tokens of the prompt weigh {prompt_weight} in the loss.
+  on one core of a busy CPU, pauses too. Tokens of the prompt weigh {prompt_weight} in the loss.
 - **Accuracy** on `tasks.jsonl` (held-out expressions, greedy, exact): float32 {float32:.1%}, bfloat16 (as saved) {saved:.1%}, with weights
   rounded to int4 and the embedding to int8, both in groups of 32, {int4:.1%}. On the first 1,000 samples of the training {seen:.1%} (as saved).
 - **Licence**: Apache-2.0; the data is generated.
