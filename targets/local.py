@@ -23,7 +23,7 @@ from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
 _ONNX_RUNTIME = "tapeout.targets.onnxruntime:open_session"
-_TRACED = "tapeout.targets.onnxruntime:open_traced"
+_TRACED = "tapeout.targets.onnxruntime_trace:open_traced"
 
 _WEIGHTS_LIMIT = 1e-4
 _FLOAT32_DERIVATION = (

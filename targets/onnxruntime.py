@@ -6,7 +6,7 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from platform import machine
 from time import perf_counter
@@ -18,12 +18,10 @@ import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
 from tapeout.exporters.onnx import check_size
-from tapeout.models.graph import inside
 from tapeout.models.module import SAMPLES
 from tapeout.validate.encoders import check_batch
 from tapeout.validate.modules import Samples, rows
-from tapeout.validate.primitives import save
-from tapeout.validate.session import Facts, Logits, Shown
+from tapeout.validate.session import Facts, Logits
 
 __all__ = [
     "OnnxEncoder",
@@ -31,10 +29,8 @@ __all__ = [
     "OnnxModule",
     "OnnxRuntime",
     "OnnxSeq2Seq",
-    "TracedOnnx",
     "cache_bytes",
     "open_session",
-    "open_traced",
 ]
 
 
@@ -88,7 +84,7 @@ class OnnxRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        _check_text(text)
+        check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -253,7 +249,7 @@ class OnnxEncoder:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` as the model takes it, the tokens around it too."""
-        _check_text(text)
+        check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -297,7 +293,7 @@ class OnnxSeq2Seq:
         given = np.array([ids], np.int64)
         mask = np.ones_like(given)
         names = [each.name for each in self._encoder.get_outputs()]
-        crossed = _ran(self._encoder, names, {"input_ids": given, "attention_mask": mask})
+        crossed = ran(self._encoder, names, {"input_ids": given, "attention_mask": mask})
         self._source = dict(zip(names, crossed, strict=True)) | {"encoder_attention_mask": mask}
         return self._step([self._start])
 
@@ -311,7 +307,7 @@ class OnnxSeq2Seq:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` as the model takes it, with the token that ends it."""
-        _check_text(text)
+        check_text(text)
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -326,7 +322,7 @@ class OnnxSeq2Seq:
     def _step(self, ids: Sequence[int]) -> Logits:
         self._check(ids, self._length)
         feed = {"input_ids": np.array([ids], np.int64)} | self._source | self._past
-        logits, *present = _ran(self._decoder, self._outputs, feed)
+        logits, *present = ran(self._decoder, self._outputs, feed)
         names = [name.replace("present", "past_key_values") for name in self._outputs[1:]]
         self._past = dict(zip(names, present, strict=True))
         self._length += len(ids)
@@ -343,106 +339,13 @@ class OnnxSeq2Seq:
             )
 
 
-def _ran(session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+def ran(session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+    """Outputs of a run on ``input_ids`` [batch, tokens]; RuntimeCrash in the runtime's own words."""
     try:
         found: list[Any] = session.run(outputs, feed)
     except Exception as error:  # its own tree, rooted in Exception
         raise RuntimeCrash(f"onnxruntime cannot run {feed['input_ids'].shape[1]} tokens: {error}") from error
     return found
-
-
-class TracedOnnx:
-    """A TracedSession on onnxruntime; see ``open_traced``."""
-
-    facts: Facts
-
-    def __init__(self, facts: Facts, session: Any, tokenizer: Any, operators: Mapping[str, str]) -> None:
-        self.facts = facts
-        self._session, self._tokenizer, self._operators = session, tokenizer, operators
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._encodes = "tapeout.output" in session.get_modelmeta().custom_metadata_map
-
-    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
-        """As TracedSession says."""
-        tokens = len(ids)
-        if not 1 <= tokens <= self.facts.context:
-            raise TapeoutError(f"{tokens} tokens do not fit the context of {self.facts.context}.")
-        feed: dict[str, Any] = {
-            "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, tokens), np.int64),
-        }
-        for each in self._session.get_inputs():
-            if each.name.startswith("past_"):
-                feed[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
-        names = list(self._operators)
-        try:
-            values = self._session.run(names, feed)
-        except Exception as error:  # its own tree, rooted in Exception
-            raise RuntimeCrash(f"onnxruntime cannot run {tokens} tokens: {error}") from error
-        found: dict[str, Shown] = {}
-        for name, value in zip(names, values, strict=True):
-            stable = _stable(name, self._operators[name])
-            if value.dtype != np.float32 or stable in found:
-                continue
-            array = value[0] if value.ndim > 2 and len(value) == 1 else value
-            if name.startswith("present."):  # [heads, tokens, width]
-                array = array.transpose(1, 0, 2).reshape(tokens, -1)
-            if name.endswith(_SCORES):
-                array = np.where(array == 0, np.nan, array)  # nothing is written where the mask is
-            if save(out, stable, array):
-                found[stable] = Shown(self._operators[name])
-        return found
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids as the deployed session gives them."""
-        _check_text(text)
-        return list(self._tokenizer.encode(text, add_special_tokens=self._encodes).ids)
-
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._session = None
-
-
-_SCORES = ".scores"
-_PARTS = ("embedding", "layers.", "norm", "head", "logits", "pooled", "dense", "sentence_embedding", "last_hidden_state")  # fmt: skip
-"""What the graph's own names begin with; everything else is made of constants, or of places."""
-
-
-def _stable(name: str, operator: str) -> str:
-    """The graph's own name of a value of the file."""
-    if name.startswith("present."):
-        return inside(f"layers.{name.split('.')[1]}.attention.context", "rope")
-    attention = name.partition(".context")[0] + ".context"
-    if name.endswith(_SCORES):
-        return inside(attention, "scores")
-    if name == f"{attention}.k.turned" or (operator == "RotaryEmbedding" and name == f"{attention}.k"):
-        return inside(attention, "rope")
-    return name
-
-
-def _observed(model: Any) -> dict[str, str]:
-    """Make every named value of a graph one of its outputs; return their names in order with the operator that makes each.
-
-    Matmuls are told to leave their inputs alone, and windows to drop nothing: one sequence is run at once.
-    """
-    import onnx
-
-    operators: dict[str, str] = {}
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("accuracy_level", "sliding_window_cache"):
-                attribute.i = 0
-        if node.op_type == "GroupQueryAttention":
-            operators[node.output[1]] = node.op_type  # keys as they are cached
-            node.output.append(f"{node.output[0]}{_SCORES}")
-            node.attribute.append(onnx.helper.make_attribute("qk_output", 1))
-        for name in reversed(node.output):  # a skip-norm gives its sum last
-            if name.startswith(_PARTS):
-                operators[name] = node.op_type
-    given = {each.name for each in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in operators if name not in given)
-    return operators
 
 
 def _rows(window: int | None, context: int) -> int:
@@ -472,7 +375,8 @@ def _room(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return np.frombuffer(memory, np.float32).reshape(shape)
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """TapeoutError for a text that no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -486,31 +390,6 @@ def _overflows() -> bool:
     """
     flags = Path("/proc/cpuinfo")
     return machine() in ("x86_64", "AMD64") and not (flags.exists() and "vnni" in flags.read_text())
-
-
-def open_traced(directory: str, context: int, threads: int | None = None) -> TracedOnnx:
-    """Load ``model.onnx`` with every named value in sight, and without the rounding of inputs; the file stays as it is.
-
-    Raises:
-        MissingToolchain: onnxruntime or onnx is not installed. PackageError: no such file, or no ONNX model.
-        RuntimeCrash: onnxruntime refuses the model; in its own words.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingToolchain(f"onnx cannot be loaded ({error}): pip install 'tapeout[onnx]'") from error
-    model = Path(directory) / "model.onnx"
-    check_size(model)
-    try:
-        graph = onnx.load(model, load_external_data=False)
-    except FileNotFoundError:
-        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.") from None
-    except Exception as error:  # protobuf's
-        raise PackageError(f"{model} is not an ONNX model: {error}.") from error
-    operators, begin = _observed(graph), perf_counter()
-    session, version, device = _load(directory, model, graph.SerializeToString(), threads)
-    facts = Facts(version, device, perf_counter() - begin, 0, context)
-    return TracedOnnx(facts, session, _tokenizer(directory), operators)
 
 
 def open_session(
@@ -540,14 +419,16 @@ def open_session(
         if not path.is_file():
             raise PackageError(f"{path} is absent; onnxruntime has nothing to load.")
     check_size(model)
-    tokenizer = _tokenizer(directory) if words.is_file() else None
+    tokenizer = tokenizer_of(directory) if words.is_file() else None
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    loaded, version, device = _load(directory, model, model.read_bytes(), threads)
+    loaded, version, device = load_graph(directory, model, model.read_bytes(), threads)
     said = loaded.get_modelmeta().custom_metadata_map
     source = None
     if "tapeout.start" in said:  # an encoder-decoder: two graphs over one data file
         beside = model.with_name("encoder.onnx")
-        source, _, _ = _load(directory, beside, beside.read_bytes(), threads)
+        if not beside.is_file():
+            raise PackageError(f"{beside} is absent; onnxruntime has nothing to load.")
+        source, _, _ = load_graph(directory, beside, beside.read_bytes(), threads)
     load_s = perf_counter() - begin
     facts = Facts(version, device, load_s, 0, context)
     session: OnnxRuntime | OnnxEncoder | OnnxModule | OnnxSeq2Seq
@@ -574,7 +455,7 @@ def open_session(
     return session
 
 
-def _load(directory: str, model: Path, graph: bytes, threads: int | None) -> tuple[Any, str, str]:
+def load_graph(directory: str, model: Path, graph: bytes, threads: int | None) -> tuple[Any, str, str]:
     """An InferenceSession of a graph over the data in a directory, its version, and what it runs on."""
     onnxruntime = _library()
     threads = threads or len(os.sched_getaffinity(0))
@@ -601,7 +482,8 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _tokenizer(directory: str) -> Any:
+def tokenizer_of(directory: str) -> Any:
+    """The tokenizer beside a graph; PackageError when there is none."""
     from tokenizers import Tokenizer
 
     path = Path(directory) / "tokenizer.json"

@@ -9,10 +9,9 @@ from typing import Any, cast
 from tapeout.errors import RuntimeCrash
 from tapeout.models import EncoderConfig
 from tapeout.validate.encoders import padded
-from tapeout.validate.evidence import Evidence
 from tapeout.validate.generate import Said
-from tapeout.validate.metrics import Distance
 from tapeout.validate.session import EncoderSession, Logits
+from tapeout.validate.uncached_evidence import UncachedEvidence
 from tapeout.validate.worker import WorkerSession
 
 _BATCH = 8
@@ -20,41 +19,13 @@ _LONGEST = 128  # tokens of a text
 _FEWEST = 16  # characters of a text that is more than a heading
 
 
-class EncoderEvidence(Evidence):
+class EncoderEvidence(UncachedEvidence):
     """Evidence whose sequences are texts with the tokens around them, and whose rows are states, embeddings or class logits."""
-
-    @property
-    def metric(self) -> str:
-        """What ``cost`` is."""
-        return "squared error / variance"
 
     @property
     def config(self) -> EncoderConfig:
         """The model's."""
         return cast(EncoderConfig, self.model.config)
-
-    def cost(self, distance: Distance) -> float:
-        """Relative squared error: it grows with a rounding of inputs as KL does, which means nothing of states and embeddings."""
-        return distance.error
-
-    @cached_property
-    def dequantized(self) -> list[Logits]:
-        """What the reference gives with the weights that the codes are."""
-        return self.record("dequantized", self.reference(), self.sequences)
-
-    @property
-    def cached(self) -> list[Logits]:
-        """The same: there is no cache to round."""
-        return self.dequantized
-
-    @cached_property
-    def predicted(self) -> Distance:
-        """What the runtime's rounding of matmul inputs does to the reference when it rounds the same."""
-        rounded = self.dequantized
-        if self.device.arithmetic != "float32":
-            spec = self.reference(arithmetic=self.device.arithmetic)
-            rounded = self.record("rounded", spec, self.sequences)
-        return Distance.between(self.dequantized, rounded)
 
     def golden(self, ids: Sequence[int], rows: Logits) -> tuple[tuple[int, ...], Logits]:
         """A text, and its first row."""

@@ -8,8 +8,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import ModelError, TapeoutError
+from tapeout.errors import TapeoutError
 from tapeout.models import EncoderConfig, Model, efficient
+from tapeout.validate import pretrained
 from tapeout.validate.session import Facts, Logits
 
 __all__ = ["EncoderReference", "check_batch", "network", "padded"]
@@ -78,8 +79,7 @@ class EncoderReference:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept."""
-        tokenizer = self._load_tokenizer()
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return pretrained.text_of(self._load_tokenizer(), ids)
 
     def close(self) -> None:
         """Free the model."""
@@ -129,16 +129,5 @@ def network(source: Model, layers: int | None) -> Any:
         if config.output == "logits"
         else transformers.AutoModel
     )
-    loaded, found = kind.from_pretrained(
-        source.directory,
-        config=cut,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    wanted = {*found["missing_keys"], *found["mismatched_keys"]}
     # A pooler that a headless checkpoint may lack is not looked at.
-    if made_up := sorted(str(name) for name in wanted if not str(name).startswith("pooler.")):
-        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
-    return loaded.eval()
+    return pretrained.load(kind, source.directory, cut, unseen=("pooler.",))

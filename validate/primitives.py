@@ -22,7 +22,7 @@ from tapeout.models.graph import decoder
 from tapeout.models.torch_encoder import TorchEncoderOps
 from tapeout.models.torch_ops import TorchOps
 from tapeout.quantize import open_store
-from tapeout.validate.reference import tokenizer
+from tapeout.validate.pretrained import tokenizer
 from tapeout.validate.session import Facts, Shown
 
 if TYPE_CHECKING:

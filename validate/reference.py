@@ -21,28 +21,19 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
-from tapeout.exporters import gguf, onnx
+from tapeout.exporters import gguf
 from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig, load
-from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders, modules, seq2seq
+from tapeout.quantize import Quantized, open_store
+from tapeout.validate import encoders, modules, pretrained, seq2seq
+from tapeout.validate.rounding import CACHES, ROUNDED, as_cached, round_q8_0
 from tapeout.validate.session import Facts, Logits
 
 if TYPE_CHECKING:
     import torch
 
-    Round = Callable[[torch.Tensor], torch.Tensor]
+    from tapeout.validate.rounding import Round
 
-__all__ = [
-    "Reference",
-    "open_session",
-    "open_weights",
-    "round_int8",
-    "round_mlas",
-    "round_q4_0",
-    "round_q8_0",
-    "round_q8_k",
-    "tokenizer",
-]
+__all__ = ["Reference", "open_session", "open_weights"]
 
 Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
 
@@ -94,8 +85,7 @@ class Reference:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        tokenizer = self._load_tokenizer()
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return pretrained.text_of(self._load_tokenizer(), ids)
 
     def twin(self) -> Reference:
         """Another sequence on the same network."""
@@ -147,21 +137,8 @@ class Reference:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = tokenizer(self._directory)
+            self._tokenizer = pretrained.tokenizer(self._directory)
         return self._tokenizer
-
-
-def tokenizer(directory: Path) -> Any:
-    """A model's tokenizer, as its tokenizer.json stands; ModelError when there is none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # transformers 5 rebuilds Llama's, Gemma's, T5's and BERT's from their vocabulary and drops the file's own normalizer.
-    as_written = (Path(directory) / "tokenizer.json").exists()
-    kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
-    try:
-        return kind.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # what it raises depends on which of its files is missing
-        raise ModelError(f"transformers finds no tokenizer in {directory}: {error}") from error
 
 
 def open_session(
@@ -179,7 +156,7 @@ def open_session(
         store: directory of its canonical codes; every quantized tensor is then what the codes say. None: the weights as
             the checkpoint has them.
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head
-            included) are rounded as ``round_q8_0`` and ``round_q8_k`` do; ``mlas``: as ``round_mlas`` does. ``scheme``: the inputs
+            included) are rounded as ``round_q8_0`` and ``round_q8_k`` of ``rounding`` do; ``mlas``: as ``round_mlas`` does. ``scheme``: the inputs
             of those whose scheme says so (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of
             them.
         layers: only that many of the first layers, then the final norm and the head.
@@ -196,8 +173,8 @@ def open_session(
         raise TapeoutError(
             f"the reference has no arithmetic '{arithmetic}'; it has {', '.join(get_args(Arithmetic))}."
         )
-    if kv_cache is not None and kv_cache not in _CACHES:
-        raise TapeoutError(f"the reference has no cache '{kv_cache}'{nearest(kv_cache, _CACHES)}.")
+    if kv_cache is not None and kv_cache not in CACHES:
+        raise TapeoutError(f"the reference has no cache '{kv_cache}'{nearest(kv_cache, CACHES)}.")
     source = load(model)
     depth = source.config.num_layers
     if layers is not None and not 1 <= layers <= depth:
@@ -205,11 +182,11 @@ def open_session(
     quant = open_store(Path(store), source) if store is not None else None
     if source.quantization is not None and quant is None:
         raise ModelError(f"{source.name} has no floats of its own: its reference needs a store.")
-    if arithmetic in _ROUNDED and quant is None:
+    if arithmetic in ROUNDED and quant is None:
         raise TapeoutError(f"arithmetic {arithmetic} is that of quantized weights: it needs a store.")
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     if isinstance(source.config, TracedConfig) and source.config.is_module:
-        run = modules.program(source, quant, _ROUNDED.get(arithmetic), double=arithmetic == "float64")
+        run = modules.program(source, quant, ROUNDED.get(arithmetic), double=arithmetic == "float64")
         return modules.ModuleReference(source, run, _facts(before, begin, 0))
     networks = {EncoderConfig: encoders.network, Seq2SeqConfig: seq2seq.network}
     network = networks.get(type(source.config), _network)(source, layers)
@@ -218,12 +195,12 @@ def open_session(
     if arithmetic == "float64":
         network.double()
         _turn_in_float64(network)
-    if quant is not None and arithmetic in _ROUNDED:
-        _round_inputs(network, quant, _ROUNDED[arithmetic])
+    if quant is not None and arithmetic in ROUNDED:
+        _round_inputs(network, quant, ROUNDED[arithmetic])
     if kv_cache is not None:
         _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
     facts = _facts(before, begin, source.config.max_position_embeddings)
-    words = cache(partial(tokenizer, source.directory))
+    words = cache(partial(pretrained.tokenizer, source.directory))
     if isinstance(source.config, EncoderConfig):
         return encoders.EncoderReference(source, network, facts, words)
     if isinstance(source.config, Seq2SeqConfig):
@@ -311,19 +288,10 @@ def _network(source: Model, layers: int | None) -> Any:
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-    network, found = AutoModelForCausalLM.from_pretrained(
-        source.directory,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    if made_up := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
-        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
+    network = pretrained.load(AutoModelForCausalLM, source.directory, config)
     if isinstance(source.config, TracedConfig):
         setattr(network, _OTHER_NAMES, _other_names(network, source))
-    return network.eval()
+    return network
 
 
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
@@ -482,156 +450,6 @@ def _rounded_experts(module: Any, rounds: Mapping[tuple[int, Any], Round | None]
     return forward
 
 
-def _as_ggml(quant: Quantized, name: str) -> Round | None:
-    """Every quantized weight whose rows llama.cpp can hold in blocks."""
-    scheme = quant.schemes[name]
-    if scheme.kind == "none" or quant.model.specs[name].shape[-1] % 32:
-        return None
-    return round_q8_k if scheme.scales == "super" else round_q8_0
-
-
-def _as_mlas(quant: Quantized, name: str) -> Round | None:
-    """Every quantized weight whose container is one whose kernels round; as the scheme says where it says how."""
-    spec = quant.model.specs[name]
-    scheme = onnx.as_held(quant.schemes[name], spec.role)
-    if scheme.activations:
-        return _as_the_scheme_says(quant, name)
-    block = None if scheme.kind == "none" else onnx.input_block(scheme, spec.shape[-1])
-    return None if block is None else partial(round_mlas, block=block)
-
-
-def _as_the_scheme_says(quant: Quantized, name: str) -> Round | None:
-    if quant.schemes[name].activations is None:
-        return None
-    tensor = quant[name]
-    assert isinstance(tensor, QuantTensor)  # a tensor that could not take its scheme has none
-    return partial(round_int8, scale=tensor.input_scale)
-
-
-_ROUNDED: Mapping[str, Callable[[Quantized, str], Round | None]] = {
-    "ggml": _as_ggml,
-    "mlas": _as_mlas,
-    "scheme": _as_the_scheme_says,
-}
-
-
-def round_int8(x: torch.Tensor, scale: np.float32 | None = None) -> torch.Tensor:
-    """What ``w8a8`` and ``w8a8-static`` make of a matmul's input: float32 [..., in].
-
-    ``clamp(round(x / scale), -128, 127) * scale``, ties to even: ONNX QuantizeLinear with a zero point of 0. Without a calibrated
-    ``scale`` each token has its own, amax / 127, as vLLM and TensorRT-LLM choose it; a token of zeros stays zero.
-    """
-    import torch
-
-    step = (
-        x.abs().amax(-1, keepdim=True) / 127.0 if scale is None else torch.full_like(x[..., :1], float(scale))
-    )
-    codes = torch.where(step > 0, torch.round(x / step), 0.0).clamp(-128, 127)
-    return codes * step
-
-
-def round_mlas(x: torch.Tensor, block: int) -> torch.Tensor:
-    """What MLAS makes of the input of a MatMulNBits at accuracy_level 4: float32 [..., in], ``in`` % ``block`` == 0.
-
-    Blocks as long as the weights' own: codes = round(x · (127 / amax)), ties to even, under the float32 scale amax / 127
-    (``QuantizeARow_CompInt8`` of onnxruntime's ``sqnbitgemm_kernel_*``).
-    """
-    import torch
-
-    blocks = x.unflatten(-1, (-1, block))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    # Tensor by tensor: torch makes a scalar over a tensor a product with the reciprocal, which is rounded twice.
-    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
-    return (torch.round(blocks * inverse) * (amax / 127.0)).flatten(-2)
-
-
-def round_q8_0(x: torch.Tensor) -> torch.Tensor:
-    """What ggml's kernels of Q4_0, Q5_0, Q8_0, MXFP4 and NVFP4 make of a matmul's input: float32 [..., in], ``in`` % 32 == 0.
-
-    Blocks of 32 along ``in``: codes = round(x · (127 / amax)), ties to even (ggml's x86 and ARM kernels), with the scale
-    amax / 127 kept as float16. The codes are chosen under the scale before that rounding.
-    """
-    import torch
-
-    blocks = x.unflatten(-1, (-1, 32))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    # Tensor by tensor: torch makes a scalar over a tensor a product with the reciprocal, which is rounded twice.
-    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
-    scale = (amax / 127.0).to(torch.float16).to(torch.float32)
-    return (torch.round(blocks * inverse) * scale).flatten(-2)
-
-
-def round_q8_k(x: torch.Tensor) -> torch.Tensor:
-    """What ggml's kernels of the K types make of a matmul's input (``quantize_row_q8_K``): float32 [..., in], ``in`` % 256 == 0.
-
-    Blocks of 256 along ``in``: the element of largest magnitude, with its sign, becomes -127; the scale stays float32.
-    """
-    import torch
-
-    blocks = x.unflatten(-1, (-1, 256))
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    inverse = torch.where(extreme != 0, torch.full_like(extreme, -127.0) / extreme, 0.0)
-    scale = torch.where(extreme != 0, torch.ones_like(inverse) / inverse, 0.0)
-    return (torch.round(blocks * inverse) * scale).flatten(-2)
-
-
-def round_q4_0(x: torch.Tensor) -> torch.Tensor:
-    """What ggml stores of a row as Q4_0 (``quantize_row_q4_0_ref``): float32 [..., in], ``in`` % 32 == 0.
-
-    Blocks of 32 along ``in``: the first element of largest magnitude, with its sign, becomes -8; codes -8 … 7, halves up; the
-    scale is kept as float16. The codes are chosen under the scale before that rounding.
-    """
-    import torch
-
-    blocks = x.unflatten(-1, (-1, 32))
-    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8.0
-    inverse = torch.where(scale != 0, torch.ones_like(scale) / scale, 0.0)
-    codes = torch.floor(blocks * inverse + 8.5).clamp(max=15) - 8
-    return (codes * scale.to(torch.float16).to(torch.float32)).flatten(-2)
-
-
-_CACHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"kv-int8": round_q8_0, "kv-int4": round_q4_0}
-
-
-def as_cached(
-    x: torch.Tensor,
-    rounded: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    rotary: bool,
-    neighbours: bool = True,
-) -> torch.Tensor:
-    """Round float32 heads [..., head_dim] in the basis in which llama.cpp's cache holds them.
-
-    Elements that RoPE turns together stand side by side there (``rotary``: keys and queries), if ``neighbours``: the arch has
-    llama.cpp's "norm" RoPE; with its "neox" they stand as in the checkpoint. Heads of a multiple of 64 elements are turned by a Walsh-Hadamard matrix before they are
-    rounded, which spreads outliers: values 64 elements at a time, keys and queries as many as a power of two divides
-    (``llama_kv_cache::build_input_k_rot``).
-    """
-    width, apart = x.shape[-1], rotary and neighbours
-    if apart:
-        x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    if width % 64:
-        x = rounded(x)
-    else:
-        turn = _hadamard(width & -width if rotary else 64)
-        x = _turned(rounded(_turned(x, turn)), turn)  # it is its own inverse
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if apart else x
-
-
-def _hadamard(size: int) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard matrix in Sylvester's order, float32 [size, size]; ``size`` is a power of two."""
-    import torch
-
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return matrix / size**0.5
-
-
-def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    return (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
-
-
 def _round_cache(network: Any, kv_cache: str, *, neighbours: bool) -> None:
     """Let attention see what a rounded cache gives back.
 
@@ -640,7 +458,7 @@ def _round_cache(network: Any, kv_cache: str, *, neighbours: bool) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    stored = _CACHES[kv_cache]
+    stored = CACHES[kv_cache]
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward

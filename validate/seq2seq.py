@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from tapeout.errors import ModelError, TapeoutError
+from tapeout.errors import TapeoutError
 from tapeout.models import Model, Seq2SeqConfig
+from tapeout.validate import pretrained
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.session import Facts, Logits
 
@@ -57,8 +58,7 @@ class Seq2SeqReference:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept."""
-        tokenizer = self._load_tokenizer()
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return pretrained.text_of(self._load_tokenizer(), ids)
 
     def close(self) -> None:
         """Free the model."""
@@ -87,7 +87,6 @@ class Seq2SeqReference:
 
 def network(source: Model, layers: int | None) -> Any:
     """The model as transformers loads it, float32; ModelError when a weight would be made up."""
-    import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     config = source.config
@@ -95,17 +94,7 @@ def network(source: Model, layers: int | None) -> Any:
     cut = AutoConfig.from_pretrained(source.directory, local_files_only=True)
     cut.num_layers = min(config.encoder_layers, layers or config.encoder_layers)
     cut.num_decoder_layers = min(config.decoder_layers, layers or config.decoder_layers)
-    loaded, found = AutoModelForSeq2SeqLM.from_pretrained(
-        source.directory,
-        config=cut,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    if made_up := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
-        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {source.directory}.")
-    return loaded.eval()
+    return pretrained.load(AutoModelForSeq2SeqLM, source.directory, cut)
 
 
 class Seq2SeqEvidence(Evidence):

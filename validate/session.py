@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -149,6 +150,12 @@ class SessionSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     python: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def imported(self) -> Callable[..., Any]:
+        """The factory itself, in this process."""
+        module, _, function = self.factory.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
 
     @property
     def process(self) -> tuple[object, ...]:

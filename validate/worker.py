@@ -9,7 +9,6 @@ worker are not part of it, since runtimes print there: their last lines go into 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import select
@@ -280,8 +279,7 @@ def serve(requests: int, replies: int) -> None:
         try:
             if name == "open":
                 factory = arguments["factory"]
-                module, _, function = factory.partition(":")
-                session = getattr(importlib.import_module(module), function)(**arguments["arguments"])
+                session = SessionSpec(factory).imported()(**arguments["arguments"])
                 value = asdict(session.facts) if session else None
             elif name == "release":
                 if session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from tapeout.targets.cpu import Cpu
 from tapeout.validate import Limits, gates
 from tapeout.validate.evidence import Evidence
 from tapeout.validate.generate import answer
-from tapeout.validate.session import Session, SessionSpec
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -37,13 +35,6 @@ def original(model: Model, tasks: Sequence[training.Sample]) -> float:
     return right(training.answers(network, words, [task.prompt for task in tasks]), tasks)
 
 
-def started(spec: SessionSpec) -> Session:
-    """The session in this process: a worker takes seconds to load."""
-    module, function = spec.factory.split(":")
-    session: Session = getattr(importlib.import_module(module), function)(**spec.arguments)
-    return session
-
-
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32"])
 @pytest.mark.parametrize(("name", "form"), [("formula", "onnx"), ("text2sql", "gguf"), ("text2sql", "onnx")])
 def test_tasks_survive_the_device(tmp_path: Path, name: str, form: str, scheme: str) -> None:
@@ -57,7 +48,8 @@ def test_tasks_survive_the_device(tmp_path: Path, name: str, form: str, scheme: 
     artifact = device.export(quant, tmp_path / "artifact")
     evidence = Evidence(artifact, model, quant, device, tmp_path)
     assert [gate.status for gate in gates.codes(evidence)] == ["passed"]
-    session = started(device.session(artifact))
+    deployed = device.session(artifact)
+    session = deployed.imported()(**deployed.arguments)  # in this process: a worker takes seconds to load
     try:
         given = [answer(session, task.prompt, model.generation) for task in tasks]
     finally:

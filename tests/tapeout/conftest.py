@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +20,7 @@ class Here:
     ended = False
 
     def __init__(self, spec: SessionSpec) -> None:
-        module, function = spec.factory.split(":")
-        self._factory = getattr(importlib.import_module(module), function)
+        self._factory = spec.imported()
         self.open(spec.arguments)
 
     def __getattr__(self, name: str) -> Any:

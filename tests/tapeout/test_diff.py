@@ -21,7 +21,7 @@ from tapeout.models import load
 from tapeout.pack import pack
 from tapeout.quantize import Quantized, quantize
 from tapeout.recipe import Recipe
-from tapeout.targets import llama_cpp, onnxruntime
+from tapeout.targets import llama_cpp, onnxruntime_trace
 from tapeout.validate import GateResult, Report, gates, primitives
 from tapeout.validate.divergence import Divergence, against_graph
 from tapeout.validate.evidence import Evidence
@@ -272,7 +272,7 @@ def test_what_onnxruntime_shows_of_each_family_is_the_graphs(tmp_path: Path, fam
     fields = FAMILY_FIELDS.get(family, {})
     quant = quantize(load(write_model(tmp_path / "model", family, fields)), "int4-g32")
     artifact = target("cpu", format="onnx").export(quant, tmp_path / "artifact")
-    device = onnxruntime.open_traced(str(artifact.directory), artifact.context, 1)
+    device = onnxruntime_trace.open_traced(str(artifact.directory), artifact.context, 1)
     found = walked(device, quant, tmp_path)
     assert found.first is None, found.words()
     assert max(value.own for value in found.values) < ONE_SUM

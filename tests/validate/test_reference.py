@@ -11,7 +11,7 @@ from tapeout.models import load
 from tapeout.models.graph import decoder
 from tapeout.models.torch_ops import TorchOps
 from tapeout.quantize import Calibration, QuantTensor, quantize
-from tapeout.validate import reference
+from tapeout.validate import reference, rounding
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,7 +101,7 @@ def test_q8_0_is_gguf_q8_0_but_for_ties() -> None:
     x[0] = 0
     x[1, :32] = np.arange(32) * 2.0  # amax 62: multiples of 127 / 62 * 2, no ties
     expected = gguf_quants.dequantize(gguf_quants.quantize(x, kind), kind)
-    found = reference.round_q8_0(torch.from_numpy(x)).numpy()
+    found = rounding.round_q8_0(torch.from_numpy(x)).numpy()
     step = np.repeat(np.abs(x.reshape(50, 8, 32)).max(-1) / 127, 32, axis=1)
     # gguf multiplies by 1/d and not by 127/amax: a value within float32's error of a tie may go the other way.
     apart = np.abs(found - expected) > 1e-3 * step
@@ -111,7 +111,7 @@ def test_q8_0_is_gguf_q8_0_but_for_ties() -> None:
     # Ties: to even here, as ggml's kernels for x86 and ARM do; away from zero in gguf.
     ties = np.zeros((1, 32), np.float32)
     ties[0, :5] = [127, 0.5, 1.5, -0.5, -2.5]
-    assert reference.round_q8_0(torch.from_numpy(ties))[0, :5].tolist() == [127, 0, 2, 0, -2]
+    assert rounding.round_q8_0(torch.from_numpy(ties))[0, :5].tolist() == [127, 0, 2, 0, -2]
     assert gguf_quants.dequantize(gguf_quants.quantize(ties, kind), kind)[0, :5].tolist() == [
         127,
         1,
@@ -131,7 +131,7 @@ def test_q4_0_is_gguf_q4_0() -> None:
     x[2, :2] = 9, -9  # the first of the largest decides about the sign
     x[3, :2] = -9, 9
     expected = gguf_quants.dequantize(gguf_quants.quantize(x, kind), kind)
-    found = reference.round_q4_0(torch.from_numpy(x)).numpy()
+    found = rounding.round_q4_0(torch.from_numpy(x)).numpy()
     assert np.array_equal(found, expected)
     assert found[2:4, :2].tolist() == [[9.0, -7.875], [-9.0, 7.875]]
 
@@ -146,12 +146,12 @@ def test_the_basis_of_the_cache_loses_nothing_itself(width: int, rotary: bool) -
         seen.append(stored)
         return stored
 
-    back = reference.as_cached(x, store, rotary=rotary)
+    back = rounding.as_cached(x, store, rotary=rotary)
     torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
     torch.testing.assert_close(seen[0].norm(dim=-1), x.norm(dim=-1))
     # One element reaches as many others as it is turned with: none, or all of its 64 or 128.
     one = torch.eye(width)[:1]
-    reference.as_cached(one, store, rotary=rotary)
+    rounding.as_cached(one, store, rotary=rotary)
     turned = {32: 1, 64: 64, 128: 128 if rotary else 64, 192: 64}[width]
     assert int((seen[-1] != 0).sum()) == turned
 
@@ -201,13 +201,13 @@ def test_int8_inputs_are_torchs_fake_quantize() -> None:
     scale = torch.from_numpy(step.astype(np.float32))
     zero = torch.zeros(50, dtype=torch.int32)
     expected = torch.fake_quantize_per_channel_affine(x, scale, zero, 0, -128, 127)
-    assert torch.equal(reference.round_int8(x), expected)
-    assert torch.equal(reference.round_int8(x.reshape(5, 10, 256)), expected.reshape(5, 10, 256))
+    assert torch.equal(rounding.round_int8(x), expected)
+    assert torch.equal(rounding.round_int8(x.reshape(5, 10, 256)), expected.reshape(5, 10, 256))
     for fixed in (0.125, 64.0):  # the smaller one saturates
         expected = torch.fake_quantize_per_tensor_affine(x, fixed, 0, -128, 127)
-        assert torch.equal(reference.round_int8(x, np.float32(fixed)), expected)
+        assert torch.equal(rounding.round_int8(x, np.float32(fixed)), expected)
         assert bool((expected == -128 * fixed).any()) == (fixed == 0.125)
-    assert not reference.round_int8(torch.zeros(2, 8)).any()
+    assert not rounding.round_int8(torch.zeros(2, 8)).any()
 
 
 @pytest.mark.parametrize(("scheme", "head"), [("w8a8", "int8"), ("w8a8-static", "w8a8")])
