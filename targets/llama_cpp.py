@@ -8,7 +8,8 @@ import functools
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -143,7 +144,7 @@ class LlamaCpp:
         self._token[:count] = ids
         self._position[:count] = np.arange(self._length, self._length + count)
         self._output[:count] = np.arange(count) >= count - outputs
-        status = llama.llama_decode(self._context, batch)
+        status = _computed(llama.llama_decode, self._context, batch)
         if status:
             why = "found no room in its cache for" if status == 1 else f"gave {status} for"
             raise RuntimeCrash(f"llama_decode {why} {count} tokens at position {self._length}.{_log_tail()}")
@@ -206,7 +207,7 @@ class LlamaCppEncoder:
         for i, (token, place) in enumerate(zip(ids.tolist(), places.tolist(), strict=True)):
             batch.token[i], batch.pos[i], batch.logits[i] = token, place, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        if status := llama.llama_encode(self._context, batch):
+        if status := _computed(llama.llama_encode, self._context, batch):
             raise RuntimeCrash(f"llama_encode gave {status} for {len(ids)} tokens.{_log_tail()}")
         if self._pooled:
             given = llama.llama_get_embeddings_seq(self._context, 0)
@@ -351,6 +352,21 @@ def cache_bytes(
     return int(elements * KV_BITS[kv_cache] / 8)
 
 
+def _computed(function: Callable[..., int], *arguments: Any) -> int:
+    """Call what multiplies, on a thread where nothing else does if the CPU has AMX.
+
+    ggml configures a thread's tiles once; torch configures them for itself and releases them, and ggml's next product on that
+    thread is an illegal instruction.
+    """
+    return int(_alone().submit(function, *arguments).result() if _has_amx() else function(*arguments))
+
+
+@functools.cache
+def _alone() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "llama.cpp")
+
+
+@functools.cache
 def _has_amx() -> bool:
     with contextlib.suppress(OSError):  # only Linux tells
         return " amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")

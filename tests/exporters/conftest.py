@@ -6,6 +6,7 @@ import ctypes
 import runpy
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ def llama_cpp_logits() -> Callable[..., Logits]:
             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, verbose=False, **options,
         )  # fmt: skip
         try:
-            runtime.eval(ids)
+            with ThreadPoolExecutor(
+                1
+            ) as alone:  # torch leaves other AMX tiles on this thread than ggml configured
+                alone.submit(runtime.eval, ids).result()
             return np.array(runtime.scores[: len(ids)])
         finally:
             runtime.close()

@@ -60,6 +60,23 @@ def apart(a: Any, b: Any) -> float:
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.std(a))
 
 
+def test_torch_may_use_the_cpus_tiles_on_the_same_thread(make_model: MakeModel, start: Open) -> None:
+    """On a CPU with AMX both configure them, and each takes the other's for its own: an illegal instruction."""
+    import torch
+
+    session = start(make_model("llama", hidden_size=256, intermediate_size=512), "int8")
+    before = session.prefill(IDS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        square = torch.randn(256, 256).bfloat16()
+        assert torch.isfinite(square @ square).all()
+    finally:
+        torch.set_num_threads(threads)
+    session.reset()
+    assert np.array_equal(session.prefill(IDS), before)
+
+
 @pytest.mark.parametrize(("model_type", "fields"), [("llama", {}), ("mistral", {"sliding_window": 24})])
 def test_float32_twin_is_the_reference(
     make_model: MakeModel, start: Open, model_type: str, fields: dict[str, Any]
