@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 from common import environment
@@ -43,12 +44,12 @@ class Side:
     tokens: list[float]
     resident: int = 0
 
-    def take(self) -> dict[str, object]:
+    def take(self) -> dict[str, Any]:
         assert self.child.stdin
         assert self.child.stdout
         if not (line := self.child.stdout.readline()):
             sys.exit(f"{self.child.args} ended with {self.child.wait()}")
-        told: dict[str, object] = json.loads(line)
+        told: dict[str, Any] = json.loads(line)
         return told
 
 
@@ -126,9 +127,9 @@ def main() -> None:
             side.child.stdin.write("time\n")
             side.child.stdin.flush()
             told = side.take()
-            side.first.append(told["prefill_s"])  # type: ignore[arg-type]
-            side.tokens.append(statistics.median(told["decode_s"]))  # type: ignore[call-overload]
-            side.resident = max(side.resident, told["resident_bytes"])  # type: ignore[call-overload]
+            side.first.append(told["prefill_s"])
+            side.tokens.append(statistics.median(told["decode_s"]))
+            side.resident = max(side.resident, told["resident_bytes"])
     rows = {}
     for who, side in sides.items():
         side.child.communicate("")

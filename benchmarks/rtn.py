@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,7 @@ def llama_cpp(
 
 def torchao(model: Path, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Weight-only configurations of torchao, or why there is none on this processor."""
-    python = environment()
+    python = common.environment("torchao", TORCHAO)
     found: dict[str, Any] = {}
     for kind in ("int8", "int4-g32", "int4-g32 unpacked"):
         command = [str(python), "-W", "ignore", "-c", THEIRS, str(model), kind, str(common.cores())]
@@ -187,16 +186,6 @@ def torchao(model: Path, measure: Callable[..., dict[str, Any]]) -> dict[str, An
             found[kind] = {"failed": str(error)}
             print(f"torchao {kind}: {error}")
     return found
-
-
-def environment() -> Path:
-    """The Python of torchao's own environment, made once."""
-    place = cache_directory() / "peer" / "torchao"
-    if not (place / "whole").exists():
-        venv.create(place, with_pip=True, clear=True)
-        subprocess.run([str(place / "bin" / "python"), "-m", "pip", "-q", "install", *TORCHAO], check=True)
-        (place / "whole").touch()
-    return place / "bin" / "python"
 
 
 def child(command: list[str]) -> tuple[float, int]:

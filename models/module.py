@@ -213,7 +213,7 @@ def _agreed(
         with torch.no_grad():
             try:
                 theirs, mine = call(module, sample), call(run, sample)
-            except Exception as error:
+            except Exception as error:  # it is somebody's code: anything may come
                 raise ModelError(
                     f"{name} cannot be run on inputs {shapes}, which its dynamic shapes allow: {_reason(error)}"
                 ) from error

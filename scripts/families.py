@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tapeout.build import target
-from tapeout.errors import ModelError, TapeoutError
+from tapeout.conformance import lowered
+from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Refused
 from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
-from tapeout.validate import evidence_of, gates
 
 FORMATS = ("gguf", "onnx")
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
@@ -113,23 +113,10 @@ def cell(row: str, form: str, scheme: str, work: Path) -> str:
     if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
         return f"refused: {carry.reason}"
     quant = quantize(model, scheme, out=work / "codes")
-    (work / "artifact").mkdir()
-    (work / "scratch").mkdir()
     try:
-        artifact = device.export(quant, work / "artifact")
-    except (ModelError, TapeoutError) as error:
+        return lowered(device, quant, work, SEQUENCES if isinstance(model.config, DecoderConfig) else None)
+    except (ModelError, SchemeError) as error:
         return f"refused: {error}"
-    evidence = evidence_of(model)(artifact, model, quant, device, work / "scratch")
-    evidence.sequences = SEQUENCES if isinstance(model.config, DecoderConfig) else evidence.sequences[:4]
-    try:
-        found = [*gates.codes(evidence), *gates.lowering(evidence)]
-    finally:
-        evidence.close()
-    if bad := [gate for gate in found if gate.status != "passed"]:
-        return "; ".join(f"**{gate.name} {gate.status}**: {gate.reason}" for gate in bad)
-    weights, runtime = found[1:]
-    assert (weights.name, runtime.name) == ("lowering/weights", "lowering/runtime")
-    return f"{weights.value:.1e}, {runtime.value / runtime.limit:.0%}"  # type: ignore[operator]
 
 
 def table(cells: dict[tuple[str, str, str], str]) -> str:

@@ -23,9 +23,9 @@ from tapeout.exporters import Exact, Refused, Rounded
 from tapeout.generated import write_model
 from tapeout.models import load
 from tapeout.pack import pack
-from tapeout.quantize import SCHEMES, QuantTensor, quantize
+from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
 from tapeout.recipe import Recipe
-from tapeout.validate import Options, validate
+from tapeout.validate import Options, evidence_of, gates, validate
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"hidden_size": 256, "intermediate_size": 512}),
@@ -128,6 +128,41 @@ def check(case: Case, work: Path) -> None:
     assert package.manifest["root_sha256"] == repeated.manifest["root_sha256"], f"{case}: two exports differ"
     assert package.damage() == [], f"{case}: {package.damage()}"
     _check_that_damage_shows(target, case, recipe, model, package.artifact)
+
+
+def lowered(
+    target: targets.Target, quant: Quantized, work: Path, sequences: list[list[int]] | None = None
+) -> str:
+    """Export codes, read them back, run them: what a cell of a table says.
+
+    Args:
+        quant: the codes. work: an empty directory.
+        sequences: token ids that are run; None: the first four of what validation would take.
+
+    Returns:
+        The largest logit difference from the reference before the runtime rounds, and what its rounding costs as a share of its
+        limit; or in bold what failed.
+
+    Raises:
+        TapeoutError: the target refuses the model.
+    """
+    for name in ("artifact", "scratch"):
+        (work / name).mkdir()
+    artifact = target.export(quant, work / "artifact")
+    evidence = evidence_of(quant.model)(artifact, quant.model, quant, target, work / "scratch")
+    evidence.sequences = evidence.sequences[:4] if sequences is None else sequences
+    try:
+        found = [*gates.codes(evidence), *gates.lowering(evidence)]
+    finally:
+        evidence.close()
+    if bad := [gate for gate in found if gate.status != "passed"]:
+        return "; ".join(f"**{gate.name} {gate.status}**: {gate.reason}" for gate in bad)
+    _, weights, runtime = found
+    assert (weights.name, runtime.name) == ("lowering/weights", "lowering/runtime")
+    assert weights.value is not None
+    assert runtime.value is not None
+    assert runtime.limit
+    return f"{weights.value:.1e}, {runtime.value / runtime.limit:.0%}"
 
 
 def _room(package: Path) -> Path:

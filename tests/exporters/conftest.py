@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tapeout.exporters import Artifact, onnx
 from tapeout.models import Checkpoint, Model, load, optimum
+from tapeout.quantize import Quantized, QuantTensor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -113,3 +115,26 @@ def unknown_family(tmp_path: Path) -> Callable[[str], Model]:
 def example() -> Callable[..., Any]:
     """``example("sliding_window")`` gives what examples/sliding_window.py's ``make`` does."""
     return lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))["make"]()
+
+
+@pytest.fixture
+def wrong() -> Callable[..., list[str]]:
+    """Names of the tensors of an ONNX artifact that do not come back as they went in: ``wrong(artifact, quant)``."""
+
+    def differing(artifact: Artifact, quant: Quantized) -> list[str]:
+        names, seen = [], set()
+        for name, tensor in onnx.read_codes(artifact, quant):
+            seen.add(name)
+            expected = quant[name]
+            if isinstance(tensor, QuantTensor):
+                assert isinstance(expected, QuantTensor)
+                parts = ((t.packed, t.scale, t.zero_point) for t in (tensor, expected))
+                same = all(np.array_equal(a, b) for a, b in zip(*parts, strict=True) if b is not None)
+            else:
+                same = np.array_equal(tensor, quant.float32(name))
+            if not same:
+                names.append(name)
+        assert seen == quant.keys()
+        return names
+
+    return differing

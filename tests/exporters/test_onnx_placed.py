@@ -14,9 +14,9 @@ from torch import nn
 
 import tapeout
 from tapeout.errors import ModelError, PackageError, SchemeError
-from tapeout.exporters import Artifact, onnx
+from tapeout.exporters import onnx
 from tapeout.models import Model, Role
-from tapeout.quantize import Quantized, QuantTensor, quantize
+from tapeout.quantize import Quantized, quantize
 from tapeout.validate import reference
 
 library, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -25,24 +25,6 @@ pytest.importorskip("onnxscript")
 CLOSE = 1e-4  # of the outputs' deviation: float32 sums in another order, through a few layers
 CONTAINERS = {"none": "F32", "int8": "MatMulNBits 8-bit", "int4-g32": "MatMulNBits 4-bit"}
 IDS = [(i * 37 + 11) % 256 for i in range(40)]
-
-
-def wrong(artifact: Artifact, quant: Quantized) -> list[str]:
-    """Names of the tensors that do not come back as they went in."""
-    names, seen = [], set()
-    for name, tensor in onnx.read_codes(artifact, quant):
-        seen.add(name)
-        expected = quant[name]
-        if isinstance(tensor, QuantTensor):
-            assert isinstance(expected, QuantTensor)
-            parts = ((t.packed, t.scale, t.zero_point) for t in (tensor, expected))
-            same = all(np.array_equal(a, b) for a, b in zip(*parts, strict=True) if b is not None)
-        else:
-            same = np.array_equal(tensor, quant.float32(name))
-        if not same:
-            names.append(name)
-    assert seen == quant.keys()
-    return names
 
 
 def exact_session(quant: Quantized, directory: Path) -> Any:
@@ -77,7 +59,9 @@ def assert_same(session: Any, module: nn.Module, given: tuple[torch.Tensor, ...]
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "block_sparse"])
-def test_a_module_is_itself(example: Callable[..., Any], tmp_path: Path, name: str) -> None:
+def test_a_module_is_itself(
+    example: Callable[..., Any], tmp_path: Path, name: str, wrong: Callable[..., list[str]]
+) -> None:
     """At lengths that it was not traced at, past the window and past several blocks, and in the shape that it was."""
     module, given, dynamic = example(name)
     model = tapeout.load_module(module, given, dynamic)
@@ -150,7 +134,9 @@ def odd() -> tuple[nn.Module, Model]:
     return module, tapeout.load_module(module, (torch.randint(0, 64, (1, 20)),), dynamic)
 
 
-def test_each_weight_is_what_it_is_used_for(odd: tuple[nn.Module, Model], tmp_path: Path) -> None:
+def test_each_weight_is_what_it_is_used_for(
+    odd: tuple[nn.Module, Model], tmp_path: Path, wrong: Callable[..., list[str]]
+) -> None:
     module, model = odd
     roles = {name: spec.role for name, spec in model.specs.items()}
     assert roles == {
@@ -184,7 +170,9 @@ def test_a_weight_on_the_left_is_no_linear_layer() -> None:
     }
 
 
-def test_damage_is_named(example: Callable[..., Any], tmp_path: Path) -> None:
+def test_damage_is_named(
+    example: Callable[..., Any], tmp_path: Path, wrong: Callable[..., list[str]]
+) -> None:
     module, given, dynamic = example("block_sparse")
     quant = quantize(tapeout.load_module(module, given, dynamic), "int4-g32")
     artifact = onnx.write(quant, tmp_path)
@@ -207,7 +195,11 @@ def test_damage_is_named(example: Callable[..., Any], tmp_path: Path) -> None:
     ("family", "scheme"), [("gpt2", "int4-g32"), ("gpt2", "none"), ("opt", "int8"), ("opt", "int4-g32-asym")]
 )
 def test_a_graph_of_optimum_is_the_reference(
-    unknown_family: Callable[[str], Model], tmp_path: Path, family: str, scheme: str
+    unknown_family: Callable[[str], Model],
+    tmp_path: Path,
+    family: str,
+    scheme: str,
+    wrong: Callable[..., list[str]],
 ) -> None:
     """GPT-2's matrices are [in, out] under Gemms; OPT's lie turned under names that say nothing, and some under Gemms of the other kind."""
     model = unknown_family(family)
