@@ -655,8 +655,9 @@ def main() -> None:
         signal.signal(number, _stop)
     try:
         for name in targets.names():
-            _register_export(targets.get(name))
-        status = app(exit_on_error=False, result_action="return_value")
+            if name not in export_app:
+                _register_export(targets.get(name))
+        status = app(sys.argv[1:], exit_on_error=False, result_action="return_value")
     except TapeoutError as error:
         _say(str(error))
         status = error.status

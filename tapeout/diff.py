@@ -24,7 +24,7 @@ from tapeout.replay import codes_of
 from tapeout.targets import Target
 from tapeout.validate.divergence import HALF, Divergence, added_rounding, against_graph, between
 from tapeout.validate.session import Logits, SessionSpec
-from tapeout.validate.worker import WorkerSession, open_session
+from tapeout.validate.worker import WorkerSession, borrowed
 
 Progress = Callable[[str, int, int], None]
 
@@ -144,8 +144,8 @@ def diff(
     with tempfile.TemporaryDirectory(prefix="tapeout-") as place:
         scratch = Path(place)
         with (
-            open_session(mine.spec(scratch / "a", None)) as first,
-            open_session(theirs.spec(scratch / "b", store)) as second,
+            borrowed(mine.spec(scratch / "a", None)) as first,
+            borrowed(theirs.spec(scratch / "b", store)) as second,
         ):
             ids = _ids(mine, theirs, first, second, prompt, notes)
             if progress:
@@ -226,7 +226,7 @@ def _ids(
 def _expected(model: Model, store: Path | None, ids: list[int]) -> Logits:
     """What transformers gives: the last word on our own graph."""
     arguments = {"model": str(model.directory), "store": str(store) if store else None}
-    with open_session(SessionSpec(_REFERENCE, arguments)) as session:
+    with borrowed(SessionSpec(_REFERENCE, arguments)) as session:
         if isinstance(model.config, EncoderConfig):
             out = session.encode([ids], [[1] * len(ids)])
             return out.reshape(-1, out.shape[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from tapeout.validate import (
 from tapeout.validate.generate import generate as sample
 from tapeout.validate.metrics import Distance
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
-from tapeout.validate.worker import WorkerSession, open_session
+from tapeout.validate.worker import WorkerSession, borrowed
 
 Progress = Callable[[str, int, int], None]
 
@@ -151,7 +152,7 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
     found = gates.integrity(package.directory, package.files())
     throughput: dict[str, Any] = {}
     try:
-        with open_session(package.target().session(package.artifact)) as session:
+        with borrowed(package.target().session(package.artifact)) as session:
             found.append(_golden(package, session))
             throughput = _measure(package, session)
     except MissingToolchain as error:
@@ -227,13 +228,13 @@ def _measure(package: Package, session: Any, contexts: Sequence[int] = ()) -> di
     return measure(session, package.artifact, contexts)
 
 
-def _session(package: Package) -> WorkerSession:
+def _session(package: Package) -> AbstractContextManager[WorkerSession]:
     """The artifact on its runtime; PackageError for files that are missing or cut short, whose digests nobody waits for here."""
     if wrong := package.cut_short():
         raise PackageError(
             f"{package.directory} is not what its manifest says: {'; '.join(wrong)}. tapeout verify compares every byte."
         )
-    return open_session(package.target().session(package.artifact))
+    return borrowed(package.target().session(package.artifact))
 
 
 def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:

@@ -5,10 +5,8 @@ Logits go to mapped files, so that no two models and no text's logits need be in
 
 from __future__ import annotations
 
-import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tapeout.errors import RuntimeCrash, TapeoutError
+from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
 from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized
@@ -26,7 +24,7 @@ from tapeout.validate.divergence import Divergence, added_rounding, against_grap
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
-from tapeout.validate.worker import WorkerSession, open_session
+from tapeout.validate.worker import WorkerSession, borrow, borrowed, give_back
 
 _REFERENCE = "tapeout.validate.reference:open_session"
 _GRAPH = "tapeout.validate.primitives:open_session"
@@ -196,7 +194,7 @@ class Evidence:
     def deployed(self) -> WorkerSession:
         """The artifact as it is deployed; stays open until ``close``, and is opened again after it died."""
         if self._deployed is None or self._deployed.ended:
-            self._deployed = _take(self.device.session(self.artifact))
+            self._deployed = borrow(self.device.session(self.artifact))
         return self._deployed
 
     @cached_property
@@ -232,7 +230,7 @@ class Evidence:
     def close(self) -> None:
         """Close what is still open."""
         if self._deployed:
-            _give_back(self._deployed)
+            give_back(self._deployed)
             self._deployed = None
 
     def walk(self, index: int) -> Divergence | None:
@@ -251,7 +249,7 @@ class Evidence:
         arguments = {"model": str(self.model.directory), "store": str(self.quant.directory)}
         added = added_rounding(self.artifact, self.quant.schemes, self.device.carries)
         ids, expected = self.sequences[index], self.dequantized[index]
-        with _opened(spec) as device, _opened(SessionSpec(_GRAPH, arguments)) as graph:
+        with borrowed(spec) as device, borrowed(SessionSpec(_GRAPH, arguments)) as graph:
             return against_graph(device, graph, ids, scratch, expected, added)
 
     def reference(
@@ -272,7 +270,7 @@ class Evidence:
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
-        with _opened(spec) as session:
+        with borrowed(spec) as session:
             return self.run(name, session, sequences)
 
     def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
@@ -310,7 +308,7 @@ class Evidence:
 
     @cached_property
     def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
-        with _opened(self.reference(quantized=False)) as session:
+        with borrowed(self.reference(quantized=False)) as session:
             sequences = self._sequences(session)
             return sequences, self.run("original", session, sequences), self.say(session, "tasks")
 
@@ -337,51 +335,3 @@ class Evidence:
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(stage, done, total)
-
-
-_idle: dict[object, WorkerSession] = {}
-"""Workers that hold no model, by what a process must share: importing a runtime takes longer than loading a small model."""
-
-
-def _take(spec: SessionSpec) -> WorkerSession:
-    """Open a session in a worker that an earlier one left, or in a new one."""
-    worker = _idle.pop(spec.process, None)
-    if worker is None or worker.ended:
-        return open_session(spec)
-    try:
-        worker.open(spec.arguments)
-    except BaseException:
-        worker.close()
-        raise
-    return worker
-
-
-def _give_back(worker: WorkerSession) -> None:
-    """Free the model; its process is kept for the next session of its kind, in this validation or a later one."""
-    if not isinstance(worker, WorkerSession) or worker.ended or worker.process in _idle:
-        worker.close()
-        return
-    try:
-        worker.release()
-    except TapeoutError:  # what a dying runtime says is of no use to anyone by now
-        worker.close()
-        return
-    if not _idle:
-        atexit.register(_dismiss)
-    _idle[worker.process] = worker
-
-
-@contextmanager
-def _opened(spec: SessionSpec) -> Iterator[WorkerSession]:
-    session = _take(spec)
-    try:
-        yield session
-    except BaseException:
-        session.close()
-        raise
-    _give_back(session)
-
-
-def _dismiss() -> None:
-    while _idle:
-        _idle.popitem()[1].close()

@@ -8,6 +8,7 @@ worker are not part of it, since runtimes print there: their last lines go into 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -43,7 +44,7 @@ from tapeout.validate.session import (
 )
 from tapeout.validate.timing import Timing, measure, measure_encoding, measure_inference
 
-__all__ = ["Timing", "WorkerSession", "open_session"]
+__all__ = ["Timing", "WorkerSession", "borrow", "borrowed", "give_back", "open_session"]
 
 _FRAME = struct.Struct("<IQ")
 _TAIL_LINES = 40  # of the worker's output that are kept; the longest native backtraces fit
@@ -261,6 +262,55 @@ def open_session(spec: SessionSpec) -> WorkerSession:
         TapeoutError: as the factory raised it.
     """
     return WorkerSession(spec)
+
+
+_idle: dict[object, WorkerSession] = {}
+"""Workers that hold no model, by what a process must share: importing a runtime takes longer than loading a small model."""
+
+
+def borrow(spec: SessionSpec) -> WorkerSession:
+    """Open a session in a worker that an earlier one left, or in a new one."""
+    worker = _idle.pop(spec.process, None)
+    if worker is None or worker.ended:
+        return open_session(spec)
+    try:
+        worker.open(spec.arguments)
+    except BaseException:
+        worker.close()
+        raise
+    return worker
+
+
+def give_back(worker: WorkerSession) -> None:
+    """Free the model; its process is kept for the next session of its kind, in this validation or a later one."""
+    if not isinstance(worker, WorkerSession) or worker.ended or worker.process in _idle:
+        worker.close()
+        return
+    try:
+        worker.release()
+    except TapeoutError:  # what a dying runtime says is of no use to anyone by now
+        worker.close()
+        return
+    if not _idle:
+        atexit.register(_dismiss)
+    _idle[worker.process] = worker
+
+
+@contextlib.contextmanager
+def borrowed(spec: SessionSpec) -> Iterator[WorkerSession]:
+    """``borrow``, and ``give_back`` at the end; after an error the worker is closed."""
+    session = borrow(spec)
+    try:
+        yield session
+    except BaseException:
+        session.close()
+        raise
+    give_back(session)
+
+
+def _dismiss() -> None:
+    while _idle:
+        _idle.popitem()[1].close()
 
 
 def serve(requests: int, replies: int) -> None:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import tapeout
 
 from tapeout.generated import write_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("llama_cpp")
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
-TAPEOUT = Path(sys.executable).with_name("tapeout")
 RECIPE = 'scheme = "int4-g32"\ntokens = 40\nlimits = {kl = 1e3, top1 = 0.0, perplexity = 1e3}\n'
 FORMATS = ("gguf", "onnx")
-
-
-def tapeout(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [str(TAPEOUT), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def said(*arguments: str | Path, status: int = 2) -> str:

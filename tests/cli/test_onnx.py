@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import tapeout
 
 from tapeout.generated import write_model
 
 pytest.importorskip("onnxruntime")
-TAPEOUT = Path(sys.executable).with_name("tapeout")
 RECIPE = 'scheme = "int4-g32"\ntokens = 64\nlimits = {kl = 1e3, top1 = 0.0, perplexity = 1e3}\n'
-
-
-def tapeout(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    given = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [str(TAPEOUT), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=given)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def test_a_package_of_onnx(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def with_outliers(directory: Path) -> Path:
 def test_smoothquant_shows_in_the_quality_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Any
 ) -> None:
-    monkeypatch.setattr("tapeout.validate.evidence.open_session", here)
+    monkeypatch.setattr("tapeout.validate.worker.open_session", here)
     monkeypatch.setattr(
         "tapeout.validate.corpus.hostile", lambda _: []
     )  # no tokenizer is asked anything here

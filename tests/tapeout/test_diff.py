@@ -33,8 +33,8 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch, here: Any) -> None:
-    monkeypatch.setattr("tapeout.validate.evidence.open_session", here)
-    monkeypatch.setattr("tapeout.diff.open_session", here)
+    monkeypatch.setattr("tapeout.validate.worker.borrow", here)
+    monkeypatch.setattr("tapeout.validate.evidence.borrow", here)
 
 
 IDS = [(i * 37 + 11) % 256 for i in range(40)]

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 def test_tasks_survive_calibrated_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Any, name: str, rounding: str
 ) -> None:
-    monkeypatch.setattr("tapeout.validate.evidence.open_session", here)
+    monkeypatch.setattr("tapeout.validate.worker.open_session", here)
     monkeypatch.setattr("tapeout.validate.corpus.hostile", lambda _: [])
     model = load(name)
     quant = quantize(model, "int4-g32", rounding=rounding)

@@ -65,7 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, here: Any) -> Made:
     work = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPEOUT_CACHE", str(work / "cache"))
-        patch.setattr("tapeout.validate.evidence.open_session", here)
+        patch.setattr("tapeout.validate.worker.borrow", here)
+        patch.setattr("tapeout.validate.evidence.borrow", here)
         model = write(work / "small")
         package, report = export(target("null"), model, work / "out", LOOSE)
     return Made(package, report, model)

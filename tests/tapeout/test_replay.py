@@ -42,8 +42,8 @@ LOOSE = Recipe.of({"tokens": 40, "limits": {"kl": 1e3, "top1": 0.0, "perplexity"
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch, here: Any) -> None:
-    monkeypatch.setattr("tapeout.validate.evidence.open_session", here)
-    monkeypatch.setattr("tapeout.replay.open_session", here)
+    monkeypatch.setattr("tapeout.validate.worker.borrow", here)
+    monkeypatch.setattr("tapeout.validate.evidence.borrow", here)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, here: Any) -> Path:
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPEOUT_CACHE", str(work / "cache"))
-        patch.setattr("tapeout.validate.evidence.open_session", here)
+        patch.setattr("tapeout.validate.worker.borrow", here)
+        patch.setattr("tapeout.validate.evidence.borrow", here)
         for name, fields in (("plain", {"eos_token_id": None}), ("chatty", {})):
             model = write_model(work / name, "llama", fields, dtype="F32")
             if name == "chatty":
@@ -271,7 +272,7 @@ def test_a_runtime_that_does_not_open(
     def refuse(spec: SessionSpec) -> None:
         raise error
 
-    monkeypatch.setattr("tapeout.replay.open_session", refuse)
+    monkeypatch.setattr("tapeout.validate.worker.borrow", refuse)
     report = revalidate(work / "plain-package")
     golden = next(gate for gate in report.gates if gate.name == "golden")
     assert (golden.status, golden.reason) == (status, str(error))
@@ -305,7 +306,7 @@ def said(package: Package, prompt: str, **settings: Any) -> tuple[list[int], str
 def test_a_worker_says_what_a_session_here_says(plain: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     here = said(plain, "a", max_new_tokens=3)
-    monkeypatch.setattr("tapeout.replay.open_session", open_session)
+    monkeypatch.setattr("tapeout.validate.worker.borrow", open_session)
     assert said(plain, "a", max_new_tokens=3) == here
     assert len(here[0]) == 3
 
@@ -350,7 +351,7 @@ def test_a_penalty_of_repetition_counts(plain: Package) -> None:
 def test_a_setting_without_a_meaning_is_an_error(
     plain: Package, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    monkeypatch.delattr("tapeout.replay.open_session")  # it is found before anything is loaded
+    monkeypatch.delattr("tapeout.validate.worker.borrow")  # it is found before anything is loaded
     with pytest.raises(TapeoutError, match=f"{name} cannot be {value}"):
         next(generate(plain, "a", **{name: value}))
 
@@ -428,7 +429,7 @@ def speak(chatty: Package, monkeypatch: pytest.MonkeyPatch) -> Speak:
     """``speak(tokens)`` gives the pairs that ``generate`` makes of these tokens."""
 
     def speak(tokens: Sequence[int]) -> list[tuple[int, str]]:
-        monkeypatch.setattr("tapeout.replay.open_session", lambda spec: Bytes(tokens))
+        monkeypatch.setattr("tapeout.validate.worker.borrow", lambda spec: Bytes(tokens))
         return list(generate(chatty, "x", max_new_tokens=len(tokens)))
 
     return speak
@@ -457,7 +458,7 @@ def test_the_stop_token_ends_and_is_not_said(speak: Speak) -> None:
 def test_the_packages_own_settings_hold_where_none_are_given(
     chatty: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tapeout.replay.open_session", lambda spec: Bytes([0x61] * 99))
+    monkeypatch.setattr("tapeout.validate.worker.borrow", lambda spec: Bytes([0x61] * 99))
     assert len(list(generate(chatty, "x"))) == 16
     shorter = dict(chatty.manifest) | {
         "generation": dict(chatty.manifest["generation"]) | {"max_new_tokens": 5}
