@@ -191,10 +191,13 @@ def tensor_scale(largest: float, scheme: Scheme) -> np.float32 | None:
     """The float32 scale of a whole tensor whose largest magnitude is given; None for schemes that have none.
 
     NVFP4 divides by the largest value of a group's scale times that of a code, 448 · 6 (NVIDIA, ModelOpt's ``NVFP4QTensor``).
+    It is no less than what keeps the smallest scale of a group, 2^-9 of it, a normal number: subnormal ones have too few bits.
     """
     if scheme.scales != "e4m3":
         return None
-    return (np.float32(largest) / np.float32(448 * 6)) or np.float32(1)
+    if not largest:
+        return np.float32(1)
+    return max(np.float32(largest) / np.float32(448 * 6), np.float32(2.0**-117))
 
 
 def layout(scheme: Scheme, out: int, into: int) -> dict[str, tuple[str, tuple[int, ...]]]:

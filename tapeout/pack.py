@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -278,15 +279,19 @@ def _root(manifest: Mapping[str, Any]) -> str:
 
 
 def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Target) -> str:
+    return _template().render(facts=facts, model=model, how=target.card(artifact), notes=artifact.notes)
+
+
+@cache
+def _template() -> jinja2.Template:
+    """The template of ``README.md``, compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tapeout"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("card.md.j2").render(
-        facts=facts, model=model, how=target.card(artifact), notes=artifact.notes
-    )
+    return environment.get_template("card.md.j2")
 
 
 def _write_golden(path: Path, report: Report) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 # Pieces that tokenizers are known to get wrong, by kind.
 _WORDS = {
@@ -153,7 +154,8 @@ _SPACES = [
 ]
 
 
-def hostile(special_tokens: Sequence[str] = (), count: int = 2400, seed: int = 0) -> list[str]:
+@cache
+def hostile(special_tokens: tuple[str, ...] = (), count: int = 2400, seed: int = 0) -> tuple[str, ...]:
     """Distinct strings, at least ``count``, the same each time.
 
     Scripts and their mixtures, emoji with joiners, code, whitespace runs, numbers, control and combining characters, the
@@ -169,7 +171,7 @@ def hostile(special_tokens: Sequence[str] = (), count: int = 2400, seed: int = 0
         parts: list[str] = []
         for _ in range(pick.randint(2, 12)):
             if special_tokens and pick.random() < 0.08:
-                parts.append(pick.choice(list(special_tokens)))
+                parts.append(pick.choice(special_tokens))
             parts.append(pick.choice(_WORDS[pick.choice(mixed)]))
             parts.append(pick.choice(_SPACES) * pick.choice((1, 1, 1, 2, 7)) if pick.random() < 0.7 else "")
         text = "".join(parts)
@@ -177,7 +179,7 @@ def hostile(special_tokens: Sequence[str] = (), count: int = 2400, seed: int = 0
             data = text.encode()
             text = data[: pick.randint(1, len(data))].decode("utf-8", "replace")
         found[text] = None
-    return list(found)
+    return tuple(found)
 
 
 def _fixed(special_tokens: Sequence[str]) -> Iterator[str]:

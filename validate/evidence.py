@@ -17,6 +17,7 @@ import numpy as np
 
 from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
+from tapeout.files import file_sha256
 from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
@@ -225,7 +226,7 @@ class Evidence:
     @cached_property
     def strings(self) -> list[str]:
         """The hostile corpus, with the model's own special tokens among it."""
-        return corpus.hostile(self.added_tokens[:32])
+        return list(corpus.hostile(tuple(self.added_tokens[:32])))
 
     def close(self) -> None:
         """Close what is still open."""
@@ -308,9 +309,24 @@ class Evidence:
 
     @cached_property
     def _original(self) -> tuple[list[list[int]], list[Logits], Said]:
-        with borrowed(self.reference(quantized=False)) as session:
-            sequences = self._sequences(session)
-            return sequences, self.run("original", session, sequences), self.say(session, "tasks")
+        key = self._asked
+        if key not in _originals:
+            with borrowed(self.reference(quantized=False)) as session:
+                sequences = self._sequences(session)
+                found = sequences, self.run("original", session, sequences), self.say(session, "tasks")
+            _originals.clear()
+            _originals[key] = found
+        return _originals[key]
+
+    @property
+    def _asked(self) -> tuple[object, ...]:
+        """All that the original's answers hang on: the model's bytes, and what it is asked."""
+        beside = [path for path in self.model.directory.iterdir() if path.is_file()]
+        files = {path.name: file_sha256(path) for path in beside if path.suffix != ".safetensors"}
+        # A quantized checkpoint is run from the store of its codes.
+        weights = self.quant.directory if self.model.quantization else self.quant.source_sha256
+        text = None if self.text is None else file_sha256(self.text)
+        return type(self), weights, tuple(sorted(files.items())), text, self.tokens, self.artifact.context
 
     def _sequences(self, session: Session) -> list[list[int]]:
         most = min(_WINDOW, self.artifact.context, session.facts.context)
@@ -335,3 +351,7 @@ class Evidence:
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(stage, done, total)
+
+
+_originals: dict[object, tuple[list[list[int]], list[Logits], Said]] = {}
+"""What the last model said with its own weights: its next scheme or target is held against the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -116,21 +117,11 @@ class Report:
         (directory / "report.xml").write_text(self._junit(), encoding="utf-8")
 
     def _html(self) -> str:
-        import jinja2
-
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("tapeout.validate", "data"),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["number"] = number
         counts = {
             status: sum(gate.status == status for gate in self.gates)
             for status in ("passed", "failed", "skipped")
         }
-        return environment.get_template("report.html.j2").render(report=self, counts=counts)
+        return str(_page().render(report=self, counts=counts))
 
     def _junit(self) -> str:
         suite = ElementTree.Element(
@@ -268,3 +259,19 @@ def _runs_table(figures: Mapping[str, Any]) -> Table:
         quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
         table.add_row(f"{quantiles} ms", f"{figures['bytes_per_token'] / 1e6:.2f} MB")
     return table
+
+
+@cache
+def _page() -> Any:
+    """The template of ``report.html``, compiled once."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tapeout.validate", "data"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html.j2")

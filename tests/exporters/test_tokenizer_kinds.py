@@ -134,7 +134,7 @@ def through(base: Model, tmp_path: Path) -> Iterator[Callable[..., Passed]]:
 
 def strings_of(made: Tokenizer) -> list[str]:
     added = [token.content for token in made.get_added_tokens_decoder().values()]
-    return [*corpus.hostile(added[:32]), *MIXED]
+    return [*corpus.hostile(tuple(added[:32])), *MIXED]
 
 
 def check(
@@ -179,7 +179,9 @@ def prose() -> list[str]:
     """Python's own sources, and the corpus with every script in it."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     sources = [(folder / name).read_text()[:40_000] for name in ("argparse.py", "typing.py", "ast.py")]
-    return [line for source in sources for line in source.splitlines()] + corpus.hostile(count=1200, seed=5)
+    return [line for source in sources for line in source.splitlines()] + list(
+        corpus.hostile(count=1200, seed=5)
+    )
 
 
 @functools.cache

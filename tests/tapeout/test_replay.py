@@ -396,10 +396,7 @@ class Bytes:
         self.facts = Facts("bytes", "none", 0.0, 0, 100)
         self.tokens, self.at = list(tokens), 0
 
-    def __enter__(self) -> Bytes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
     def reset(self) -> None:
