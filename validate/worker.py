@@ -347,7 +347,7 @@ def serve(requests: int, replies: int) -> None:
             elif name == "say":
                 arguments["generation"]["stop_token_ids"] = tuple(arguments["generation"]["stop_token_ids"])
                 generation = Generation(**arguments.pop("generation"))
-                value = asdict(say(cast(Session, session), generation=generation, **arguments))
+                value = vars(say(cast(Session, session), generation=generation, **arguments))
             else:
                 value = getattr(session, name)(**arguments) if session else None
         except ModuleNotFoundError as error:

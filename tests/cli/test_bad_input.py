@@ -18,6 +18,8 @@ import pytest
 from commands import PROGRAM, Done, process, tapeout
 from safetensors.numpy import load_file, save_file
 
+from tapeout.validate import worker
+
 MakeModel = Callable[..., Path]
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 
@@ -371,7 +373,9 @@ def test_an_edited_manifest(copied: Path) -> None:
 
 
 def hide(tmp_path: Path, name: str, code: str) -> dict[str, str]:
-    """An environment in which importing ``name`` runs ``code``."""
+    """An environment in which importing ``name`` runs ``code``: workers that start in it do."""
+    for key in [key for key in worker._idle if name in str(key)]:
+        worker._idle.pop(key).close()
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / f"{name}.py").write_text(code)
     return {"PYTHONPATH": str(tmp_path / "hidden")}
@@ -379,11 +383,11 @@ def hide(tmp_path: Path, name: str, code: str) -> dict[str, str]:
 
 def test_a_runtime_that_is_not_installed(copied: Path, tmp_path: Path) -> None:
     environment = hide(tmp_path, "llama_cpp", "raise ModuleNotFoundError('no', name='llama_cpp')")
-    done = process("run", copied, "--prompt", "1+1=", env=environment)
+    done = tapeout("run", copied, "--prompt", "1+1=", **environment)
     assert done.returncode == 3
     assert "pip install 'tapeout[cpu]'" in paragraph(done)
     arguments = ("--model", "arithmetic", "--require", "decode", "--json")
-    validated = process("validate", copied, *arguments, env=environment)
+    validated = tapeout("validate", copied, *arguments, **environment)
     assert validated.returncode == 1
     gates = {gate["name"]: gate for gate in json.loads(validated.stdout)["gates"]}
     assert gates["tokenizer"]["status"] == "skipped"
@@ -395,10 +399,10 @@ def test_a_runtime_that_is_not_installed(copied: Path, tmp_path: Path) -> None:
 
 def test_a_runtime_that_segfaults(copied: Path, tmp_path: Path) -> None:
     environment = hide(tmp_path, "llama_cpp", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    done = process("run", copied, "--prompt", "1+1=", env=environment)
+    done = tapeout("run", copied, "--prompt", "1+1=", **environment)
     assert done.returncode == 1
     assert "SIGSEGV" in done.stderr
-    validated = process("validate", copied, "--model", "arithmetic", "--json", env=environment)
+    validated = tapeout("validate", copied, "--model", "arithmetic", "--json", **environment)
     assert validated.returncode == 1
     gates = {gate["name"]: gate for gate in json.loads(validated.stdout)["gates"]}
     assert gates["decode"]["status"] == "failed"

@@ -56,7 +56,7 @@ def test_stored_codes_are_those_of_the_whole_tensor(
 ) -> None:
     """Rows are rounded a few at a time; the library that owns the format reads what one call on all rows gives."""
     monkeypatch.setattr("tapeout.quantize.store._STEP_WEIGHTS", 5 * 256)
-    model = load(make_model(hidden_size=256, intermediate_size=512))
+    model = load(make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1))
     quant = quantize(model, scheme, rounding=rounding)
     source = model.checkpoint[Q_PROJ].float32()
     whole = lattice.tensor_scale(float(np.abs(source).max()), SCHEMES[scheme])
