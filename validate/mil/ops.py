@@ -45,8 +45,13 @@ def _sigmoid(x: Array) -> Any:
 
 
 def _erf(x: Array) -> Array:
-    """``math.erf`` of each element: numpy has none."""
+    """Of each element: numpy has none."""
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), x.dtype)
+
+
+def _erfc(x: Array) -> Array:
+    """``1 - erf(x)``, which keeps its digits where that has none."""
+    return np.asarray(np.frompyfunc(math.erfc, 1, 1)(x), x.dtype)
 
 
 _UNARY: dict[str, Callable[..., Any]] = {
@@ -152,7 +157,7 @@ def _elu(x: Array, alpha: Array) -> Any:
 @_op("gelu")
 def _gelu(x: Array, mode: str = "EXACT") -> Any:
     if mode == "EXACT":
-        return 0.5 * x * (1 + _erf(x * np.asarray(0.5**0.5, x.dtype)))
+        return 0.5 * x * _erfc(x * -(0.5**0.5))
     if mode == "TANH_APPROXIMATION":
         return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     if mode == "SIGMOID_APPROXIMATION":
