@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import pytest
 Save = Callable[..., Path]
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
+@pytest.fixture(scope="session")
+def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     """``save(body, {name: spec})`` builds a program with coremltools' own Builder and saves it, every pass left out."""
-    count = iter(range(99))
 
-    def saved(body: Callable[..., Any], specs: Mapping[str, Any], opset: str = "iOS18") -> Path:
+    def saved(
+        body: Callable[..., Any], specs: Mapping[str, Any], opset: str = "iOS18", inputs: Sequence[Any] = ()
+    ) -> Path:
         import coremltools as ct
         from coremltools.converters.mil.backend.mil.load import load as backend
         from coremltools.converters.mil.mil import Function, Program
@@ -24,8 +25,9 @@ def save(tmp_path: Path) -> Save:
         with Function(dict(specs), target) as function:
             outputs = body(*function.inputs.values())
             function.set_outputs(list(outputs) if isinstance(outputs, tuple) else [outputs])
+            function.set_input_types(tuple(inputs))
         program.add_function("main", function)
-        path = tmp_path / f"{next(count)}.mlpackage"
+        path = tmp_path_factory.mktemp("package") / "model.mlpackage"
         weights = path.with_suffix(".weights")
         weights.mkdir()
         spec = backend(program, str(weights), specification_version=target.value)
