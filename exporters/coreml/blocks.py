@@ -139,7 +139,8 @@ class Lut:
     def table(self) -> npt.NDArray[Any]:
         """The table [2**bits]."""
         if self.levels:
-            return LEVELS[self.levels].astype(np.float16)
+            found: npt.NDArray[Any] = LEVELS[self.levels].astype(np.float16)
+            return found
         return (np.arange(2**self.bits) - 2 ** (self.bits - 1)).astype(np.int8)
 
     def parts(self, out: int, groups: int, into: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -252,7 +253,7 @@ def carries(scheme: Scheme, opset: Opset | None = None) -> Carry:
     return Exact(name, width + each)
 
 
-def scales(tensor: QuantTensor) -> npt.NDArray[np.float16]:
+def scales(tensor: QuantTensor) -> npt.NDArray[Any]:
     """Scales in float16; SchemeError where one does not fit: a power of two must fit exactly, any other be normal."""
     scale = np.asarray(tensor.scale)
     if scale.dtype == np.float16:

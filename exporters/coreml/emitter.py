@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tapeout.exporters.coreml.program import Graph, Var, mil_name
 from tapeout.models.decoder import Attention, Mla, Moe
@@ -24,7 +23,7 @@ LOWEST = -1e9
 
 
 def builder() -> Any:
-    """coremltools' Builder of operators."""
+    """The class of coremltools that writes operators."""
     from coremltools.converters.mil.mil import Builder
 
     return Builder
@@ -519,17 +518,14 @@ def state_shapes(
     if config.mla:
         width = config.mla.kv_rank + config.mla.rope_dim
         return {"latentCache": (layers, batch, 1, context, width)}, places
-    states = {}
+    states: dict[str, tuple[int, ...]] = {}
     for kind, count in counts.items():
         for part in ("key", "value") if count else ():
             slots = window if kind else context
-            states[f"{part}Cache{kind}"] = (count, batch, config.num_kv_heads, slots, config.head_dim)
+            states[f"{part}Cache{kind}"] = (count, batch, config.num_kv_heads, int(slots), config.head_dim)
     return states, places
 
 
 def nbytes(states: dict[str, tuple[int, ...]]) -> int:
     """Bytes of caches, float16."""
     return sum(2 * math.prod(shape) for shape in states.values())
-
-
-Floats = npt.NDArray[np.float32]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, SchemeError
 from tapeout.exporters import Refused
 from tapeout.exporters.coreml.blob import TYPES, Layout, Place
-from tapeout.exporters.coreml.blocks import FLOAT, Container, Lut, Opset, Shift, carries, container_of
+from tapeout.exporters.coreml.blocks import FLOAT, Container, Opset, Shift, carries, container_of
 from tapeout.models import Role
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -141,14 +141,17 @@ class Graph:
             descriptions: of inputs, states and outputs.
         """
         ct = library()
-        from coremltools.converters.mil.mil import Builder as mb
-        from coremltools.converters.mil.mil import Function, types
+        from coremltools.converters.mil.mil import Builder, Function, types
 
         if not self._functions:
-            mb.name_count.clear()  # names are numbered over all of a process's programs
+            Builder.name_count.clear()  # names are numbered over all of a process's programs
         self._made = {}
-        given = {key: mb.placeholder(_symbols(each), _dtype(each, types)) for key, each in inputs.items()}
-        given |= {key: mb.state_tensor_placeholder(shape, dtype=types.fp16) for key, shape in states.items()}
+        given = {
+            key: Builder.placeholder(_symbols(each), _dtype(each, types)) for key, each in inputs.items()
+        }
+        given |= {
+            key: Builder.state_tensor_placeholder(shape, dtype=types.fp16) for key, shape in states.items()
+        }
         opset = {"ios18": ct.target.iOS18, "ios26": ct.target.iOS26}[self.newest]
         with quiet(), Function(given, opset_version=opset) as made:
             made.set_outputs(list(body(made.inputs)))
@@ -158,13 +161,13 @@ class Graph:
 
     def constant(self, values: Any, name: str) -> Var:
         """A constant that is no weight; the same name means the same values."""
-        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import Builder
 
         if name not in self._made:
             array = np.asarray(values)
             if array.size >= _INLINE and str(array.dtype) in TYPES:
                 self.blobs.setdefault(name, Blob(name, str(array.dtype), array.shape, values=array))
-            self._made[name] = mb.const(val=array, name=name)
+            self._made[name] = Builder.const(val=array, name=name)
         return self._made[name]
 
     def vector(self, source: str) -> Var:
@@ -241,7 +244,7 @@ class Graph:
         rows: npt.NDArray[np.int64] | None,
     ) -> Var:
         """The chain of operators that makes float16 of codes."""
-        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import Builder
 
         tensor = self.quant[sources[0]]
         assert isinstance(tensor, QuantTensor)
@@ -251,29 +254,28 @@ class Graph:
             blob = Blob(f"{name}_{part}", kind, (*shape[:-1], width), sources, part, container, rows)
             parts[part] = self._placeholder(blob)
         if isinstance(container, Shift):
-            return mb.constexpr_blockwise_shift_scale(
+            return Builder.constexpr_blockwise_shift_scale(
                 data=parts["codes"], scale=parts["scale"], offset=parts.get("offset"), name=name
             )
         table = container.table()
         values = self.constant(table.reshape(*[1] * len(shape), -1, 1), f"{name}_table")
-        dense = mb.constexpr_lut_to_dense(indices=parts["codes"], lut=values, name=f"{name}_levels")
+        dense = Builder.constexpr_lut_to_dense(indices=parts["codes"], lut=values, name=f"{name}_levels")
         scale = parts.get("scale")
         if scale is None:
-            scale = mb.constexpr_blockwise_shift_scale(
+            scale = Builder.constexpr_blockwise_shift_scale(
                 data=parts["scale_codes"], scale=parts["scale_block"], name=f"{name}_scale"
             )
-        return mb.constexpr_blockwise_shift_scale(data=dense, scale=scale, name=name)
+        return Builder.constexpr_blockwise_shift_scale(data=dense, scale=scale, name=name)
 
     def _placeholder(self, blob: Blob) -> Var:
         """A constant of a blob's type and shape, all of it one number."""
-        from coremltools.converters.mil.mil import Builder as mb
-        from coremltools.converters.mil.mil import types
+        from coremltools.converters.mil.mil import Builder, types
 
         if blob.name not in self._made:
             dtype = types.nptype_from_builtin(types.string_to_builtin(_short(blob.kind)))
             self.blobs.setdefault(blob.name, blob)
             nothing = np.broadcast_to(np.zeros((), dtype), blob.shape)
-            self._made[blob.name] = mb.const(val=nothing, name=blob.name)
+            self._made[blob.name] = Builder.const(val=nothing, name=blob.name)
         return self._made[blob.name]
 
     def note(self, text: str) -> None:
@@ -332,7 +334,7 @@ class Graph:
 
 
 def _translator(graph: Graph) -> type:
-    """coremltools' translator of programs, which asks ``graph`` where blobs lie instead of writing them."""
+    """A translator of programs, which asks ``graph`` where blobs lie instead of writing them."""
     from coremltools.converters.mil.backend.mil.helper import (
         create_file_value_tensor,
         create_immediate_value,
