@@ -31,7 +31,7 @@ TYPES = {
 
 def bits_of(kind: str) -> int:
     """Bits of a number of a type."""
-    return int(kind.lstrip("uintfloat"))
+    return int("".join(filter(str.isdigit, kind)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import logging
 import re
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -155,6 +156,8 @@ class Graph:
         opset = {"ios18": ct.target.iOS18, "ios26": ct.target.iOS26}[self.newest]
         with quiet(), Function(given, opset_version=opset) as made:
             made.set_outputs(list(body(made.inputs)))
+        names = Counter(var.name for op in made.operations for var in op.outputs)
+        assert max(names.values()) == 1, names.most_common(3)
         made.input_types = list(inputs.values())
         self._functions[name] = made
         self._descriptions |= descriptions

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Artifact
+from tapeout.exporters.coreml.blob import bits_of
 from tapeout.exporters.coreml.blocks import Opset
 from tapeout.exporters.coreml.emitter import DecoderOps, nbytes, state_shapes
+from tapeout.exporters.coreml.encoder import EncoderMilOps
 from tapeout.exporters.coreml.program import (
     MANIFEST,
     PACKAGE,
@@ -32,9 +34,10 @@ from tapeout.exporters.coreml.program import (
 )
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
-from tapeout.models import DecoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
-from tapeout.models.graph import EMBEDDING, decoder
+from tapeout.models.encoder import EncoderOps, encoder
+from tapeout.models.graph import decoder
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -126,7 +129,7 @@ def write(
 def resolved(quant: Quantized, options: Options) -> Options:
     """The same with its defaults filled in; ModelError for what a model has not, and for caches that are too large."""
     config = quant.model.config
-    if not isinstance(config, DecoderConfig):
+    if not isinstance(config, DecoderConfig | EncoderConfig):
         raise ModelError(f"{quant.model.name} is {quant.model.kind}, for which no Core ML program is built.")
     count = config.num_layers if options.layers is None else options.layers
     if not 1 <= count <= config.num_layers:
@@ -141,7 +144,8 @@ def resolved(quant: Quantized, options: Options) -> Options:
         layers=count,
         prefill_chunk=min(options.prefill_chunk, context),
     )
-    _check_states(config, options)
+    if isinstance(config, DecoderConfig):
+        _check_states(config, options)
     return options
 
 
@@ -168,7 +172,10 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
 def build(quant: Quantized, options: Options) -> tuple[Graph, Any]:
     """The graph, and its specification; ``options`` as ``resolved`` gives them."""
     graph = Graph(quant, options.opset)
-    _decoder_functions(graph, options)
+    if isinstance(quant.model.config, EncoderConfig):
+        _encoder_function(graph, quant.model.config, options)
+    else:
+        _decoder_functions(graph, options)
     if graph.newest == "ios26":
         graph.note(
             "the program is of opset ios26: it needs iOS 26 or macOS 26, and nobody has run one of its lookups under scales"
@@ -194,6 +201,8 @@ def _facts(quant: Quantized, options: Options, graph: Graph) -> dict[str, str]:
         "opset": graph.newest,
     }
     config = quant.model.config
+    if isinstance(config, EncoderConfig):
+        facts |= {"output": config.output, "vocab_size": config.vocab_size}
     if isinstance(config, DecoderConfig):
         facts["chunk"] = options.prefill_chunk
         if config.sliding_window:
@@ -232,6 +241,32 @@ def _decoder_functions(graph: Graph, options: Options) -> None:
         graph.function(name, inputs, states, body, _DESCRIPTIONS)
 
 
+def _encoder_function(graph: Graph, config: EncoderConfig, options: Options) -> None:
+    ct = library()
+    context, batch, layers = options.sequence_length, options.batch_size, options.layers
+    assert context
+    with quiet():
+        tokens = ct.RangeDim(1, context, default=context)
+        inputs = {
+            name: ct.TensorType(name, (batch, tokens), np.int32) for name in ("inputIds", "attentionMask")
+        }
+
+    def body(given: Any) -> Sequence[Any]:
+        ops = EncoderMilOps(graph, batch, context=context)
+        x = encoder(cast("EncoderOps[Any]", ops), config, ops.begin(given), layers)
+        return [ops.output(x, config.output)]
+
+    graph.function("main", inputs, {}, body, _DESCRIPTIONS | _ENCODER_DESCRIPTIONS)
+
+
+_ENCODER_DESCRIPTIONS = {
+    "inputIds": "Token ids [batch, tokens].",
+    "attentionMask": "1 for tokens, 0 for padding [batch, tokens].",
+    "logits": "Scores of the classes [batch, classes].",
+    "embeddings": "One vector a text [batch, hidden].",
+    "hiddenStates": "The last layer's output [batch, tokens, hidden].",
+}
+
 _DESCRIPTIONS = {
     "inputIds": "Token ids of this call [batch, tokens]: up to a chunk of a prompt for prefill, one for decode.",
     "causalMask": "Added to the scores [batch, 1, tokens, total]; total counts this call's tokens and all before them. The program "
@@ -260,8 +295,9 @@ def _bytes_per_token(graph: Graph) -> int:
         if blob.place is None or not blob.sources:
             continue
         share = 1.0
-        if blob.sources[0] == EMBEDDING and not config.tie_word_embeddings:
-            share = 1 / config.vocab_size
+        spec = graph.quant.model.specs[blob.sources[0]]
+        if spec.role in (Role.EMBEDDING, Role.POSITION) and not getattr(config, "tie_word_embeddings", False):
+            share = 1 / spec.shape[0]
         total += blob.place.nbytes * share
     return round(total)
 
@@ -309,9 +345,8 @@ def _write_tensor(
         parts = _parts(tensor, taken if rows is None else rows[taken], blobs[0], source)
         for blob in blobs:
             assert blob.place
-            bits = 8 * blob.place.nbytes // len(blob.sources) // count if blob.part == "weight" else None
-            each = bits or _row_bits(blob, count)
-            offset, left = divmod(turn * count * each + taken.start * each, 8)
+            each = math.prod(blob.shape) // len(blob.sources) // count * bits_of(blob.kind)
+            offset, left = divmod((turn * count + taken.start) * each, 8)
             if left:
                 raise SchemeError(
                     f"{source} does not end at a byte, where the next of its experts should begin; what fits: int8."
@@ -319,13 +354,6 @@ def _write_tensor(
             write_at(handle, parts[blob.part], blob.place.data + offset)
 
     by_rows(write_rows, -(-count // _ROWS), width * _ROWS, pool)
-
-
-def _row_bits(blob: Blob, rows: int) -> int:
-    """Bits of a row of one tensor of a blob."""
-    from tapeout.exporters.coreml.blob import bits_of
-
-    return math.prod(blob.shape) // len(blob.sources) // rows * bits_of(blob.kind)
 
 
 def _parts(tensor: Any, rows: Any, blob: Blob, source: str) -> dict[str, npt.NDArray[Any]]:
