@@ -154,7 +154,7 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
     try:
         with borrowed(package.target().session(package.artifact)) as session:
             found.append(_golden(package, session))
-            throughput = _measure(package, session)
+            throughput = {} if session.facts.emulated else _measure(package, session)
     except MissingToolchain as error:
         found.append(GateResult("golden", "skipped", reason=str(error)))
     except TapeoutError as error:
@@ -241,6 +241,11 @@ def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | No
     """Measure a package's throughput; see ``throughput.measure_throughput``."""
     package = Package.open(directory)
     with _session(package) as session:
+        if session.facts.emulated:
+            raise MissingToolchain(
+                f"{directory} is for {package.manifest['needs']['runtime']}; here it runs on an {session.facts.runtime}, whose speed says "
+                "nothing of a device."
+            )
         most = session.facts.context - (package.encoder_output is None)
         if package.is_module and contexts:
             raise TapeoutError(

@@ -179,6 +179,8 @@ def require(results: list[GateResult], required: frozenset[str]) -> list[GateRes
 
 def _throughput(evidence: Evidence) -> Mapping[str, object]:
     try:
+        if evidence.deployed.facts.emulated:
+            return {}
         if isinstance(evidence, ModuleEvidence):
             return measure_module(evidence.deployed, evidence.artifact, len(evidence.samples))
         if isinstance(evidence, EncoderEvidence):

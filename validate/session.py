@@ -34,6 +34,7 @@ class Facts:
         load_s: seconds from the call to a loaded model.
         resident_bytes: memory of the process that the model added, in bytes.
         context: most tokens that a sequence may have.
+        emulated: no device of the target runs it: its numbers are the target's, its speed and memory are not.
     """
 
     runtime: str
@@ -41,6 +42,7 @@ class Facts:
     load_s: float
     resident_bytes: int
     context: int
+    emulated: bool = False
 
 
 class Session(Protocol):

@@ -65,8 +65,8 @@ def quiet() -> Iterator[None]:
 
 
 def mil_name(name: str) -> str:
-    """The name of a value or a tensor in a program: an identifier."""
-    return re.sub(r"\W", "_", name)
+    """The name of a value or a tensor in a program: an identifier, with two underscores for a dot."""
+    return re.sub(r"\W", "_", name.replace(".", "__"))
 
 
 @dataclass

@@ -169,6 +169,11 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
     )
 
 
+def cache_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
+    """Bytes of the caches of a decoder, float16."""
+    return nbytes(state_shapes(config, context, batch, config.num_layers)[0])
+
+
 def build(quant: Quantized, options: Options) -> tuple[Graph, Any]:
     """The graph, and its specification; ``options`` as ``resolved`` gives them."""
     graph = Graph(quant, options.opset)
@@ -201,8 +206,10 @@ def _facts(quant: Quantized, options: Options, graph: Graph) -> dict[str, str]:
         "opset": graph.newest,
     }
     config = quant.model.config
+    if isinstance(config, DecoderConfig | EncoderConfig):
+        facts["vocab_size"] = config.vocab_size
     if isinstance(config, EncoderConfig):
-        facts |= {"output": config.output, "vocab_size": config.vocab_size}
+        facts["output"] = config.output
     if isinstance(config, DecoderConfig):
         facts["chunk"] = options.prefill_chunk
         if config.sliding_window:
