@@ -205,11 +205,11 @@ class Graph:
         name = mil_name(sources[0] + suffix if len(sources) == 1 else f"{sources[0]}.and_{len(sources) - 1}")
         if name in self._made:
             return self._made[name]
-        schemes = {str(self.quant.schemes[source]): source for source in sources}
-        if len(schemes) > 1:
-            one, two = list(schemes.items())[:2]
+        schemes, one = self.quant.schemes, sources[0]
+        other = next((source for source in sources if schemes[source] != schemes[one]), None)
+        if other:
             raise SchemeError(
-                f"{one[1]} is {one[0]} and {two[1]} is {two[0]}: experts of a layer are one tensor, which has one scheme."
+                f"{one} is {schemes[one]} and {other} is {schemes[other]}: experts of a layer are one tensor, which has one scheme."
             )
         container = self._container(sources[0])
         kind = container.kind if container else FLOAT
