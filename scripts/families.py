@@ -22,7 +22,7 @@ from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
 
-FORMATS = ("gguf", "onnx")
+FORMATS = ("gguf", "onnx", "coreml")
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
 # Every row of a weight is whole groups of 128.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -109,7 +109,10 @@ def cell(row: str, form: str, scheme: str, work: Path) -> str:
     """What the gates say of one cell; ``work`` is an empty directory."""
     family, fields = MODELS[row]
     model = load(write_model(work / "model", family, fields, dtype="F32"))
-    device = target("cpu", format=form, threads=1)  # a model so small is done before two threads have met
+    if form == "coreml":
+        device = target("apple")
+    else:
+        device = target("cpu", format=form, threads=1)  # a model so small is done before two threads have met
     if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
         return f"refused: {carry.reason}"
     quant = quantize(model, scheme, out=work / "codes")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import TapeoutError
-from tapeout.exporters import Artifact, Carry, coreml
+from tapeout.exporters import Artifact, Carry, Rounded, coreml
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Memory, Progress, graph_width
@@ -28,13 +28,8 @@ _EMULATED = (
     "tapeout validate --device-report puts what it found beside the gates)"
 )
 _CODES_DERIVATION = (
-    "The saved program in float64, caches too: what is left is transformers' own float32, whose sums of K products are off by about "
+    "The saved program in float64, caches too, against the same floats rounded to float16 where the file has them so: what is left is transformers' own float32, whose sums of K products are off by about "
     "sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
-)
-_HALF_DERIVATION = (
-    f"{_CODES_DERIVATION} Matrices without codes, and tables that are only looked up, are float16 in the file: off by up to 2^-12 of "
-    "themselves at random, so each of the 2 L sums of a model of L layers is off by 2^-12 of its size, logits by 2^-12 sqrt(2 L + 2) of "
-    "their deviation, and the largest of thousands by four times that."
 )
 _RUNTIME_DERIVATION = (
     "The saved program with every float16 value rounded where it is made: a matmul's input by 2^-12 of itself, an eighth of bfloat16's, "
@@ -202,12 +197,14 @@ class Apple:
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """What the saved files mean, in float64; and what a device computes of them."""
         exact = self._open(artifact, precision="float64")
-        derivation, limit = _CODES_DERIVATION, 1e-4
-        if "F16" in artifact.containers.values():
-            derivation = _HALF_DERIVATION
-            limit = max(limit, 4 * 2**-12 * (2 * quant.model.config.num_layers + 2) ** 0.5)  # type: ignore[union-attr]
+        halves = tuple(
+            name
+            for name, scheme in quant.schemes.items()
+            if artifact.containers[name] == "F16"
+            or (isinstance(self.carries(scheme), Rounded) and scheme.kind != "none")
+        )
         return [
-            Lowering("weights", exact, "max", derivation, limit),
+            Lowering("weights", exact, "max", _CODES_DERIVATION, 1e-4, halves),
             Lowering("runtime", self.session(artifact), "kl", _RUNTIME_DERIVATION),
         ]
 

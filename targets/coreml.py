@@ -50,24 +50,11 @@ class Interpreted:
     def __init__(self, program: mil.Program, precision: mil.Precision) -> None:
         self._machine = mil.Machine(program, precision, exact_states=precision == "float64")
         self._state = self._machine.new_state()
-        self._halves = {
-            name
-            for function in program.functions.values()
-            for operation in function.operations
-            for name, kind in operation.outputs
-            if kind.dtype == "fp16"
-        }
 
     def run(self, function: str, inputs: Arrays) -> npt.NDArray[Any]:
         """As Engine says; RuntimeCrash names a value beyond float16's range."""
         (out,) = self._machine.run(function, inputs, self._state).values()
-        beyond = {
-            name: peak
-            for name, peak in self._machine.peaks.items()
-            if peak > mil.LARGEST and name in self._halves
-        }
-        if beyond:
-            name, peak = next(iter(beyond.items()))
+        for name, peak in self._machine.overflows(1.0).items():
             raise RuntimeCrash(
                 f"{name.replace('__', '.')} reaches {peak:.0f}, which float16 (up to {mil.LARGEST:.0f}) cannot hold: on a device it is infinite."
             )
@@ -322,7 +309,7 @@ class TracedCoreml(_Worded):
                 array = np.where(array < _HIDDEN, np.nan, array)
             elif stable.endswith(".rope"):
                 array = array.reshape(tokens, -1)
-            whole = array.shape[0] in (1, tokens) or stable.endswith(".scores")
+            whole = (array.ndim > 1 and array.shape[0] in (1, tokens)) or stable.endswith(".scores")
             if whole and save(out, stable, array):
                 found[stable] = Shown(operator)
         return found

@@ -72,6 +72,12 @@ class Evidence:
         """The reference's logits with the weights that the codes are."""
         return self._dequantized[:-1]
 
+    def narrowed(self, names: Sequence[str]) -> list[Logits]:
+        """The same with some tensors' floats rounded to float16."""
+        if not names:
+            return self.dequantized
+        return self.record("narrowed", self.reference(halves=names), self.sequences)
+
     @property
     def _routes(self) -> bool:
         return isinstance(self.model.config, DecoderConfig) and self.model.config.moe is not None
@@ -259,6 +265,7 @@ class Evidence:
         quantized: bool = True,
         arithmetic: str = "float32",
         rounded_cache: bool = False,
+        halves: Sequence[str] = (),
     ) -> SessionSpec:
         """The reference with the weights that the codes are, or with the original ones."""
         arguments = {
@@ -266,6 +273,7 @@ class Evidence:
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
+            "halves": list(halves),
         }
         return SessionSpec(_REFERENCE, arguments)
 

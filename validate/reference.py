@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +24,7 @@ import psutil
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf
 from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig, load
-from tapeout.quantize import Quantized, open_store
+from tapeout.quantize import Quantized, QuantTensor, open_store
 from tapeout.validate import encoders, modules, pretrained, seq2seq
 from tapeout.validate.rounding import CACHES, ROUNDED, as_cached, round_q8_0
 from tapeout.validate.session import Facts, Logits
@@ -148,6 +149,7 @@ def open_session(
     layers: int | None = None,
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
+    halves: Sequence[str] = (),
 ) -> Reference | encoders.EncoderReference | modules.ModuleReference | seq2seq.Seq2SeqReference:
     """Load the reference of a model.
 
@@ -163,6 +165,7 @@ def open_session(
         threads: of torch; None: its own choice.
         kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
             them.
+        halves: tensors by their Hugging Face names that are as a file has them whose widest float is float16, see ``_narrow``.
 
     Raises:
         MissingToolchain: torch or transformers is not installed.
@@ -192,6 +195,7 @@ def open_session(
     network = networks.get(type(source.config), _network)(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
+    _narrow(network, quant, halves)
     if arithmetic == "float64":
         network.double()
         _turn_in_float64(network)
@@ -314,6 +318,26 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
                     _put(other, stored)
 
 
+def _narrow(network: Any, quant: Quantized | None, names: Iterable[str]) -> None:
+    """Let tensors be what is left of them in a file whose widest float is float16: of codes, the codebook and the scales."""
+    tensors = _tensors(network)
+    for name in names:
+        place = _place(tensors, name)
+        if place is None:
+            continue
+        tensor, part = place
+        weight = quant[name] if quant is not None else None
+        if isinstance(weight, QuantTensor):
+            codebook, scale = (
+                np.asarray(each).astype(np.float16).astype(np.float32)
+                for each in (weight.codebook, weight.scale)
+            )
+            _put(place, replace(weight, codebook=codebook, scale=scale).dequantize())
+        else:
+            kept = tensor.data if part is None else tensor.data[part]
+            kept.copy_(kept.half())
+
+
 def _same(quant: Quantized) -> dict[str, list[str]]:
     """Other names under which the checkpoint has a weight that the graph takes once."""
     found: dict[str, list[str]] = {}
@@ -407,6 +431,7 @@ def _turn_in_float64(network: Any) -> None:
     for module in network.modules():
         if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
             module.forward = widened(module.forward)
+    network.config._experts_implementation = "eager"  # torch's grouped matmul has no float64
 
 
 def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str], Round | None]) -> None:

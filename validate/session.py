@@ -179,6 +179,8 @@ class Lowering:
         metric: ``max`` (largest absolute difference of logits in units of their standard deviation) or ``kl`` (mean, nats).
         limit: the bound of ``weights``; that of ``runtime`` follows from the device's ``arithmetic``.
         derivation: where the bound comes from, in one or two sentences.
+        halves: tensors whose floats the files hold as float16, weights or what codes mean, in whatever type they came: those of the
+            reference are rounded to it too.
     """
 
     check: Literal["weights", "runtime"]
@@ -186,6 +188,7 @@ class Lowering:
     metric: Literal["max", "kl"]
     derivation: str
     limit: float = 0.0
+    halves: tuple[str, ...] = ()
 
 
 class Device(Protocol):

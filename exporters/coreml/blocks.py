@@ -139,9 +139,10 @@ class Lut:
     def table(self) -> npt.NDArray[Any]:
         """The table [2**bits]."""
         if self.levels:
-            found: npt.NDArray[Any] = LEVELS[self.levels].astype(np.float16)
-            return found
-        return (np.arange(2**self.bits) - 2 ** (self.bits - 1)).astype(np.int8)
+            levels: npt.NDArray[Any] = LEVELS[self.levels].astype(np.float16)
+            return levels
+        integers: npt.NDArray[Any] = np.arange(2**self.bits, dtype=np.int8) - np.int8(2 ** (self.bits - 1))
+        return integers
 
     def parts(self, out: int, groups: int, into: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of each part; the table's apart."""

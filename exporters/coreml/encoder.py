@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tapeout.exporters.coreml.emitter import LOWEST, Emitter, Var, builder
-from tapeout.exporters.coreml.program import mil_name
+from tapeout.exporters.coreml.emitter import LOWEST, Emitter, builder
+from tapeout.exporters.coreml.program import Var, mil_name
 from tapeout.models.encoder import SelfAttention
 from tapeout.models.rope import cos_sin
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tapeout.errors import MissingToolchain, SchemeError
 from tapeout.exporters import Refused
 from tapeout.exporters.coreml.blob import TYPES, Layout, Place
-from tapeout.exporters.coreml.blocks import FLOAT, Container, Opset, Shift, carries, container_of
+from tapeout.exporters.coreml.blocks import FLOAT, Container, Lut, Opset, Shift, carries, container_of
 from tapeout.models import Role
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -205,11 +205,11 @@ class Graph:
         name = mil_name(sources[0] + suffix if len(sources) == 1 else f"{sources[0]}.and_{len(sources) - 1}")
         if name in self._made:
             return self._made[name]
-        schemes = {str(self.quant.schemes[source]): source for source in sources}
-        if len(schemes) > 1:
-            one, two = list(schemes.items())[:2]
+        schemes, one = self.quant.schemes, sources[0]
+        other = next((source for source in sources if schemes[source] != schemes[one]), None)
+        if other:
             raise SchemeError(
-                f"{one[1]} is {one[0]} and {two[1]} is {two[0]}: experts of a layer are one tensor, which has one scheme."
+                f"{one} is {schemes[one]} and {other} is {schemes[other]}: experts of a layer are one tensor, which has one scheme."
             )
         container = self._container(sources[0])
         kind = container.kind if container else FLOAT
@@ -247,8 +247,6 @@ class Graph:
         rows: npt.NDArray[np.int64] | None,
     ) -> Var:
         """The chain of operators that makes float16 of codes."""
-        from coremltools.converters.mil.mil import Builder
-
         tensor = self.quant[sources[0]]
         assert isinstance(tensor, QuantTensor)
         out, into = tensor.shape
@@ -256,19 +254,10 @@ class Graph:
         for part, (kind, (_, width)) in container.parts(out, into // tensor.group, into).items():
             blob = Blob(f"{name}_{part}", kind, (*shape[:-1], width), sources, part, container, rows)
             parts[part] = self._placeholder(blob)
-        if isinstance(container, Shift):
-            return Builder.constexpr_blockwise_shift_scale(
-                data=parts["codes"], scale=parts["scale"], offset=parts.get("offset"), name=name
-            )
-        table = container.table()
-        values = self.constant(table.reshape(*[1] * len(shape), -1, 1), f"{name}_table")
-        dense = Builder.constexpr_lut_to_dense(indices=parts["codes"], lut=values, name=f"{name}_levels")
-        scale = parts.get("scale")
-        if scale is None:
-            scale = Builder.constexpr_blockwise_shift_scale(
-                data=parts["scale_codes"], scale=parts["scale_block"], name=f"{name}_scale"
-            )
-        return Builder.constexpr_blockwise_shift_scale(data=dense, scale=scale, name=name)
+        if isinstance(container, Lut):
+            table = container.table().reshape(*[1] * len(shape), -1, 1)
+            parts["table"] = self.constant(table, f"{name}_table")
+        return chain(container, parts, name)
 
     def _placeholder(self, blob: Blob) -> Var:
         """A constant of a blob's type and shape, all of it one number."""
@@ -334,6 +323,23 @@ class Graph:
         if blob.place is None:
             blob.place = self.layout.place(blob.kind, blob.shape)
         return blob.place
+
+
+def chain(container: Container, parts: Mapping[str, Var], name: str) -> Var:
+    """The operators that make float16 of a container's parts, its table among them."""
+    from coremltools.converters.mil.mil import Builder
+
+    if isinstance(container, Shift):
+        return Builder.constexpr_blockwise_shift_scale(
+            data=parts["codes"], scale=parts["scale"], offset=parts.get("offset"), name=name
+        )
+    dense = Builder.constexpr_lut_to_dense(indices=parts["codes"], lut=parts["table"], name=f"{name}_levels")
+    scale = parts.get("scale")
+    if scale is None:
+        scale = Builder.constexpr_blockwise_shift_scale(
+            data=parts["scale_codes"], scale=parts["scale_block"], name=f"{name}_scale"
+        )
+    return Builder.constexpr_blockwise_shift_scale(data=dense, scale=scale, name=name)
 
 
 def _translator(graph: Graph) -> type:

@@ -88,6 +88,12 @@ class Machine:
         self._weights: dict[object, tuple[Array | str, ...]] = {}
         self._held = 0
         self._plans = {name: _plan(function) for name, function in program.functions.items()}
+        self._halves = {
+            name
+            for plan in self._plans.values()
+            for name, type_ in plan.types.items()
+            if type_.dtype == "fp16"
+        }
 
     def new_state(self) -> State:
         """Zeros for every state of every function; ``run`` replaces its arrays and never writes into one, so a copy is ``dict(state)``."""
@@ -142,13 +148,9 @@ class Machine:
 
     def overflows(self, share: float = 1.0) -> dict[str, float]:
         """The float16 values whose peak is above ``share`` of what float16 holds, the largest first."""
-        halves = {
-            name
-            for plan in self._plans.values()
-            for name, type_ in plan.types.items()
-            if type_.dtype == "fp16"
+        found = {
+            name: peak for name, peak in self.peaks.items() if peak > share * LARGEST and name in self._halves
         }
-        found = {name: peak for name, peak in self.peaks.items() if name in halves and peak > share * LARGEST}
         return dict(sorted(found.items(), key=lambda each: -each[1]))
 
     def _inputs(self, function: Function, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
