@@ -1,10 +1,11 @@
 """A 1.1B Llama in INT4 on ONNX Runtime: ours against onnxruntime-genai's builder, optimum, and our own GGUF on llama.cpp.
 
-    python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float]
+    python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float|--pair]
 
 Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; medians count. Where a
-process's memory lies makes a difference of up to 5 %, to the disfavour of those that are started first: so all are started anew
-for each launch, and every other time in the opposite order. Ours runs on onnxruntime as tapeout runs it, and on
+process's memory lies makes a difference of 5 %, most often to the disfavour of those that are started first: so all are started anew
+for each launch, every other time in the opposite order, and a few percent take many launches (``--pair``: the two on
+onnxruntime-genai alone). Ours runs on onnxruntime as tapeout runs it, and on
 onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
 without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
 """
@@ -34,6 +35,7 @@ ENVIRONMENTS = {
     ),
     "optimum": ("torch==2.13.0", "optimum-onnx==0.1.0", "onnx==1.23.2", "onnxruntime==1.32.0", "accelerate"),
 }
+OURS, BUILDERS = "tapeout, onnxruntime-genai", "genai's builder, onnxruntime-genai"
 _PEERS = Path(__file__).resolve().parent / "peers"
 
 
@@ -103,8 +105,8 @@ def artifacts(work: Path, with_float: bool) -> Made:
     here, genai = Path(sys.executable), environment("genai", ENVIRONMENTS["genai"])
     found = {
         "tapeout, onnxruntime": ("tapeout-onnx", ours["onnx"], here),
-        "tapeout, onnxruntime-genai": ("genai", ours["onnx"], genai),
-        "genai's builder, onnxruntime-genai": ("genai", built, genai),
+        OURS: ("genai", ours["onnx"], genai),
+        BUILDERS: ("genai", built, genai),
         "tapeout GGUF, llama.cpp": ("tapeout-gguf", ours["gguf"], here),
     }
     if with_float:
@@ -141,10 +143,15 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--no-float", action="store_true", help="without optimum's artifacts")
+    parser.add_argument(
+        "--pair", action="store_true", help="ours and the builder's on onnxruntime-genai alone"
+    )
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
     arguments = parser.parse_args()
     lengths = ["--prefill", str(arguments.prefill), "--decode", str(arguments.decode)]
-    made = artifacts(arguments.work, not arguments.no_float)
+    made = artifacts(arguments.work, not (arguments.no_float or arguments.pair))
+    if arguments.pair:
+        made = {who: made[who] for who in (OURS, BUILDERS)}
     times = {who: Times() for who in made}
     for launch in range(arguments.launches):
         timed_together(made, times, lengths, arguments.rounds, backwards=launch % 2 == 1)
@@ -162,7 +169,7 @@ def main() -> None:
             f"{who:36} prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:6.2f} tokens/s  "
             f"{row['resident_gb']:5.2f} GB resident, {row['file_mb']:7.1f} MB"
         )
-    ours, theirs = rows["tapeout, onnxruntime-genai"], rows["genai's builder, onnxruntime-genai"]
+    ours, theirs = rows[OURS], rows[BUILDERS]
     ratios = {
         what: round(ours[f"{what}_tokens_per_s"] / theirs[f"{what}_tokens_per_s"], 3)
         for what in ("prefill", "decode")
