@@ -94,6 +94,7 @@ def _observed(model: Any) -> dict[str, str]:
     import onnx
 
     operators: dict[str, str] = {}
+    _cut_heads(model.graph)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name in ("accuracy_level", "sliding_window_cache"):
@@ -108,6 +109,33 @@ def _observed(model: Any) -> dict[str, str]:
     given = {each.name for each in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in operators if name not in given)
     return operators
+
+
+def _cut_heads(graph: Any) -> None:
+    """Queries, keys and values that attention takes as one value: cut before it, to be seen by their names."""
+    import onnx
+
+    widths = {
+        each.name: each.type.tensor_type.shape.dim[3].dim_value
+        for each in graph.input
+        if each.name.startswith("past_")
+    }
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type == "GroupQueryAttention" and not node.input[1]:
+            said = {each.name: each.i for each in node.attribute}
+            at = node.output[0].removesuffix("context")
+            heads = np.array([said["num_heads"], *[said["kv_num_heads"]] * 2], np.int64)
+            graph.initializer.append(
+                onnx.numpy_helper.from_array(heads * widths[node.input[3]], f"{at}qkv.sizes")
+            )
+            names = [f"{at}{part}" for part in "qkv"]
+            graph.node.append(
+                onnx.helper.make_node("Split", [node.input[0], f"{at}qkv.sizes"], names, axis=-1)
+            )
+            node.input[:3] = names
+        graph.node.append(node)
 
 
 def open_traced(directory: str, context: int, threads: int | None = None) -> TracedOnnx:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tapeout.exporters.onnx.blocks import Bnb4, Container, Float8, Linear, NBits, block_of, kernel_width
-from tapeout.exporters.onnx.emitter import Cut, Emitter, Routing, Run, Sum, Value
+from tapeout.exporters.onnx.emitter import Cut, Emitter, Product, Routing, Run, Sum, Value
 from tapeout.exporters.onnx.graph import DOMAIN, library
 from tapeout.models.decoder import Attention, Mla, Moe
+from tapeout.models.graph import inside as within
 from tapeout.models.rope import Rope
 from tapeout.quantize import QuantTensor
 
@@ -95,12 +97,13 @@ class ContribOps(Emitter):
         assert isinstance(tensor, QuantTensor)
         return np.asarray(tensor.codebook, np.float32)
 
-    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
+    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> Value:
         """MatMulNBits, MatMulBnb4, MatMulIntegerToFloat or FusedMatMul."""
         x = self._wanted(name, x)
         container = self.graph.container(weight)
         if isinstance(container, NBits):
-            return self._n_bits(name, x, weight, container, bias)
+            write = partial(self._n_bits, name, x, weight, container, bias)
+            return Product(name, x, weight, bias, container, write)
         if isinstance(container, Linear) and not self.exact:
             return self._integers(name, x, weight, container, bias)
         out = f"{name}.product" if bias else name
@@ -146,11 +149,8 @@ class ContribOps(Emitter):
         inside = spec.head_dim % 16 == 0 and spec.rope.dim == spec.head_dim
         cos, sin, position = self._rope(spec.rope, always=not inside)
         taken = [query, key, value]
-        if inside and all(isinstance(each, Cut) and not each.pieces.written for each in taken):
-            whole = query.pieces.x  # type: ignore[union-attr]
-            given = [whole, "", ""]
-        else:
-            given = [self._use(each) for each in taken]
+        whole = self._together(within(name, "qkv"), taken) if inside else None
+        given = [whole, "", ""] if whole else [self._use(each) for each in taken]
         attributes: dict[str, Any] = {
             "num_heads": spec.heads,
             "kv_num_heads": spec.kv_heads,
@@ -187,6 +187,29 @@ class ContribOps(Emitter):
         y = self._shaped(y, (0, 0, spec.heads, width), f"{name}.heads")
         y, _ = self._cut(y, (spec.head_dim, width - spec.head_dim), f"{name}.kept", f"{name}.unused", 3)
         return self._shaped(y, (0, 0, -1), name)
+
+    def _together(self, name: str, taken: Sequence[Value]) -> str | None:
+        """Queries, keys and values as one value, which the kernel cuts by itself; None: they were not made from one input alike.
+
+        Rows of codes held alike are those of one matrix when they follow one another: nothing is rounded again.
+        """
+        first = taken[0]
+        if isinstance(first, Cut):
+            return None if first.pieces.written else first.pieces.x
+        products = [each for each in taken if isinstance(each, Product) and not each.written]
+        if len(products) < len(taken) or len({(p.x, p.container, p.bias is None) for p in products}) > 1:
+            return None
+        container, into = products[0].container, self._shape(products[0].weight)[1]
+        out = sum(self._shape(each.weight)[0] for each in products)
+        weights, parts = [(each.weight,) for each in products], []
+        for part, (_, shape) in container.shapes(out, into).items():
+            shape = container.blocks(out, into) if part == "codes" else shape
+            parts.append(self.graph.part(f"{name}.{part}", part, container, weights, shape))
+        biases = [each.bias for each in products if each.bias]
+        bias = self.graph.vectors(f"{name}.bias", biases) if biases else None
+        for each in products:
+            each.written = True
+        return self._multiply(name, products[0].x, parts, container, out, into, bias)
 
     def _padded(self, name: str, x: str, heads: int, width: int, wide: int) -> str:
         """Heads of ``width`` elements with zeros behind them."""
@@ -366,14 +389,15 @@ class ContribOps(Emitter):
         blocks = container.blocks(out, into)
         codes, *rest = self._parts(weight, container, blocks)
         codes = self.graph.view(f"{weight}.blocks", codes, blocks)
-        return self._multiply(name, x, [codes, *rest], container, out, into, bias)
+        vector = self.graph.vector(bias) if bias else None
+        return self._multiply(name, x, [codes, *rest], container, out, into, vector)
 
     def _multiply(
         self, name: str, x: str, parts: Sequence[str], container: NBits, out: int, into: int, bias: str | None
     ) -> str:
         inputs = [x, *parts]
         if bias:
-            inputs = [*inputs, *[""] * (5 - len(inputs)), self.graph.vector(bias)]
+            inputs = [*inputs, *[""] * (5 - len(inputs)), bias]
         return self.graph.node(
             "MatMulNBits", inputs, name, domain=DOMAIN,
             N=out, K=into, bits=container.bits, block_size=container.block, accuracy_level=0 if self.exact else 4,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tapeout.exporters.onnx.blocks import NBits
 from tapeout.exporters.onnx.graph import Graph, library
 from tapeout.models.decoder import Attention, Mla, Moe, Role
 from tapeout.models.rope import Rope, cos_sin
@@ -23,6 +24,25 @@ class Sum:
     name: str
     x: str
     y: str
+    written: bool = False
+
+
+@dataclass
+class Product:
+    """A linear whose node is written when it is asked for alone: attention takes those of one input together.
+
+    Attributes:
+        name, x, weight, bias: see ``Ops.linear``.
+        container: of the weight.
+        write: writes the node.
+    """
+
+    name: str
+    x: str
+    weight: str
+    bias: str | None
+    container: NBits
+    write: Callable[[], str]
     written: bool = False
 
 
@@ -57,7 +77,7 @@ class Routing:
     ranks: str
 
 
-Value = str | Sum | Cut | Routing
+Value = str | Sum | Product | Cut | Routing
 
 Run = Callable[[str, str, str], str]
 """Runs one expert: a name for what it gives, rows [tokens, hidden], the activation."""
@@ -111,7 +131,7 @@ class Emitter(ABC):
         )
 
     @abstractmethod
-    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
+    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> Value:
         """See ``Ops``."""
 
     @abstractmethod
@@ -253,7 +273,8 @@ class Emitter(ABC):
                 self.linear(f"{at}.{part}", rows, name, None)
                 for part, name in zip(("gate", "up"), names[:2], strict=True)
             )
-            return self.linear(f"{at}.down", self.gated(f"{at}.inner", gate, up, act), names[2], None)
+            inner = self.gated(f"{at}.inner", gate, up, act)
+            return self._use(self.linear(f"{at}.down", inner, names[2], None))
 
         return run
 
@@ -303,6 +324,11 @@ class Emitter(ABC):
             if not value.written:
                 value.written = True
                 self.graph.node("Add", [value.x, value.y], value.name)
+            return value.name
+        if isinstance(value, Product):
+            if not value.written:
+                value.written = True
+                value.write()
             return value.name
         if isinstance(value, Cut):
             pieces = value.pieces

@@ -194,6 +194,16 @@ class Graph:
             self._float(source, "FLOAT")
         return source
 
+    def vectors(self, name: str, sources: Sequence[str]) -> str:
+        """Tensors of one axis, one behind the other, as float32."""
+        pieces = []
+        for source in sources:
+            pieces.append(Piece((source,), "weight", None, "FLOAT", self.quant.model.specs[source].shape))
+            self.containers[source] = "F32"
+        shape = (sum(piece.shape[0] for piece in pieces),)
+        self.initializers[name] = Initializer(name, "FLOAT", shape, pieces)
+        return name
+
     def floats(self, source: str) -> str:
         """A float matrix [out, in] in the checkpoint's own type."""
         if source not in self.initializers:

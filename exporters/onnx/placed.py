@@ -20,6 +20,10 @@ _SOME = 5  # names in a note
 class Placed(ContribOps):
     """onnxruntime's operators for a matrix's uses, whatever its container."""
 
+    def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
+        """Written at once: the nodes around it are others'."""
+        return self._use(super().linear(name, x, weight, bias))
+
     def _wanted(self, name: str, x: Value) -> str:
         return self._use(x)
 

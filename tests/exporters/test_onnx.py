@@ -13,6 +13,7 @@ import pytest
 
 from tapeout.errors import ModelError, OutputError, PackageError, SchemeError
 from tapeout.exporters import Artifact, Exact, Refused, onnx
+from tapeout.exporters.onnx.blocks import NBits, container_of
 from tapeout.models import load
 from tapeout.quantize import SCHEMES, Quantized, quantize
 
@@ -56,12 +57,12 @@ def test_the_codes_come_back(quantized, tmp_path: Path, scheme: str, wrong: Call
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_readable_graph(quantized, tmp_path: Path, tied: bool) -> None:
-    """One node a primitive: ten a layer, and what is around them."""
+    """A node a primitive, but one for queries, keys and values: eight a layer, and what is around them."""
     quant = quantized("int4-g32", head_dim=16, tie_word_embeddings=tied)
     graph = graph_of(onnx.write(quant, tmp_path))
     count = Counter(node.op_type for node in graph.node)
     layers = {
-        "MatMulNBits": 7 * 2 + 1, "GroupQueryAttention": 2, "SkipSimplifiedLayerNormalization": 2 * 2, "QuickGelu": 2, "Mul": 2,
+        "MatMulNBits": 5 * 2 + 1, "GroupQueryAttention": 2, "SkipSimplifiedLayerNormalization": 2 * 2, "QuickGelu": 2, "Mul": 2,
     }  # fmt: skip
     around = {"GatherBlockQuantized": 1, "RMSNormalization": 1, "Slice": 1}
     lengths = {"ReduceSum": 1, "Cast": 2, "Sub": 1, "Shape": 1, "Squeeze": 1}
@@ -75,6 +76,68 @@ def test_a_readable_graph(quantized, tmp_path: Path, tied: bool) -> None:
         tuple(e.value for e in each.external_data) for each in graph.initializer if each.external_data
     )
     assert sum(n > 1 for n in places.values()) == tied
+
+
+def attended(graph: Any) -> list[str]:
+    """What the second layer's attention is given of queries, keys and values."""
+    (attention,) = (node for node in graph.node if node.name == "layers.1.attention.context")
+    return [name for name in attention.input[:3] if name]
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-asym", "int8", "int3-g64"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_queries_keys_and_values_are_rows_of_one_matrix(
+    quantized, tmp_path: Path, wrong: Callable[..., list[str]], scheme: str, biased: bool
+) -> None:
+    quant = quantized(scheme, attention_bias=biased, head_dim=16)
+    artifact = onnx.write(quant, tmp_path)
+    graph = graph_of(artifact)
+    assert attended(graph) == ["layers.1.attention.qkv"]
+    assert wrong(artifact, quant) == []
+    held = {
+        each.name.rpartition(".")[2]: library.numpy_helper.to_array(each, str(tmp_path))
+        for each in graph.initializer
+        if each.name.startswith("layers.1.attention.qkv.")
+    }
+    names = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
+    parts = [
+        NBits.pack(container_of(quant.schemes[f"{name}.weight"], 128), quant[f"{name}.weight"])
+        for name in names
+    ]
+    expected = {part: np.concatenate([each[part] for each in parts]) for part in parts[0]}
+    if biased:
+        expected["bias"] = np.concatenate([quant[f"{name}.bias"].float32() for name in names])
+    assert held.keys() == expected.keys()
+    for part, values in expected.items():
+        assert np.array_equal(held[part].reshape(values.shape), values), part
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"*.v_proj": "int8"}),  # another container
+        ("llama", {"*.k_proj": "none"}),
+        ("llama", {"*.self_attn.?_proj": "w8a8"}),  # not in blocks
+        ("qwen3", None),  # norms come between
+    ],
+)
+def test_what_is_not_held_alike_stays_apart(
+    quantized, tmp_path: Path, wrong: Callable[..., list[str]], family: str, overrides: dict[str, str] | None
+) -> None:
+    quant = quantized("int4-g32", family, overrides, head_dim=16)
+    artifact = onnx.write(quant, tmp_path)
+    assert len(attended(graph_of(artifact))) == 3
+    assert wrong(artifact, quant) == []
+
+
+def test_schemes_of_one_container_are_one_matrix(
+    quantized, tmp_path: Path, wrong: Callable[..., list[str]]
+) -> None:
+    """Codes of 3 bits lie in 4: the file tells no difference, and each comes back by its own scheme."""
+    quant = quantized("int4-g64", "llama", {"*.q_proj": "int3-g64"}, head_dim=16)
+    artifact = onnx.write(quant, tmp_path)
+    assert attended(graph_of(artifact)) == ["layers.1.attention.qkv"]
+    assert wrong(artifact, quant) == []
 
 
 def test_the_same_bytes_whatever_the_threads(quantized, tmp_path: Path) -> None:
@@ -134,6 +197,11 @@ def test_damage_is_named(quantized, tmp_path: Path, wrong: Callable[..., list[st
         at = places[name] + int(rng.integers(0, 64))
         data.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         assert wrong(artifact, quant) == [name.removesuffix(".codes").removesuffix(".scales")]
+    size = quant["model.layers.1.self_attn.q_proj.weight"].packed.nbytes
+    for part, at in (("q", size - 1), ("k", size)):  # rows of one initializer
+        at += places["layers.1.attention.qkv.codes"]
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        assert wrong(artifact, quant) == [f"model.layers.1.self_attn.{part}_proj.weight"]
     data.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PackageError, match=r"cannot be read from"):
         wrong(artifact, quant)
