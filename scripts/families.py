@@ -1,4 +1,4 @@
-"""Every family × format × scheme on target ``cpu``: are the codes in the file, and does the runtime compute the model?
+"""Every family × format × scheme on targets ``cpu`` and ``apple``: are the codes in the file, and does the runtime compute the model?
 
     .venv/bin/python scripts/families.py [--out docs/families.md]
 
@@ -94,13 +94,14 @@ SEQUENCES = [
     for j, length in enumerate((61, 1, 64, 64, 64))
 ]
 HEAD = """\
-# Every family × format × scheme on target `cpu`
+# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML
 
 Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
 (rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
 format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
 `transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
-the runtime's own rounding costs as a share of its limit. Bounds: [gates](gates.md).
+the runtime's own rounding costs as a share of its limit. Core ML packages run on our interpreter of the saved program, not on Apple
+hardware. Bounds: [gates](gates.md).
 
 """
 
@@ -109,10 +110,8 @@ def cell(row: str, form: str, scheme: str, work: Path) -> str:
     """What the gates say of one cell; ``work`` is an empty directory."""
     family, fields = MODELS[row]
     model = load(write_model(work / "model", family, fields, dtype="F32"))
-    if form == "coreml":
-        device = target("apple")
-    else:
-        device = target("cpu", format=form, threads=1)  # a model so small is done before two threads have met
+    # One thread: a model so small is done before two have met.
+    device = target("apple") if form == "coreml" else target("cpu", format=form, threads=1)
     if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
         return f"refused: {carry.reason}"
     quant = quantize(model, scheme, out=work / "codes")
