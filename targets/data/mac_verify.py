@@ -142,8 +142,9 @@ def distances(expected: Array, found: Array) -> dict[str, Any]:
     expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
     if expected.shape != found.shape:
         raise ValueError(f"the device gives {list(found.shape)} where {list(expected.shape)} is expected")
-    if not np.isfinite(found).all():
-        raise ValueError("the device gives NaN or infinite values")
+    for who, rows in (("the device gives", found), (f"{GOLDEN} holds", expected)):
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{who} NaN or infinite values")
     p, q = log_softmax(expected), log_softmax(found)
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     chosen = found[np.arange(len(found)), expected.argmax(axis=1)]

@@ -140,7 +140,7 @@ def make_package(out: Path, model_type: str, spoil: float = 0.0, **config: Any) 
 
 @pytest.fixture(scope="module")
 def decoder(once: Once) -> Path:
-    place, _ = once("mac-decoder", lambda out: make_package(out, "mistral", sliding_window=WINDOW) and None)
+    place, _ = once("mac-decoder", lambda out: make_package(out, "mistral", sliding_window=WINDOW))
     return place / "package"
 
 
@@ -185,7 +185,7 @@ def reasons(report: DeviceReport, unit: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran(once: Once, decoder: Path) -> tuple[subprocess.CompletedProcess[str], DeviceReport]:
-    """One run, in which a unit does not load and another one ends the process."""
+    """One run in which nothing goes wrong."""
 
     def run(place: Path) -> Any:
         return verify(decoder, place, "--units", "CPU_ONLY", "cpu-and-gpu", "--out", place / "told.json")
@@ -299,7 +299,9 @@ def test_what_goes_wrong_on_a_unit(
     done = verify(decoder, tmp_path, *arguments, fault=f"{fault} ALL")
     assert done.returncode == 1, done.stdout
     report = DeviceReport.read(out, Package.open(decoder))
-    assert failed <= {name for name, status in gates(report, "all").items() if status == "failed"}
+    found = {name for name, status in gates(report, "all").items() if status == "failed"}
+    # Noise is another one on each road, too.
+    assert failed == found - {"prefill-decode"} if fault == "noise" else failed == found
     assert any(words in reason for reason in reasons(report, "all").values()), reasons(report, "all")
     if fault == "owner":  # and the speed is measured all the same
         speed = report.units["all"].throughput
