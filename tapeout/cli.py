@@ -238,6 +238,7 @@ def validate(
     recipe: Path | None = None,
     calibration: Path | None = None,
     require: Annotated[list[str] | None, Many] = None,
+    device_report: Path | None = None,
     report: Path | None = None,
     json: Json = False,
 ) -> int:
@@ -253,6 +254,7 @@ def validate(
         recipe: Other limits, or the evaluation text. Default: the limits that it was made with; its schemes are its own.
         calibration: The text that its rounding looked at, when that was one of your own.
         require: A gate that must run: skipped counts as failed. May be given several times.
+        device_report: What the package's own script found on a device (device_report.json): its gates and figures become part of the report.
         report: A directory to write report.json, report.html and report.xml to.
         json: Print the report to stdout.
     """
@@ -265,6 +267,7 @@ def validate(
             Recipe.read(recipe) if recipe else None,
             calibration=calibration,
             required=frozenset(require or ()),
+            device_report=device_report,
             progress=progress,
         )
     if report:
@@ -609,11 +612,13 @@ def _growth(found: Divergence) -> Table:
 
 
 def _show(report: Any, *, as_json: bool) -> None:
-    from tapeout.validate.report import verdict_table
+    from tapeout.validate.report import device_table, verdict_table
 
     if as_json:
         _print_json(report.to_json())
     stderr.print(verdict_table(report))
+    if report.device:
+        stderr.print(device_table(report.device))
 
 
 def _print_json(value: Any) -> None:

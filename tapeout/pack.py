@@ -31,6 +31,8 @@ from tapeout.validate.session import KV_BITS
 
 FORMAT_VERSION = 1
 MANIFEST = "tapeout.json"
+DEVICE_REPORT = "device_report.json"
+"""What a script of the package writes on a device; no part of the package, but it may stand in its directory."""
 
 # Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
 _BESIDE = ("root_sha256", "beside", "passed")
@@ -158,7 +160,10 @@ class Package:
             elif file_sha256(self.directory / path) != digest:
                 found.append(f"{path} differs from its digest")
         present = {p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file()}
-        found += [f"{path} is not part of it" for path in sorted(present - self.files().keys() - {MANIFEST})]
+        found += [
+            f"{path} is not part of it"
+            for path in sorted(present - self.files().keys() - {MANIFEST, DEVICE_REPORT})
+        ]
         if _root(self.manifest) != self.manifest["root_sha256"]:
             found.append(f"{MANIFEST} differs from its root digest")
         if (self.directory / "report.json").exists() and self._reported() != self.passed:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from tapeout.device_report import DeviceReport
 from tapeout.errors import MissingToolchain, ModelError, PackageError, RecipeError, TapeoutError
 from tapeout.models import Model, load
 from tapeout.models.chat import render, special_tokens
@@ -50,6 +51,7 @@ def revalidate(
     *,
     calibration: Path | None = None,
     required: frozenset[str] = frozenset(),
+    device_report: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run a package's gates on this machine; without its model, those that need none.
@@ -60,14 +62,31 @@ def revalidate(
         recipe: limits and text; None: those that the package was made with. Schemes and calibration are the package's own.
         calibration: the text that a calibrated package looked at; None: the recipe's, or the default one.
         required: gates that must not be skipped.
+        device_report: what a device found of it, which becomes part of the report.
 
     Raises:
         ModelError: ``source`` is not the model that the package was made from.
-        RecipeError: it was calibrated on a text that is not at hand. TapeoutError: one of its kinds.
+        RecipeError: it was calibrated on a text that is not at hand. PackageError: ``device_report`` is not of this package.
+        TapeoutError: one of its kinds.
     """
     package = Package.open(directory)
+    told = DeviceReport.read(device_report, package) if device_report else None
     if source is None:
-        return _without_model(package, required)
+        found = _without_model(package, required)
+    else:
+        found = _with_model(package, source, recipe, calibration, required, progress)
+    return told.merged(found) if told else found
+
+
+def _with_model(
+    package: Package,
+    source: str,
+    recipe: Recipe | None,
+    calibration: Path | None,
+    required: frozenset[str],
+    progress: Progress | None,
+) -> Report:
+    """Every gate."""
     manifest, model = package.manifest, load(source)
     kept = manifest["recipe"]
     notes: list[str] = []
@@ -86,7 +105,13 @@ def revalidate(
             "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
         )
     options = Options(
-        recipe.limits, recipe.text, recipe.tokens, required, progress, files=package.files(), root=directory
+        recipe.limits,
+        recipe.text,
+        recipe.tokens,
+        required,
+        progress,
+        files=package.files(),
+        root=package.directory,
     )
     report = validate(package.artifact, model, quant, package.target(), options)
     return replace(report, notes=(*report.notes, *notes))

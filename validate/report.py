@@ -54,6 +54,7 @@ class Report:
         golden: prompts and the float32 [vocab] logits that must follow them; not part of ``report.json``.
         golden_arrays: the same of a module, inputs and outputs by name.
         graph: which road the model's graph took: ``built``, ``torch.export`` or ``optimum``.
+        device: the machine of a report that was merged (see ``tapeout.device_report``), its runtime, and throughput of its ``units``.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Report:
     golden: tuple[tuple[tuple[int, ...], Logits], ...] = ()
     golden_arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     graph: str = "built"
+    device: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -86,6 +88,7 @@ class Report:
             "throughput": dict(self.throughput),
             "machine": dict(self.machine),
             "notes": list(self.notes),
+            **({"device": dict(self.device)} if self.device else {}),
         }
 
     @classmethod
@@ -106,6 +109,7 @@ class Report:
                 raw["machine"],
                 tuple(raw["notes"]),
                 graph=raw.get("graph", "built"),
+                device=raw.get("device", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{path} is not a report: {error!r}.") from error
@@ -192,6 +196,30 @@ def verdict_table(report: Report) -> Table:
     for note in report.notes:
         table.caption = f"{table.caption or ''}\n{note}".strip()
     return table
+
+
+def device_table(device: Mapping[str, Any]) -> Table:
+    """What a device measured, as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table(
+        "unit", "size", "p50 / p90 / p99", "prefill", "decode", "load", "peak", title_justify="left"
+    )
+    table.title = f"{device['runtime']} on {device['chip']}, {device['system']}"
+    for unit, figures in device["units"].items():
+        peak = figures["peak_resident_bytes"]
+        beside = f"{figures['load_s']:.2f} s", "" if peak is None else f"{peak / 1e6:.0f} MB"
+        for row in figures["contexts"]:
+            rates = (f"{row[f'{what}_tokens_per_s']:.1f} tokens/s" for what in ("prefill", "decode"))
+            table.add_row(unit, str(row["context"]), _times(row, "token"), *rates, *beside)
+        for row in figures["encodings"]:
+            size, rate = f"{row['batch']} × {row['context']}", f"{row['tokens_per_s']:.0f} tokens/s"
+            table.add_row(unit, size, _times(row, "run"), rate, "", *beside)
+    return table
+
+
+def _times(row: Mapping[str, float], what: str) -> str:
+    return " / ".join(f"{row[f'{what}_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99")) + " ms"
 
 
 def throughput_table(figures: Mapping[str, Any]) -> Table:
