@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError, TapeoutError, nearest
 from tapeout.validate.mil.constexpr import CONSTEXPR
-from tapeout.validate.mil.ops import OPS, TUPLES
+from tapeout.validate.mil.ops import MOVES, OPS, TUPLES
 from tapeout.validate.mil.program import NUMPY, Constant, Function, Operation, Program, Type
 
 __all__ = ["LARGEST", "Machine", "Precision", "State"]
@@ -26,10 +26,16 @@ _FLOATS = ("fp16", "fp32")
 
 @dataclass(frozen=True)
 class _Step:
-    """An operation, and the values that nothing reads after it."""
+    """An operation.
+
+    Attributes:
+        last: the values that nothing reads after it.
+        moves: its floats are some that it reads, of the same type: rounded already.
+    """
 
     operation: Operation
     last: tuple[str, ...]
+    moves: bool
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,7 @@ class Machine:
         budget: bytes of weights that are kept when they have been computed; beyond them a weight is computed at each use.
 
     Attributes:
-        peaks: for each float value that was computed its largest finite magnitude so far, before it is rounded: a float16 one
-            above 65504 overflows.
+        peaks: for each float value that was computed, not only moved, its largest finite magnitude so far, before it is rounded.
 
     Raises:
         PackageError: an operation or a parameter of one is not known.
@@ -126,7 +131,7 @@ class Machine:
         found = {name: values[name] for name in kept & set(values)}
         with np.errstate(all="ignore"):
             for step in plan.steps:
-                made = self._do(plan, step.operation, values, held)
+                made = self._do(plan, step, values, held)
                 values.update(made)
                 found.update({name: value for name, value in made.items() if name in kept})
                 for name in step.last:
@@ -134,6 +139,17 @@ class Machine:
             for name in kept - set(found):
                 found[name] = self._array(plan, name, values)
         return {name: self._given(found[name], plan.types[name]) for name in [*plan.function.outputs, *show]}
+
+    def overflows(self, share: float = 1.0) -> dict[str, float]:
+        """The float16 values whose peak is above ``share`` of what float16 holds, the largest first."""
+        halves = {
+            name
+            for plan in self._plans.values()
+            for name, type_ in plan.types.items()
+            if type_.dtype == "fp16"
+        }
+        found = {name: peak for name, peak in self.peaks.items() if name in halves and peak > share * LARGEST}
+        return dict(sorted(found.items(), key=lambda each: -each[1]))
 
     def _inputs(self, function: Function, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         for name in inputs:
@@ -170,40 +186,38 @@ class Machine:
         dtype = self._float if self.precision == "float64" and type_.dtype in _FLOATS else NUMPY[type_.dtype]
         return value.astype(dtype)
 
-    def _do(
-        self, plan: _Plan, operation: Operation, values: Mapping[str, Array], state: State
-    ) -> dict[str, Array]:
+    def _do(self, plan: _Plan, step: _Step, values: Mapping[str, Array], state: State) -> dict[str, Array]:
         """The outputs of one step."""
+        operation = step.operation
         if operation.op == "read_state":
             return {operation.outputs[0][0]: state[_state_of(operation)]}
         if operation.op == "write_state":
             name = _state_of(operation)
-            state[name] = self._written(
-                plan.function, operation, self._array(plan, _value_of(operation), values)
-            )
+            state[name] = self._written(plan, operation, self._array(plan, _value_of(operation), values))
             return {}
         arguments = {
             parameter: self._argument(plan, parameter, bound, values)
             for parameter, bound in operation.inputs.items()
         }
         made = self._call(plan.function, operation, arguments)
+        if step.moves:
+            return {name: value for (name, _), value in zip(operation.outputs, made, strict=True)}
         self._note(operation, made)
         return {
             name: self._typed(value, type_.dtype)
             for (name, type_), value in zip(operation.outputs, made, strict=True)
         }
 
-    def _written(self, function: Function, operation: Operation, value: Array) -> Array:
-        type_ = function.states[_state_of(operation)]
+    def _written(self, plan: _Plan, operation: Operation, value: Array) -> Array:
+        type_ = plan.function.states[_state_of(operation)]
         if not type_.fits(value.shape):
             raise PackageError(
-                f"{_where(function, operation)}: writes {list(value.shape)} to state '{_state_of(operation)}', {type_}."
+                f"{_where(plan.function, operation)}: writes {list(value.shape)} to state '{_state_of(operation)}', {type_}."
             )
-        return (
-            value
-            if self._exact and self.precision == "float64"
-            else value.astype(NUMPY[type_.dtype]).astype(self._float)
-        )
+        half = self.precision == "float16"
+        if (self._exact and not half) or (half and plan.types[_value_of(operation)].dtype == type_.dtype):
+            return value
+        return value.astype(NUMPY[type_.dtype]).astype(self._float)
 
     def _argument(
         self, plan: _Plan, parameter: str, bound: Sequence[str | Constant], values: Mapping[str, Array]
@@ -360,12 +374,25 @@ def _plan(function: Function) -> _Plan:
     dead: list[list[str]] = [[] for _ in steps]
     for name, index in last.items():
         dead[index].append(name)
-    ready = tuple(_Step(each, tuple(names)) for each, names in zip(steps, dead, strict=True))
-    inputs = {
+    types |= {
         name: Type(each.dtype, tuple(None for _ in (each.shapes[0] if each.shapes else each.ranges)))
         for name, each in function.inputs.items()
     }
-    return _Plan(function, constants, ready, {**types, **inputs})
+    ready = tuple(
+        _Step(each, tuple(names), _moves(each, types)) for each, names in zip(steps, dead, strict=True)
+    )
+    return _Plan(function, constants, ready, types)
+
+
+def _moves(operation: Operation, types: Mapping[str, Type]) -> bool:
+    read = {
+        (each.type if isinstance(each, Constant) else types[each]).dtype
+        for bound in operation.inputs.values()
+        for each in bound
+        if isinstance(each, Constant) or each in types  # a state is in none
+    }
+    made = {type_.dtype for _, type_ in operation.outputs}
+    return operation.op in MOVES and read & set(_FLOATS) == made
 
 
 def _fault(operation: Operation) -> str:

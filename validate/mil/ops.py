@@ -16,13 +16,36 @@ import numpy.typing as npt
 
 from tapeout.validate.mil.registry import Registry
 
-__all__ = ["OPS", "TUPLES"]
+__all__ = ["MOVES", "OPS", "TUPLES"]
 
 Array = npt.NDArray[Any]
 
 OPS = Registry()
 _op = OPS.add
 TUPLES = frozenset({"values", "ref_tensors", "begins", "ends", "end_masks"})  # parameters of several values
+MOVES = frozenset(
+    {
+        "concat",
+        "expand_dims",
+        "gather",
+        "gather_along_axis",
+        "gather_nd",
+        "identity",
+        "reshape",
+        "reverse",
+        "select",
+        "slice_by_index",
+        "slice_by_size",
+        "slice_update",
+        "sliding_windows",
+        "split",
+        "squeeze",
+        "stack",
+        "tile",
+        "transpose",
+    }
+)
+"""What gives only numbers that it was given."""
 
 
 # Element by element
