@@ -124,6 +124,7 @@ class Apple:
         batch_size: Sequences of a call.
         prefill_chunk: Most tokens of a prompt that one call of prefill takes.
         compute_units: What Core ML may use. Low-bit weights are for the GPU: the Neural Engine mishandles them.
+        chunks: Packages that the layers are cut into, as many in each, called in turn: for devices that load no file so large.
         opset: Of the program: ios18 (iOS 18, macOS 15), or ios26, which holds more schemes. Default: the older that holds the model's.
     """
 
@@ -131,6 +132,7 @@ class Apple:
     batch_size: int = 1
     prefill_chunk: int = 256
     compute_units: Literal["all", "cpu-and-gpu", "cpu-and-ne", "cpu-only"] = "cpu-and-gpu"
+    chunks: int = 1
     opset: Literal["ios18", "ios26"] | None = None
 
     name: ClassVar[str] = "apple"
@@ -141,7 +143,7 @@ class Apple:
 
     def __post_init__(self) -> None:
         """TapeoutError for a number that is none."""
-        for name in ("sequence_length", "batch_size", "prefill_chunk"):
+        for name in ("sequence_length", "batch_size", "prefill_chunk", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TapeoutError(f"--{name.replace('_', '-')} is {value}; what fits: 1 or more.")
@@ -178,7 +180,9 @@ class Apple:
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
         """Write ``model.mlpackage``, the tokenizer's files, and the script that checks them on a Mac."""
-        options = coreml.Options(self.sequence_length, self.batch_size, self.prefill_chunk, self.opset)
+        options = coreml.Options(
+            self.sequence_length, self.batch_size, self.prefill_chunk, self.opset, chunks=self.chunks
+        )
         artifact = coreml.write(quant, out, options, progress=progress)
         script = files("tapeout.targets") / "data" / _VERIFY
         (out / _VERIFY).write_bytes(script.read_bytes())
@@ -214,7 +218,7 @@ class Apple:
 
     def card(self, artifact: Artifact) -> str:
         """How to compile it, check it on a Mac, and run it in an app."""
-        facts = coreml.describe(artifact.directory / coreml.PACKAGE)
+        facts = coreml.describe(coreml.packages_in(artifact.directory)[0])
         said = {"units": _SWIFT_UNITS[self.compute_units], "context": artifact.context}
         if "main" in facts["functions"]:
             how = _ENCODER_CARD.format(output=facts["outputs"]["main"][0], **said)

@@ -7,7 +7,8 @@ saved files alone: what they mean in float64, or as a device would compute it in
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
-from tapeout.exporters.coreml import PACKAGE
+from tapeout.exporters import coreml
 from tapeout.validate import mil
 from tapeout.validate.encoders import check_batch
 from tapeout.validate.primitives import save
@@ -25,7 +26,8 @@ from tapeout.validate.session import Facts, Logits, Shown
 
 __all__ = ["CoremlDecoder", "CoremlEncoder", "TracedCoreml", "native", "open_session", "open_traced"]
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
 _UNITS = {"all": "ALL", "cpu-and-gpu": "CPU_AND_GPU", "cpu-and-ne": "CPU_AND_NE", "cpu-only": "CPU_ONLY"}
 
 
@@ -37,7 +39,7 @@ def native() -> bool:
 class Engine(Protocol):
     """What runs the functions of a package over one state."""
 
-    def run(self, function: str, inputs: Arrays) -> npt.NDArray[Any]:
+    def run(self, function: str, inputs: Arrays) -> Array:
         """The function's one output."""
 
     def reset(self) -> None:
@@ -47,14 +49,27 @@ class Engine(Protocol):
 class Interpreted:
     """The interpreter; a value that float16 cannot hold is a crash with its name."""
 
-    def __init__(self, program: mil.Program, precision: mil.Precision) -> None:
-        self._machine = mil.Machine(program, precision, exact_states=precision == "float64")
-        self._state = self._machine.new_state()
+    def __init__(self, programs: Sequence[mil.Program], precision: mil.Precision) -> None:
+        exact = precision == "float64"
+        self._machines = [mil.Machine(program, precision, exact_states=exact) for program in programs]
+        self.reset()
 
-    def run(self, function: str, inputs: Arrays) -> npt.NDArray[Any]:
+    def run(self, function: str, inputs: Arrays) -> Array:
         """As Engine says; RuntimeCrash names a value beyond float16's range."""
-        (out,) = self._machine.run(function, inputs, self._state).values()
-        for name, peak in self._machine.overflows(1.0).items():
+        return _in_turn(
+            inputs,
+            [
+                (
+                    list(machine.program.functions[function].inputs),
+                    partial(self._call, machine, state, function),
+                )
+                for machine, state in zip(self._machines, self._states, strict=True)
+            ],
+        )
+
+    def _call(self, machine: mil.Machine, state: mil.State, function: str, inputs: Arrays) -> Array:
+        (out,) = machine.run(function, inputs, state).values()
+        for name, peak in machine.overflows().items():
             raise RuntimeCrash(
                 f"{name.replace('__', '.')} reaches {peak:.0f}, which float16 (up to {mil.LARGEST:.0f}) cannot hold: on a device it is infinite."
             )
@@ -62,42 +77,66 @@ class Interpreted:
 
     def reset(self) -> None:
         """All states zero."""
-        self._state = self._machine.new_state()
+        self._states = [machine.new_state() for machine in self._machines]
 
 
 class Native:
     """Core ML on a Mac."""
 
-    def __init__(self, path: Path, functions: Sequence[str], units: str) -> None:
+    def __init__(self, paths: Sequence[Path], programs: Sequence[mil.Program], units: str) -> None:
         import coremltools
 
         unit = getattr(coremltools.ComputeUnit, _UNITS[units])
-        several = len(functions) > 1
-        try:
-            self._models = {
-                name: coremltools.models.MLModel(
-                    str(path), compute_units=unit, function_name=name if several else None
+        self._programs = programs
+        self._parts = []
+        for path, program in zip(paths, programs, strict=True):
+            several = len(program.functions) > 1
+            try:
+                self._parts.append(
+                    {
+                        name: coremltools.models.MLModel(
+                            str(path), compute_units=unit, function_name=name if several else None
+                        )
+                        for name in program.functions
+                    }
                 )
-                for name in functions
-            }
-        except Exception as error:  # Core ML's, in its own words
-            raise RuntimeCrash(f"Core ML refuses {path}: {error}") from error
-        self._stateful = several
+            except Exception as error:  # Core ML's, in its own words
+                raise RuntimeCrash(f"Core ML refuses {path}: {error}") from error
         self.reset()
 
-    def run(self, function: str, inputs: Arrays) -> npt.NDArray[Any]:
+    def run(self, function: str, inputs: Arrays) -> Array:
         """As Engine says."""
-        given = (dict(inputs), self._state) if self._stateful else (dict(inputs),)
+        return _in_turn(
+            inputs,
+            [
+                (
+                    list(program.functions[function].inputs),
+                    partial(self._call, part[function], state, function),
+                )
+                for program, part, state in zip(self._programs, self._parts, self._states, strict=True)
+            ],
+        )
+
+    def _call(self, model: Any, state: Any, function: str, inputs: Arrays) -> Array:
         try:
-            (out,) = self._models[function].predict(*given).values()
+            (out,) = model.predict(dict(inputs), *([] if state is None else [state])).values()
         except Exception as error:  # Core ML's, in its own words
             raise RuntimeCrash(f"Core ML cannot run {function}: {error}") from error
-        return cast("npt.NDArray[Any]", out)
+        return cast(Array, out)
 
     def reset(self) -> None:
-        """One state for all functions: they are one program's."""
-        first = next(iter(self._models.values()))
-        self._state = first.make_state() if self._stateful else None
+        """One state for all functions of a package: they are one program's."""
+        self._states = [
+            next(iter(part.values())).make_state() if len(part) > 1 else None for part in self._parts
+        ]
+
+
+def _in_turn(inputs: Arrays, parts: Iterable[tuple[Sequence[str], Callable[[Arrays], Array]]]) -> Array:
+    """Call a model's packages one after the other: what one gives is the next one's hidden states."""
+    given = dict(inputs)
+    for names, call in parts:
+        given["hiddenStates"] = call({name: given[name] for name in names})
+    return given["hiddenStates"]
 
 
 class _Worded:
@@ -177,13 +216,13 @@ class CoremlDecoder(_Worded):
         """A call with the same tokens in every row of the batch, and a mask of zeros: the program hides what comes later."""
         assert self._engine
         count, total = len(ids), self._length + len(ids)
-        inputs = {
+        inputs: Arrays = {
             "inputIds": np.tile(np.array(ids, np.int32), (self._batch, 1)),
             "causalMask": np.zeros((self._batch, 1, count, total), np.float16),
         }
         out = self._engine.run(function, inputs)
         self._length = total
-        return out[0].astype(np.float32)
+        return cast(Logits, out[0].astype(np.float32))
 
 
 class CoremlEncoder(_Worded):
@@ -203,7 +242,10 @@ class CoremlEncoder(_Worded):
             part = np.arange(at, at + self._batch).clip(
                 max=len(rows) - 1
             )  # the last row again, where there are too few
-            inputs = {"inputIds": rows[part].astype(np.int32), "attentionMask": seen[part].astype(np.int32)}
+            inputs: Arrays = {
+                "inputIds": rows[part].astype(np.int32),
+                "attentionMask": seen[part].astype(np.int32),
+            }
             found.append(self._engine.run("main", inputs).astype(np.float32))
         return np.concatenate(found)[: len(rows)]
 
@@ -215,10 +257,10 @@ class CoremlEncoder(_Worded):
 def open_session(
     directory: str, precision: mil.Precision = "float16", units: str | None = None
 ) -> CoremlDecoder | CoremlEncoder:
-    """Load ``model.mlpackage``.
+    """Load ``model.mlpackage``, or the packages that a model was cut into.
 
     Args:
-        directory: where it stands, with ``tokenizer.json``.
+        directory: where they stand, with ``tokenizer.json``.
         precision: of the interpreter: float16 as on a device, or float64 for what the files mean, states and all.
         units: compute units of Core ML, which runs the package then; None: the interpreter does.
 
@@ -227,42 +269,38 @@ def open_session(
             one that is damaged. RuntimeCrash: Core ML refuses the package.
     """
     begin, before = perf_counter(), psutil.Process().memory_info().rss
-    program, said, tokenizer = _loaded(directory)
-    encodes = "main" in program.functions
+    paths, programs, said, tokenizer = _loaded(directory)
     engine: Engine
     if units is None:
-        engine, runtime = Interpreted(program, precision), f"interpreter of MIL, {precision}"
+        engine, runtime = Interpreted(programs, precision), f"interpreter of MIL, {precision}"
         device = "cpu, checked by the interpreter; not run on Apple hardware"
     elif native():
-        engine = Native(Path(directory) / PACKAGE, tuple(program.functions), units)
+        engine = Native(paths, programs, units)
         runtime, device = f"Core ML, macOS {platform.mac_ver()[0]}", f"{platform.machine()}, {units}"
     else:
         raise MissingToolchain(
             "Core ML is on macOS only: run artifact/mac_verify.py of the package on a Mac."
         )
-    facts = Facts(runtime, device, 0.0, 0, said["context"], emulated=units is None)
-    kind = CoremlEncoder if encodes else CoremlDecoder
-    session = kind(facts, engine, tokenizer, said)
     resident = max(0, psutil.Process().memory_info().rss - before)
-    session.facts = Facts(
-        runtime, device, perf_counter() - begin, resident, said["context"], emulated=facts.emulated
-    )
-    return session
+    facts = Facts(runtime, device, perf_counter() - begin, resident, said["context"], emulated=units is None)
+    kind = CoremlEncoder if "main" in programs[0].functions else CoremlDecoder
+    return kind(facts, engine, tokenizer, said)
 
 
-def _loaded(directory: str) -> tuple[mil.Program, dict[str, int], Any]:
-    """The program, what its metadata says in numbers, and the tokenizer beside it."""
+def _loaded(directory: str) -> tuple[list[Path], list[mil.Program], dict[str, int], Any]:
+    """The packages in turn, their programs, what the first one's metadata says in numbers, and the tokenizer beside them."""
     from tokenizers import Tokenizer
 
     words = Path(directory) / "tokenizer.json"
     if not words.is_file():
         raise PackageError(f"{words} is absent; there is nothing to tokenize with.")
-    program = mil.load(Path(directory) / PACKAGE)
+    paths = coreml.packages_in(Path(directory))
+    programs = [mil.load(path) for path in paths]
     keys = ("context", "batch", "chunk", "vocab_size")
-    said = {key: program.metadata.get(f"co.tapeout.{key}", "0") for key in keys}
+    said = {key: programs[0].metadata.get(f"co.tapeout.{key}", "0") for key in keys}
     if not all(value.isdecimal() for value in said.values()) or said["context"] == "0":
-        raise PackageError(f"{Path(directory) / PACKAGE} does not say what it was made for: {said}.")
-    return program, {key: int(value) for key, value in said.items()}, Tokenizer.from_file(str(words))
+        raise PackageError(f"{paths[0]} does not say what it was made for: {said}.")
+    return paths, programs, {key: int(value) for key, value in said.items()}, Tokenizer.from_file(str(words))
 
 
 _PARTS = ("embedding", "layers.", "norm", "head", "logits", "pooled", "dense", "sentence_embedding", "last_hidden_state")  # fmt: skip
@@ -273,18 +311,13 @@ _HIDDEN = -5e8  # half of what is added to a score that is not looked at
 class TracedCoreml(_Worded):
     """A TracedSession on the interpreter in float64; see ``open_traced``."""
 
-    def __init__(self, facts: Facts, program: mil.Program, tokenizer: Any, said: Mapping[str, int]) -> None:
-        encodes = "main" in program.functions
-        super().__init__(facts, tokenizer, said["vocab_size"], around=encodes)
-        self._machine = mil.Machine(program, "float64", exact_states=True)
-        self._function = program.functions["main" if encodes else "prefill"]
-        self._batch, self._most = said["batch"], facts.context if encodes else said["chunk"]
-        self._operators = {
-            name: operation.op
-            for operation in self._function.operations
-            for name, kind in operation.outputs
-            if kind.dtype in ("fp16", "fp32") and name.replace("__", ".").startswith(_PARTS)
-        }
+    def __init__(
+        self, facts: Facts, programs: Sequence[mil.Program], tokenizer: Any, said: Mapping[str, int]
+    ) -> None:
+        self._name = "main" if "main" in programs[0].functions else "prefill"
+        super().__init__(facts, tokenizer, said["vocab_size"], around=self._name == "main")
+        self._machines = [mil.Machine(program, "float64", exact_states=True) for program in programs]
+        self._batch, self._most = said["batch"], facts.context if self._name == "main" else said["chunk"]
 
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
         """As TracedSession says."""
@@ -292,37 +325,56 @@ class TracedCoreml(_Worded):
         if not 1 <= tokens <= self._most:
             raise TapeoutError(f"{tokens} tokens do not fit the {self._most} of one call of the package.")
         rows = np.tile(np.array(ids, np.int32), (self._batch, 1))
-        inputs: dict[str, npt.NDArray[Any]] = {"inputIds": rows}
-        state = None
-        if self._function.name == "main":
-            inputs["attentionMask"] = np.ones_like(rows)
-        else:
-            inputs["causalMask"] = np.zeros((self._batch, 1, tokens, tokens), np.float16)
-            state = self._machine.new_state()
-        values = self._machine.run(self._function.name, inputs, state, show=list(self._operators))
+        given: dict[str, Array] = {
+            "inputIds": rows,
+            "attentionMask": np.ones_like(rows),
+            "causalMask": np.zeros((self._batch, 1, tokens, tokens), np.float16),
+        }
         found: dict[str, Shown] = {}
-        for name, operator in self._operators.items():
-            value, stable = values[name], name.replace("__", ".")
-            array = value[0] if value.ndim > 2 else value
-            if stable.endswith(".scores"):
-                array = array[..., -tokens:].reshape(-1, tokens, tokens)
-                array = np.where(array < _HIDDEN, np.nan, array)
-            elif stable.endswith(".rope"):
-                array = array.reshape(tokens, -1)
-            whole = (array.ndim > 1 and array.shape[0] in (1, tokens)) or stable.endswith(".scores")
-            if whole and save(out, stable, array):
-                found[stable] = Shown(operator)
+        for machine in self._machines:
+            function = machine.program.functions[self._name]
+            operators = _named(function)
+            inputs = {name: given[name] for name in function.inputs}
+            values = machine.run(self._name, inputs, machine.new_state(), show=list(operators))
+            given["hiddenStates"] = next(iter(values.values()))
+            for name, operator in operators.items():
+                stable = name.replace("__", ".")
+                array = _rows_of(values[name], stable, tokens)
+                if array is not None and save(out, stable, array):
+                    found[stable] = Shown(operator)
         return found
 
     def close(self) -> None:
         """Free the model; may be called twice."""
+        self._machines = []
+
+
+def _named(function: mil.Function) -> dict[str, str]:
+    """The values that have a name of the graph, and what makes each."""
+    return {
+        name: operation.op
+        for operation in function.operations
+        for name, kind in operation.outputs
+        if kind.dtype in ("fp16", "fp32") and name.replace("__", ".").startswith(_PARTS)
+    }
+
+
+def _rows_of(value: Array, name: str, tokens: int) -> Array | None:
+    """The first sequence of the batch, [tokens, width] or scores [heads, tokens, tokens]; None: a constant of another shape."""
+    array = value[0] if value.ndim > 2 else value
+    if name.endswith(".scores"):
+        array = array[..., -tokens:].reshape(-1, tokens, tokens)
+        return np.where(array < _HIDDEN, np.nan, array)
+    if name.endswith(".rope"):
+        return array.reshape(tokens, -1)
+    return array if array.ndim > 1 and array.shape[0] in (1, tokens) else None
 
 
 def open_traced(directory: str) -> TracedCoreml:
-    """Load ``model.mlpackage`` with every named value in sight; errors as of ``open_session``."""
+    """Load the packages with every named value in sight; errors as of ``open_session``."""
     begin = perf_counter()
-    program, said, tokenizer = _loaded(directory)
+    _, programs, said, tokenizer = _loaded(directory)
     facts = Facts(
         "interpreter of MIL, float64", "cpu", perf_counter() - begin, 0, said["context"], emulated=True
     )
-    return TracedCoreml(facts, program, tokenizer, said)
+    return TracedCoreml(facts, programs, tokenizer, said)

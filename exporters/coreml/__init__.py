@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tapeout.exporters.coreml.blocks import carries
-from tapeout.exporters.coreml.program import PACKAGE
 from tapeout.exporters.coreml.reader import describe, read_codes
-from tapeout.exporters.coreml.writer import Options, cache_bytes, write
+from tapeout.exporters.coreml.writer import Options, cache_bytes, packages_in, write
 
-__all__ = ["PACKAGE", "Options", "cache_bytes", "carries", "describe", "read_codes", "write"]
+__all__ = ["Options", "cache_bytes", "carries", "describe", "packages_in", "read_codes", "write"]

@@ -29,8 +29,8 @@ Opset = Literal["ios18", "ios26"]
 FLOAT = "F16"
 """The container of a matrix that stays float."""
 
-# Of rounding to float16, relative, root-mean-square: the error is uniform in ± 2^-12 of a binade [1, 2), whose mean square is 7/3.
-HALF = 2.0**-12 / math.sqrt(3) / math.sqrt(7 / 3)
+# Of rounding to float16, relative, root-mean-square: the error is uniform in ± 2^-11 of a binade [1, 2), whose mean square is 7/3.
+HALF = 2.0**-11 / math.sqrt(3) / math.sqrt(7 / 3)
 _LEAST = 2.0**-14  # the smallest normal float16
 
 

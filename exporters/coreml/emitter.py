@@ -18,6 +18,9 @@ from tapeout.models.decoder import Attention, Mla, Moe
 from tapeout.models.graph import inside
 from tapeout.models.rope import Rope, cos_sin
 
+HIDDEN, NEXT = "hiddenStates", "nextHiddenStates"
+"""What a part of a model that is cut takes from the one before it, and gives to the one behind it."""
+
 LOWEST = -1e9
 """What is added to the score of a token that is not looked at: finite, so that a row of padding that sees nothing is no NaN."""
 
@@ -150,7 +153,7 @@ class DecoderOps(Emitter):
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, inputs: Any) -> Var:
-        """Take a function's inputs; give the token ids."""
+        """Take a function's inputs; give the token ids, or what the part before has made of them."""
         mb = builder()
         self.mask = inputs["causalMask"]
         self.states = {name: var for name, var in inputs.items() if name.endswith(("Cache", "Window"))}
@@ -164,7 +167,11 @@ class DecoderOps(Emitter):
             self._positions = mb.range_1d(
                 start=self._past, end=self._total, step=np.int32(1), name="positions"
             )
-        return inputs["inputIds"]
+        return inputs["inputIds" if "inputIds" in inputs else HIDDEN]
+
+    def hidden(self, x: Var) -> Var:
+        """What the function of a part gives that is not the last: float32, as sums of layers are."""
+        return builder().identity(x=x, name=NEXT)
 
     def logits(self, x: Var) -> Var:
         """What the function gives."""
@@ -501,7 +508,7 @@ def _frozen(rope: Rope) -> str:
 
 
 def state_shapes(
-    config: Any, context: int, batch: int, layers: int
+    config: Any, context: int, batch: int, layers: Sequence[int]
 ) -> tuple[dict[str, tuple[int, ...]], dict[int, int]]:
     """The caches of a decoder by name, and each layer's place in its own.
 
@@ -510,14 +517,14 @@ def state_shapes(
     places: dict[int, int] = {}
     counts = {"": 0, "Window": 0}
     window = config.sliding_window
-    for layer in range(layers):
+    for layer in layers:
         each = config.window(layer)
         kind = "Window" if each and each < context else ""
         places[layer] = counts[kind]
         counts[kind] += 1
     if config.mla:
         width = config.mla.kv_rank + config.mla.rope_dim
-        return {"latentCache": (layers, batch, 1, context, width)}, places
+        return {"latentCache": (len(places), batch, 1, context, width)}, places
     states: dict[str, tuple[int, ...]] = {}
     for kind, count in counts.items():
         for part in ("key", "value") if count else ():

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.exporters.coreml.blob import Blobs
-from tapeout.exporters.coreml.program import PACKAGE, WEIGHTS, Blob, library, quiet
-from tapeout.exporters.coreml.writer import build, options_of
+from tapeout.exporters.coreml.program import WEIGHTS, Blob, library, quiet
+from tapeout.exporters.coreml.writer import Options, build, options_of, packages
 from tapeout.quantize import Quantized, QuantTensor
 
 Array = npt.NDArray[Any]
@@ -32,13 +32,20 @@ def read_codes(
     Raises:
         PackageError: a file is truncated or no Core ML program, or the program is not the one that the model has.
     """
-    path = artifact.directory / PACKAGE
-    spec = open_spec(path)
+    first = artifact.directory / artifact.files[0].split("/")[0]
     try:
-        options = options_of(spec)
+        options = options_of(open_spec(first))
     except (KeyError, ValueError) as error:
-        raise PackageError(f"{path} was not written by tapeout: its metadata lacks {error}.") from error
-    graph, expected = build(quant, options)
+        raise PackageError(f"{first} was not written by tapeout: its metadata lacks {error}.") from error
+    for part, name in enumerate(packages(options)):
+        yield from _read_package(artifact.directory / name, quant, options, part)
+
+
+def _read_package(
+    path: Path, quant: Quantized, options: Options, part: int
+) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
+    spec = open_spec(path)
+    graph, expected = build(quant, options, part)
     for each in (spec, expected):  # names and versions are no part of what is computed
         each.description.ClearField("metadata")
     if spec != expected:
@@ -56,12 +63,12 @@ def read_codes(
     }
     for sources, parts in together.items():
         found = {
-            part: _rows(blobs, [b for b in parts if b.part == part], quant)
-            for part in {b.part for b in parts}
+            kind: _rows(blobs, [b for b in parts if b.part == kind], quant)
+            for kind in {b.part for b in parts}
         }
         name = parts[0].name.removesuffix(f"_{parts[0].part}")
         for turn, source in enumerate(sources):
-            taken = {part: values[turn] for part, values in found.items()}
+            taken = {kind: values[turn] for kind, values in found.items()}
             if name in tables:
                 taken["table"] = _read(blobs, tables[name])
             elif parts[0].container and hasattr(parts[0].container, "table"):

@@ -15,11 +15,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import ModelError, SchemeError
+from tapeout.errors import ModelError, PackageError, SchemeError
 from tapeout.exporters import Artifact
 from tapeout.exporters.coreml.blob import bits_of
 from tapeout.exporters.coreml.blocks import Opset
-from tapeout.exporters.coreml.emitter import DecoderOps, nbytes, state_shapes
+from tapeout.exporters.coreml.emitter import HIDDEN, NEXT, DecoderOps, nbytes, state_shapes
 from tapeout.exporters.coreml.encoder import EncoderMilOps
 from tapeout.exporters.coreml.program import (
     MANIFEST,
@@ -37,7 +37,7 @@ from tapeout.files import writing
 from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.checkpoint import to_float32
 from tapeout.models.encoder import EncoderOps, encoder
-from tapeout.models.graph import decoder
+from tapeout.models.graph import embed, head, layer
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -58,6 +58,7 @@ class Options:
         prefill_chunk: most tokens of a call of ``prefill``.
         opset: of the program: ios18, or ios26, which holds more schemes. Default: the older one that holds the model's.
         layers: write the first layers only.
+        chunks: packages that the layers of a decoder are cut into, as many in each; every one is called in turn.
     """
 
     sequence_length: int | None = None
@@ -65,10 +66,11 @@ class Options:
     prefill_chunk: int = 256
     opset: Opset | None = None
     layers: int | None = None
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         """ModelError for a number that is none."""
-        for name in ("sequence_length", "batch_size", "prefill_chunk"):
+        for name in ("sequence_length", "batch_size", "prefill_chunk", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ModelError(f"{name} = {value}: at least 1 is needed.")
@@ -82,7 +84,7 @@ def write(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Write ``model.mlpackage`` and the tokenizer's files into a directory.
+    """Write ``model.mlpackage``, or a package a chunk, and the tokenizer's files into a directory.
 
     Streams: a few rows a thread in memory, whatever the model's size. The bytes do not depend on ``threads``.
 
@@ -99,31 +101,58 @@ def write(
         OutputError: the directory cannot be written.
         MissingToolchain: coremltools is absent.
     """
+    library()
     options = resolved(quant, options or Options())
-    graph, spec = build(quant, options)
     files = side_files(quant)
-    data = spec.SerializeToString(deterministic=True)
-    package = directory / PACKAGE
+    graphs = []
     with writing(directory):
-        (package / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
-        (package / SPEC).write_bytes(data)
-        (package / MANIFEST).write_text(manifest(hashlib.sha256(data).hexdigest()), encoding="utf-8")
+        for part, name in enumerate(packages(options)):
+            graph, spec = build(quant, options, part)
+            _write_package(directory / name, graph, spec, threads, progress)
+            graphs.append(graph)
         for file in files:
             shutil.copyfile(file, directory / file.name)
-        with (package / WEIGHTS).open("wb") as opened:
-            os.ftruncate(opened.fileno(), graph.layout.end)
-            write_blobs(graph, opened.fileno(), threads, progress)
-    names = [f"{PACKAGE}/{name}" for name in (MANIFEST, SPEC, WEIGHTS)]
+    names = [f"{package}/{name}" for package in packages(options) for name in (MANIFEST, SPEC, WEIGHTS)]
     assert options.sequence_length
     return Artifact(
         format="coreml",
         directory=directory,
         files=(*names, *(file.name for file in files)),
         context=options.sequence_length,
-        bytes_per_token=_bytes_per_token(graph),
-        containers=dict(graph.containers),
-        notes=tuple(graph.notes),
+        bytes_per_token=sum(_bytes_per_token(graph) for graph in graphs),
+        containers={name: kind for graph in graphs for name, kind in graph.containers.items()},
+        notes=tuple(dict.fromkeys(note for graph in graphs for note in graph.notes)),
     )
+
+
+def packages(options: Options) -> list[str]:
+    """Names of the packages, in the order in which they are called."""
+    if options.chunks == 1:
+        return [PACKAGE]
+    return [f"model_{part + 1}_of_{options.chunks}.mlpackage" for part in range(options.chunks)]
+
+
+def packages_in(directory: Path) -> list[Path]:
+    """The packages of an artifact, in the order in which they are called; PackageError: one is absent."""
+    first = next(iter(sorted(directory.glob("model_1_of_*.mlpackage"))), None)
+    count = int(first.stem.rpartition("_")[2]) if first else 1
+    found = [directory / name for name in packages(Options(chunks=count))]
+    for path in found:
+        if not path.is_dir():
+            raise PackageError(f"{path} is absent; there is nothing to load.")
+    return found
+
+
+def _write_package(
+    package: Path, graph: Graph, spec: Any, threads: int | None, progress: Progress | None
+) -> None:
+    data = spec.SerializeToString(deterministic=True)
+    (package / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
+    (package / SPEC).write_bytes(data)
+    (package / MANIFEST).write_text(manifest(hashlib.sha256(data).hexdigest()), encoding="utf-8")
+    with (package / WEIGHTS).open("wb") as opened:
+        os.ftruncate(opened.fileno(), graph.layout.end)
+        write_blobs(graph, opened.fileno(), threads, progress)
 
 
 def resolved(quant: Quantized, options: Options) -> Options:
@@ -134,6 +163,15 @@ def resolved(quant: Quantized, options: Options) -> Options:
     count = config.num_layers if options.layers is None else options.layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
+    if count % options.chunks or (options.chunks > 1 and not isinstance(config, DecoderConfig)):
+        fits = (
+            [str(n) for n in range(1, count + 1) if count % n == 0]
+            if isinstance(config, DecoderConfig)
+            else ["1"]
+        )
+        raise ModelError(
+            f"chunks = {options.chunks} does not divide the {count} layers of {quant.model.name} ({quant.model.kind}); fits: {', '.join(fits)}."
+        )
     most = config.max_position_embeddings
     context = options.sequence_length or most
     if context > most:
@@ -156,7 +194,7 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
 
     def size(context: int) -> int:
         assert options.layers
-        return nbytes(state_shapes(config, context, options.batch_size, options.layers)[0])
+        return nbytes(state_shapes(config, context, options.batch_size, range(options.layers))[0])
 
     if (found := size(options.sequence_length)) <= STATES:
         return
@@ -171,22 +209,22 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
 
 def cache_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
     """Bytes of the caches of a decoder, float16."""
-    return nbytes(state_shapes(config, context, batch, config.num_layers)[0])
+    return nbytes(state_shapes(config, context, batch, range(config.num_layers))[0])
 
 
-def build(quant: Quantized, options: Options) -> tuple[Graph, Any]:
-    """The graph, and its specification; ``options`` as ``resolved`` gives them."""
+def build(quant: Quantized, options: Options, part: int = 0) -> tuple[Graph, Any]:
+    """The graph of a chunk, and its specification; ``options`` as ``resolved`` gives them."""
     graph = Graph(quant, options.opset)
     if isinstance(quant.model.config, EncoderConfig):
         _encoder_function(graph, quant.model.config, options)
     else:
-        _decoder_functions(graph, options)
+        _decoder_functions(graph, options, part)
     if graph.newest == "ios26":
         graph.note(
             "the program is of opset ios26: it needs iOS 26 or macOS 26, and nobody has run one of its lookups under scales"
         )
     spec = graph.finish(
-        _facts(quant, options, graph),
+        _facts(quant, options, graph, part),
         author="tapeout",
         license=quant.model.licence or "",
         shortDescription=f"{quant.model.name}, {quant.model.kind}, weights {quant.scheme}",
@@ -194,7 +232,7 @@ def build(quant: Quantized, options: Options) -> tuple[Graph, Any]:
     return graph, spec
 
 
-def _facts(quant: Quantized, options: Options, graph: Graph) -> dict[str, str]:
+def _facts(quant: Quantized, options: Options, graph: Graph, part: int) -> dict[str, str]:
     facts = {
         "scheme": quant.scheme.name,
         "rounding": quant.rounding,
@@ -212,6 +250,7 @@ def _facts(quant: Quantized, options: Options, graph: Graph) -> dict[str, str]:
         facts["output"] = config.output
     if isinstance(config, DecoderConfig):
         facts["chunk"] = options.prefill_chunk
+        facts |= {"chunks": options.chunks, "part": part}
         if config.sliding_window:
             facts["window"] = config.sliding_window
     return {_KEY + key: str(value) for key, value in facts.items()}
@@ -221,31 +260,42 @@ def options_of(spec: Any) -> Options:
     """The options that a package was written with."""
     said = {key.removeprefix(_KEY): value for key, value in spec.description.metadata.userDefined.items()}
     return Options(
-        int(said["context"]), int(said["batch"]), int(said.get("chunk", 1)), said["opset"], int(said["layers"])
+        int(said["context"]), int(said["batch"]), int(said.get("chunk", 1)), said["opset"], int(said["layers"]),
+        int(said.get("chunks", 1)),
     )  # fmt: skip
 
 
-def _decoder_functions(graph: Graph, options: Options) -> None:
+def _decoder_functions(graph: Graph, options: Options, part: int) -> None:
     ct = library()
     config = graph.quant.model.decoder
-    context, batch, layers = options.sequence_length, options.batch_size, options.layers
+    context, batch = options.sequence_length, options.batch_size
     assert context
-    assert layers
+    assert options.layers
+    each = options.layers // options.chunks
+    layers = range(part * each, (part + 1) * each)
+    last = part == options.chunks - 1
     states, places = state_shapes(config, context, batch, layers)
     for name, longest in (("prefill", options.prefill_chunk), ("decode", 1)):
         with quiet():
             tokens = ct.RangeDim(1, longest, default=longest) if longest > 1 else 1
             total = ct.RangeDim(1, context, default=longest)
-            inputs = {
-                "inputIds": ct.TensorType("inputIds", (batch, tokens), np.int32),
-                "causalMask": ct.TensorType("causalMask", (batch, 1, tokens, total), np.float16),
-            }
+            given = (
+                ct.TensorType(HIDDEN, (batch, tokens, config.hidden_size), np.float32)
+                if part
+                else ct.TensorType("inputIds", (batch, tokens), np.int32)
+            )
+            mask = ct.TensorType("causalMask", (batch, 1, tokens, total), np.float16)
 
-        def body(given: Any, one: bool = longest == 1) -> Sequence[Any]:
+        def body(inputs: Any, one: bool = longest == 1) -> Sequence[Any]:
             ops = DecoderOps(graph, batch, context=context, places=places, one=one)
-            return [ops.logits(decoder(ops, config, ops.begin(given), layers))]
+            x = ops.begin(inputs)
+            if not part:
+                x = embed(ops, config, x)
+            for index in layers:
+                x = layer(ops, config, index, x)
+            return [ops.logits(head(ops, config, x)) if last else ops.hidden(x)]
 
-        graph.function(name, inputs, states, body, _DESCRIPTIONS)
+        graph.function(name, {given.name: given, "causalMask": mask}, states, body, _DESCRIPTIONS)
 
 
 def _encoder_function(graph: Graph, config: EncoderConfig, options: Options) -> None:
@@ -279,6 +329,8 @@ _DESCRIPTIONS = {
     "causalMask": "Added to the scores [batch, 1, tokens, total]; total counts this call's tokens and all before them. The program "
     "itself hides what comes later and what a window leaves out: zeros will do; very low values hide padding.",
     "logits": "Scores of the next token [batch, tokens, vocabulary].",
+    HIDDEN: "What the package before this one gives [batch, tokens, hidden].",
+    NEXT: "For the package behind this one [batch, tokens, hidden].",
     "keyCache": "Keys of the layers that look at all tokens [layers, batch, heads, context, width].",
     "valueCache": "Values of the layers that look at all tokens [layers, batch, heads, context, width].",
     "keyCacheWindow": "Keys of the layers with a window [layers, batch, heads, window, width]: position p in slot p mod window.",

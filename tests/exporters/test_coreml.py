@@ -113,6 +113,15 @@ def test_narrow_codes_stay_narrow_in_the_newer_opset(quantized, tmp_path: Path) 
     assert sizes["ios26"] < sizes["ios18"]
 
 
+def test_chunks_come_back(quantized, tmp_path: Path) -> None:
+    quant = quantized("int4-g32", num_hidden_layers=6, tie_word_embeddings=True)
+    artifact = coreml.write(quant, tmp_path / "out", Options(chunks=3))
+    assert {name.split("/")[0] for name in artifact.files} >= {f"model_{n}_of_3.mlpackage" for n in (1, 2, 3)}
+    assert wrong(artifact, quant) == []
+    with pytest.raises(ModelError, match=r"chunks = 4 does not divide the 6 layers .* fits: 1, 2, 3, 6"):
+        coreml.write(quant, tmp_path / "other", Options(chunks=4))
+
+
 def test_coremltools_opens_it(quantized, tmp_path: Path) -> None:
     import coremltools as ct
 

@@ -163,7 +163,7 @@ def test_it_is_the_one_graph(package, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "window", "gemma2", "experts", "deepseek_v2"])
 def test_float16_is_near(package, case: str) -> None:
-    """Operators' results rounded to float16, 2^-12 of each: some thirty in a row in each of two layers, at random, and the logits."""
+    """Operators' results rounded to float16, 2^-12 of each in the mean: some thirty in a row in each of two layers, at random, and the logits."""
     quant, artifact = package(*CASES[case])
     limit = (2 * 30 + 1) ** 0.5 * 2.0**-12 * 4 * 2  # the largest of thousands, and weights rounded too
     logits, wanted = ran(artifact, PIECES, "float16")[0], expected(quant, artifact, PIECES)
@@ -192,6 +192,28 @@ def test_a_sequence_fills_its_cache(package) -> None:
     quant, artifact = package("llama", "int8", sequence_length=20)
     pieces = [("prefill", 16), ("prefill", 3), ("decode", 1)]
     assert far(ran(artifact, pieces)[0], expected(quant, artifact, pieces)) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["tied", "gemma2"])
+def test_chunks_in_turn(package, tmp_path: Path, case: str) -> None:
+    """One package a layer, each with its own caches; what one gives the next takes."""
+    family, scheme, fields = CASES[case]
+    quant, artifact = package(family, scheme, fields | {"num_hidden_layers": 4}, chunks=4)
+    machines = [
+        mil.Machine(mil.load(tmp_path / "out" / f"model_{part}_of_4.mlpackage"), exact_states=True)
+        for part in range(1, 5)
+    ]
+    states, past, logits = [machine.new_state() for machine in machines], 0, []
+    for function, count in PIECES:
+        end = past + count
+        given: dict[str, Any] = {"inputIds": np.array([IDS[past:end]], np.int32)}
+        for machine, state in zip(machines, states, strict=True):
+            mask = {"causalMask": np.zeros((1, 1, count, end), np.float16)}
+            ((_, value),) = machine.run(function, given | mask, state).items()
+            given = {"hiddenStates": value}
+        logits.append(value[0])
+        past = end
+    assert far(np.concatenate(logits), expected(quant, artifact, PIECES)) < TOLERANCE
 
 
 def test_first_layers_alone(package) -> None:
