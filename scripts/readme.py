@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tapeout.describe import carry_table
+from tapeout.describe import alike, carry_table
 
 ROOT = Path(__file__).resolve().parent.parent
 _DEMO = ("tapeout", "export", "cpu", "arithmetic", "--scheme", "int4-g32", "--out", "build/demo", "--force")
@@ -29,10 +29,11 @@ _DEMO = ("tapeout", "export", "cpu", "arithmetic", "--scheme", "int4-g32", "--ou
 def carry() -> str:
     """The table of targets and schemes."""
     table = carry_table()
-    names = list(table["targets"])
-    rows = [["scheme", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+    columns = alike(table)
+    heads = [", ".join(f"`{name}`" for name in names) for names in columns]
+    rows = [["scheme", *heads], ["---"] * (1 + len(columns))]
     rows += [
-        [f"`{scheme}`", *(cells[name] for name in names)]
+        [f"`{scheme}`", *(cells[names[0]] for names in columns)]
         for scheme, cells in {**table["schemes"], **table["kv_caches"]}.items()
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -473,30 +474,44 @@ def verify(package: Path, *, json: Json = False) -> int:
 
 
 @app.command(name="targets")
-def list_targets(*, json: Json = False) -> int:
+def list_targets(name: str | None = None, *, json: Json = False) -> int:
     """List the targets, what each carries, and whether its runtime is installed here.
 
     Example: tapeout targets
+    Example: tapeout targets apple
 
     Args:
+        name: Of one target: in which container it carries each scheme, and why it refuses one.
         json: Print the table to stdout.
     """
-    from tapeout.describe import carry_table
+    from tapeout.describe import alike, carry_table
 
+    if name is not None:
+        targets.get(name)
     rows = carry_table()
     if json:
         _print_json(rows)
         return 0
-    table = Table(
-        "scheme", *(name for name in rows["targets"]), title="what each target carries", title_justify="left"
-    )
+    shown = [each for each in alike(rows) if name is None or any(way.split()[0] == name for way in each)]
+    title = "what each target carries" if name is None else f"what {name} carries"
+    table = Table("scheme", *(", ".join(each) for each in shown), title=title, title_justify="left")
     for scheme, cells in {**rows["schemes"], **rows["kv_caches"]}.items():
-        table.add_row(scheme, *(cells[name] for name in rows["targets"]))
+        said = [cells[each[0]] for each in shown]
+        table.add_row(scheme, *(said if name else map(_in_short, said)))
     stderr.print(table)
-    for name, facts in rows["targets"].items():
-        state = "installed" if facts["missing"] is None else facts["missing"]
-        stderr.print(f"[bold]{name}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+    for each, facts in rows["targets"].items():
+        if name in (None, each.split()[0]):
+            state = "installed" if facts["missing"] is None else facts["missing"]
+            stderr.print(f"[bold]{each}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+    if name is None:
+        stderr.print("In which container, and why not: tapeout targets NAME.")
     return 0
+
+
+def _in_short(cell: str) -> str:
+    """``exact``, ``rounded +0.02%``, ``no``: what a table of all targets has room for."""
+    added = re.search(r"\+[\d.]+%", cell)
+    return f"rounded {added[0]}" if added else re.split(r"[ :]", cell, maxsplit=1)[0]
 
 
 env_app = App(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ def carry_table() -> dict[str, Any]:
             for cache in KV_BITS
         },
     }
+
+
+def alike(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The columns of ``carry_table``: targets that carry everything alike share one."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in table["targets"]:
+        column = tuple(cells[name] for part in ("schemes", "kv_caches") for cells in table[part].values())
+        found.setdefault(column, []).append(name)
+    return [tuple(names) for names in found.values()]
 
 
 def _cell(carry: Carry) -> str:

@@ -310,6 +310,11 @@ def test_targets() -> None:
     }  # fmt: skip
     said = told(process("targets", env={"COLUMNS": "200"}))
     assert "null: No device: canonical codes in safetensors, run by transformers. Runtime: installed" in said
+    assert "cpu, mobile" in said  # what they carry is the same
+    assert "Q4_0" not in said
+    assert "int4-g32 exact (Q4_0)" in told(tapeout("targets", "cpu"))
+    unknown = tapeout("targets", "cpuu", status=2)
+    assert "did you mean 'cpu'" in unknown.stderr
     assert all(name in said for name in {**table["schemes"], **table["kv_caches"]})
 
 
