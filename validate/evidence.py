@@ -268,13 +268,14 @@ class Evidence:
         halves: Sequence[str] = (),
     ) -> SessionSpec:
         """The reference with the weights that the codes are, or with the original ones."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": str(self.model.directory),
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
-            "halves": list(halves),
         }
+        if halves:
+            arguments["halves"] = list(halves)
         return SessionSpec(_REFERENCE, arguments)
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
