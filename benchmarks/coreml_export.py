@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", default="coremltools", help="none: an empty string")
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
+    parser.add_argument("--store", type=Path, help="where the codes stand meanwhile; default: below --work")
     arguments = parser.parse_args()
     peers = {name: environment(name, ENVIRONMENTS[name]) for name in arguments.peers.split(",") if name}
     if peers and arguments.shape == "8b":
@@ -61,9 +61,8 @@ def main() -> None:
                 common.read_into_page_cache(model)
                 os.sync()
                 if who == "tapeout":
-                    store = scratch / "store"
-                    ran[who].append(export_by_us(arguments.shape, model, scratch / "out", store))
-                    shutil.rmtree(store)
+                    with tempfile.TemporaryDirectory(dir=arguments.store or scratch) as store:
+                        ran[who].append(export_by_us(arguments.shape, model, scratch / "out", Path(store)))
                 else:
                     script = _PEERS / "coreml_export.py"
                     ran[who].append(common.run(peers[who], script, model, scratch / "out"))

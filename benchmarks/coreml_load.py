@@ -20,14 +20,12 @@ from unittest.mock import patch
 
 import common
 from coreml_export import checkpoint
-from peers.coreml_ours import unfolded
+from peers.coreml_ours import quantized, unfolded
 
-from tapeout import Model, load, quantize, target
+from tapeout import Model, load, target
 from tapeout.exporters import coreml
 from tapeout.exporters.coreml.program import SPEC, WEIGHTS
 from tapeout.exporters.coreml.reader import open_spec
-
-_SCHEME = "int4-g32"
 
 
 def model_of(name: str, work: Path) -> Model:
@@ -39,14 +37,14 @@ def model_of(name: str, work: Path) -> Model:
 
 def measured(model: Model, out: Path) -> dict[str, Any]:
     """Export a model, and weigh it."""
-    quant = quantize(model, _SCHEME, overrides={"lm_head": _SCHEME})
+    quant = quantized(model)
     target("apple").export(quant, out)
     theory = 0.0
     for name, spec in model.specs.items():
         scheme = quant.schemes[name]
         bits = 32 if scheme.kind == "none" else scheme.bits_per_weight(spec.shape[-1])
         theory += bits * math.prod(spec.shape) / 8
-    package = out / coreml.PACKAGE
+    (package,) = coreml.packages_in(out)
     begin = perf_counter()
     spec = open_spec(package)
     read_s = perf_counter() - begin
@@ -66,12 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="arithmetic,1b,8b")
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
+    parser.add_argument("--store", type=Path, help="where the codes stand meanwhile; default: below --work")
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
     for name in arguments.models.split(","):
         with (
             tempfile.TemporaryDirectory(dir=arguments.work) as scratch,
-            patch.dict(os.environ, TAPEOUT_CACHE=f"{scratch}/store"),
+            tempfile.TemporaryDirectory(dir=arguments.store or scratch) as store,
+            patch.dict(os.environ, TAPEOUT_CACHE=store),
         ):
             (out := Path(scratch) / "out").mkdir()
             row = rows[name] = measured(model_of(name, arguments.work), out)
@@ -81,7 +81,7 @@ def main() -> None:
             f"{name:10} {row['weight_bytes'] / 1e6:8.2f} MB of weights, {beyond:+.3%} of theory; program {row['program_bytes'] / 1e3:.0f} kB, "
             f"read in {row['read_s']:.2f} s; operators: {operators}"
         )
-    common.report({"benchmark": "coreml_load", "scheme": _SCHEME, "rows": rows})
+    common.report({"benchmark": "coreml_load", "scheme": "int4-g32", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def weights_of(directory: Path, module: Llama) -> None:
     mine = dict(module.named_parameters())
     for shard in sorted(directory.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118: it is no mapping
+            for name in file.keys():  # noqa: SIM118
                 short = name.removeprefix("model.").replace(".self_attn.", ".").replace(".mlp.", ".")
                 mine.pop(short).data.copy_(file.get_tensor(name))
     assert not mine, sorted(mine)

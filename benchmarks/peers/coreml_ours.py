@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tapeout import Model, load, quantize, target
+from tapeout import Model, Quantized, load, quantize, target
 from tapeout.models import Checkpoint
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
@@ -32,12 +32,18 @@ def unfolded(model: Model, layers: int) -> Model:
     return replace(model, raw_config=raw, config=config, specs=specs, checkpoint=checkpoint)
 
 
+def quantized(model: Model) -> Quantized:
+    """INT4 in groups of 32, the head too where it is a matrix of its own; embeddings are int8."""
+    head = {"lm_head": "int4-g32"} if "lm_head.weight" in model.specs else {}
+    return quantize(model, "int4-g32", overrides=head)
+
+
 def main(source: Path, out: Path, layers: int) -> None:
     model = load(source)
     if layers:
         model = unfolded(model, layers)
     out.mkdir(parents=True)
-    target("apple").export(quantize(model, "int4-g32", overrides={"lm_head": "int4-g32"}), out)
+    target("apple").export(quantized(model), out)
 
 
 if __name__ == "__main__":
