@@ -7,6 +7,7 @@ saved files alone: what they mean in float64, or as a device would compute it in
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,15 @@ class Interpreted:
             )
         return out
 
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude so far of each float16 value, before it is rounded, by the graph's name or the operator's own."""
+        found: dict[str, float] = {}
+        for machine in self._machines:
+            for name, peak in machine.overflows(0.0).items():
+                stable = name.replace("__", ".")
+                found[stable] = max(peak, found.get(stable, 0.0))
+        return found
+
     def reset(self) -> None:
         """All states zero."""
         self._states = [machine.new_state() for machine in self._machines]
@@ -92,14 +102,17 @@ class Native:
         for path, program in zip(paths, programs, strict=True):
             several = len(program.functions) > 1
             try:
-                self._parts.append(
-                    {
-                        name: coremltools.models.MLModel(
-                            str(path), compute_units=unit, function_name=name if several else None
-                        )
-                        for name in program.functions
-                    }
-                )
+                with warnings.catch_warnings():
+                    # coremltools only warns when Core ML refuses a model, and fails at the first call in other words.
+                    warnings.filterwarnings("error", message="You will not be able to run predict")
+                    self._parts.append(
+                        {
+                            name: coremltools.models.MLModel(
+                                str(path), compute_units=unit, function_name=name if several else None
+                            )
+                            for name in program.functions
+                        }
+                    )
             except Exception as error:  # Core ML's, in its own words
                 raise RuntimeCrash(f"Core ML refuses {path}: {error}") from error
         self.reset()
@@ -168,14 +181,29 @@ class _Worded:
             raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
 
 
-class CoremlDecoder(_Worded):
-    """A Session on a decoder's package; see ``open_session``."""
+class _Running(_Worded):
+    """An engine, and a tokenizer beside it."""
+
+    _around = False
 
     def __init__(self, facts: Facts, engine: Engine, tokenizer: Any, said: Mapping[str, int]) -> None:
-        super().__init__(facts, tokenizer, said["vocab_size"], around=False)
+        super().__init__(facts, tokenizer, said["vocab_size"], self._around)
         self._engine: Engine | None = engine
         self._batch, self._chunk = said["batch"], said["chunk"]
         self._length = 0
+
+    def peaks(self) -> dict[str, float]:
+        """As ``Lowering`` says, of the interpreter."""
+        assert isinstance(self._engine, Interpreted)
+        return self._engine.peaks()
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._engine = None
+
+
+class CoremlDecoder(_Running):
+    """A Session on a decoder's package; see ``open_session``."""
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append tokens to the sequence, chunk by chunk; return float32 [tokens, vocab], the logits after each."""
@@ -201,10 +229,6 @@ class CoremlDecoder(_Worded):
         self._engine.reset()
         self._length = 0
 
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._engine = None
-
     def _room(self, ids: Sequence[int]) -> None:
         self._check(ids)
         if self._length + len(ids) > self.facts.context:
@@ -225,13 +249,10 @@ class CoremlDecoder(_Worded):
         return cast(Logits, out[0].astype(np.float32))
 
 
-class CoremlEncoder(_Worded):
+class CoremlEncoder(_Running):
     """An EncoderSession on an encoder's package; see ``open_session``."""
 
-    def __init__(self, facts: Facts, engine: Engine, tokenizer: Any, said: Mapping[str, int]) -> None:
-        super().__init__(facts, tokenizer, said["vocab_size"], around=True)
-        self._engine: Engine | None = engine
-        self._batch = said["batch"]
+    _around = True
 
     def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
         """What the model gives of a batch; see EncoderSession. The package's own batch is static: rows go through it in turn."""
@@ -248,10 +269,6 @@ class CoremlEncoder(_Worded):
             }
             found.append(self._engine.run("main", inputs).astype(np.float32))
         return np.concatenate(found)[: len(rows)]
-
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._engine = None
 
 
 def open_session(

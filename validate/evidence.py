@@ -282,6 +282,13 @@ class Evidence:
         with borrowed(spec) as session:
             return self.run(name, session, sequences)
 
+    def record_peaks(
+        self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]
+    ) -> tuple[list[Logits], dict[str, float]]:
+        """``record``, and the largest magnitudes of the session's float16 values on the way."""
+        with borrowed(spec) as session:
+            return self.run(name, session, sequences), session.peaks()
+
     def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
         path = self.scratch / f"{name}.f32"
