@@ -48,15 +48,15 @@ class Engine(Protocol):
 
 
 class Interpreted:
-    """The interpreter; a value that float16 cannot hold is a crash with its name."""
+    """The interpreter; in float16, a value that float16 cannot hold is a crash with its name."""
 
     def __init__(self, programs: Sequence[mil.Program], precision: mil.Precision) -> None:
-        exact = precision == "float64"
-        self._machines = [mil.Machine(program, precision, exact_states=exact) for program in programs]
+        self._exact = precision == "float64"
+        self._machines = [mil.Machine(program, precision, exact_states=self._exact) for program in programs]
         self.reset()
 
     def run(self, function: str, inputs: Arrays) -> Array:
-        """As Engine says; RuntimeCrash names a value beyond float16's range."""
+        """As Engine says; RuntimeCrash names a value beyond float16's range, which is none in float64."""
         return _in_turn(
             inputs,
             [
@@ -70,7 +70,7 @@ class Interpreted:
 
     def _call(self, machine: mil.Machine, state: mil.State, function: str, inputs: Arrays) -> Array:
         (out,) = machine.run(function, inputs, state).values()
-        for name, peak in machine.overflows().items():
+        for name, peak in ({} if self._exact else machine.overflows()).items():
             raise RuntimeCrash(
                 f"{name.replace('__', '.')} reaches {peak:.0f}, which float16 (up to {mil.LARGEST:.0f}) cannot hold: on a device it is infinite."
             )
@@ -214,6 +214,8 @@ class CoremlDecoder(_Running):
     def append(self, ids: Sequence[int]) -> Logits:
         """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
         self._room(ids)
+        if not ids:
+            raise TapeoutError("no token is appended, and so there is no last one; what fits: one or more.")
         for at in range(0, len(ids), self._chunk):
             last = self._step("prefill", ids[at : at + self._chunk])[-1:]
         return last
