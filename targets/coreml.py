@@ -336,13 +336,15 @@ class TracedCoreml(_Worded):
         self._name = "main" if "main" in programs[0].functions else "prefill"
         super().__init__(facts, tokenizer, said["vocab_size"], around=self._name == "main")
         self._machines = [mil.Machine(program, "float64", exact_states=True) for program in programs]
-        self._batch, self._most = said["batch"], facts.context if self._name == "main" else said["chunk"]
+        self._batch = said["batch"]
 
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
         """As TracedSession says."""
         tokens = len(ids)
-        if not 1 <= tokens <= self._most:
-            raise TapeoutError(f"{tokens} tokens do not fit the {self._most} of one call of the package.")
+        if not 1 <= tokens <= self.facts.context:
+            raise TapeoutError(
+                f"{tokens} tokens do not fit the {self.facts.context} of one call of the package."
+            )
         rows = np.tile(np.array(ids, np.int32), (self._batch, 1))
         given: dict[str, Array] = {
             "inputIds": rows,
@@ -390,10 +392,9 @@ def _rows_of(value: Array, name: str, tokens: int) -> Array | None:
 
 
 def open_traced(directory: str) -> TracedCoreml:
-    """Load the packages with every named value in sight; errors as of ``open_session``."""
+    """Load the packages with every named value in sight; errors as of ``open_session``. Its context is one call of the package."""
     begin = perf_counter()
     _, programs, said, tokenizer = _loaded(directory)
-    facts = Facts(
-        "interpreter of MIL, float64", "cpu", perf_counter() - begin, 0, said["context"], emulated=True
-    )
+    most = said["context"] if "main" in programs[0].functions else said["chunk"]
+    facts = Facts("interpreter of MIL, float64", "cpu", perf_counter() - begin, 0, most, emulated=True)
     return TracedCoreml(facts, programs, tokenizer, said)

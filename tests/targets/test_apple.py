@@ -21,14 +21,14 @@ from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, Tapeout
 from tapeout.exporters import Artifact
 from tapeout.exporters.coreml import blocks, emitter
 from tapeout.exporters.coreml.emitter import DecoderOps
-from tapeout.exporters.coreml.program import PACKAGE, WEIGHTS, library
+from tapeout.exporters.coreml.program import WEIGHTS, library
 from tapeout.models import Model, load
 from tapeout.pack import pack
 from tapeout.quantize import Quantized, quantize
 from tapeout.recipe import Recipe
 from tapeout.targets.apple import Apple
 from tapeout.targets.coreml import CoremlDecoder, CoremlEncoder, open_session, open_traced
-from tapeout.validate import GateResult, Report, gates, reference
+from tapeout.validate import GateResult, Report, gates, primitives, reference
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.encoders import EncoderReference
 from tapeout.validate.evidence import Evidence
@@ -73,7 +73,7 @@ Make = Callable[..., Made]
 
 def export(directory: Path, out: Path, scheme: str = "int4-g32", **options: Any) -> Made:
     target = Apple(**({"prefill_chunk": CHUNK} | options))
-    quant = quantize(load(directory), scheme, out=out / "codes")
+    quant = quantize(load(directory), scheme, out=out.with_name(f"{out.name}-codes"))
     (out / "artifact").mkdir()
     return Made(target, quant.model, quant, target.export(quant, out / "artifact"))
 
@@ -216,6 +216,21 @@ def test_a_package_that_is_not_whole(make: Make, name: str, damage: Callable[[Pa
         made.open().prefill(IDS)
 
 
+def test_an_altered_code_is_one_tensor(make: Make) -> None:
+    """Numbers that could be right load; the codes gate has them all in sight."""
+    made = make()
+    weights = made.artifact.directory / "model.mlpackage" / WEIGHTS
+    sound = weights.read_bytes()
+    for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        begin = sound.index((made.quant[name].packed ^ np.uint8(0x88)).tobytes())  # signed codes there
+        flip(weights, begin + 37)
+        made.open().prefill(IDS[:3])
+        (found,) = gates.codes(Evidence(made.artifact, made.model, made.quant, made.target, weights.parent))
+        weights.write_bytes(sound)
+        assert (found.status, found.value) == ("failed", 1)
+        assert found.reason.startswith(f"{name}: 2 of ")
+
+
 # Range
 
 
@@ -228,8 +243,10 @@ def loud(directory: Path, factor: float) -> Path:
     return directory
 
 
-def test_a_value_beyond_float16_is_named(make_model: MakeModel, tmp_path: Path) -> None:
-    made = export(loud(make_model(dtype="F32"), 2000), tmp_path)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_value_beyond_float16_is_named(make_model: MakeModel, tmp_path: Path, chunks: int) -> None:
+    (tmp_path / "one").mkdir()
+    made = export(loud(make_model(dtype="F32"), 2000), tmp_path / "one", chunks=chunks)
     exact = made.open()
     assert far(exact.prefill(IDS), made.reference().prefill(IDS)) < TOLERANCE
     peaks = exact.peaks()
@@ -312,12 +329,13 @@ def other_pairs(self: DecoderOps, x: Any, rope: Any, cos: Any, sin: Any) -> Any:
     return rotate(self, x, replace(rope, interleaved=not rope.interleaved), cos, sin)
 
 
-def one_late(self: DecoderOps, inputs: Any) -> Any:
+def one_late(self: DecoderOps, window: int | None, shared: int) -> Any:
     """The mask lets each token see the next one."""
-    ids = begin(self, inputs)
-    if not self.one:
-        self._positions = emitter.builder().add(x=self._positions, y=np.int32(1))
-    return ids
+    positions = self._positions
+    self._positions = emitter.builder().add(x=positions, y=np.int32(1))
+    found = mask(self, window, shared)
+    self._positions = positions
+    return found
 
 
 def read_twice(self: DecoderOps, cache: str, layer: int, new: Any, window: int | None) -> Any:
@@ -326,10 +344,11 @@ def read_twice(self: DecoderOps, cache: str, layer: int, new: Any, window: int |
     _, batch, heads, _, width = (int(n) for n in state.sym_type.wrapped_type().get_shape())
     before = mb.read_state(input=state)
     kept(self, cache, layer, new, window)
-    end = mb.concat(
-        values=[np.int32(at + 1), np.int32(batch), np.int32(heads), self._total, np.int32(width)], axis=0
-    )
-    return mb.slice_by_index(x=before, begin=[at, 0, 0, 0, 0], end=end, squeeze_mask=[True] + [False] * 4)
+    sizes = [np.int32(at + 1), np.int32(batch), np.int32(heads), self._total, np.int32(width)]
+    return mb.slice_by_index(
+        x=before, begin=[at, 0, 0, 0, 0], end=mb.concat(values=sizes, axis=0), end_mask=[False, True, True, False, True],
+        squeeze_mask=[True] + [False] * 4,
+    )  # fmt: skip
 
 
 def turned(tensor: Any) -> Any:
@@ -338,16 +357,16 @@ def turned(tensor: Any) -> Any:
     return np.ascontiguousarray(found.T).reshape(found.shape)
 
 
-rotate, begin, kept, scales = DecoderOps._rotate, DecoderOps.begin, DecoderOps._kept, blocks.scales
+rotate, mask, kept, scales = DecoderOps._rotate, DecoderOps._mask, DecoderOps._kept, blocks.scales
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "fault", "gates_", "told"),
     [
-        (DecoderOps, "_rotate", other_pairs, {"lowering/weights", "lowering/runtime"}, "layers.0.attn.rope"),
-        (DecoderOps, "begin", one_late, {"lowering/weights", "lowering/runtime", "decode"}, "layers.0.attn"),
-        (DecoderOps, "_kept", read_twice, {"lowering/weights", "lowering/runtime", "decode"}, "layers.0.attn"),
-        (blocks, "scales", turned, {"codes", "lowering/weights", "lowering/runtime"}, "embed"),
+        (DecoderOps, "_rotate", other_pairs, {"lowering/weights", "lowering/runtime"}, "layers.0.attention.rope"),
+        (DecoderOps, "_mask", one_late, {"lowering/weights", "lowering/runtime", "decode"}, "layers.0.attention.scores"),
+        (DecoderOps, "_kept", read_twice, {"lowering/weights", "lowering/runtime", "decode"}, "layers.0.attention.scores"),
+        (blocks, "scales", turned, {"codes", "lowering/weights", "lowering/runtime"}, "layers.0.attention.q "),
     ],
     ids=["rotation", "mask", "state", "scale"],
 )  # fmt: skip
@@ -365,3 +384,141 @@ def test_what_is_planted_in_the_emitter_fails_gates(
     found = judged(make())
     assert gates_ <= failed(found), {name: (gate.status, gate.value) for name, gate in found.items()}
     assert f"The first primitive that parts is {told}" in found["lowering/weights"].reason
+
+
+def test_diff_names_what_is_planted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name in ("sound", "planted"):
+        if name == "planted":
+            monkeypatch.setattr(DecoderOps, "_rotate", other_pairs)
+        made = make(name=name)
+        report = Report("one", "apple", "int4-g32", ())
+        package = pack(made.artifact, report, made.quant, made.target, Recipe().kept(made.quant)).directory
+        found[name] = diff(str(package), str(made.model.directory), "Pairs.").divergence
+    assert found["sound"].first is None
+    assert found["planted"].first.name == "layers.0.attention.rope"
+    assert "layers.0.attention.rope" in found["planted"].words()
+
+
+# What is seen on the way
+
+
+@pytest.mark.parametrize(("family", "chunks"), [("llama", 1), ("llama", 2), ("bert", 1)])
+def test_a_traced_session_shows_the_graph(make: Make, tmp_path: Path, family: str, chunks: int) -> None:
+    made = make(family, chunks=chunks)
+    session = open_traced(str(made.artifact.directory))
+    tokens = 7
+    assert session.facts.context == (CONTEXT if family == "bert" else CHUNK)
+    (tmp_path / "graph").mkdir()
+    shown = session.trace(IDS[:tokens], str(tmp_path))
+    values = {name: np.load(tmp_path / f"{name}.npy") for name in shown}
+    graph = primitives.open_session(str(made.model.directory), str(made.quant.directory))
+    wanted = graph.trace(IDS[:tokens], str(tmp_path / "graph"))
+    # All of the graph's; an encoder's states are its last layer's, and have the function's own name.
+    assert wanted.keys() - shown.keys() == ({"last_hidden_state"} if family == "bert" else set())
+    for name in shown.keys() & wanted.keys():
+        assert values[name].dtype == np.float32
+        assert values[name].shape == np.load(tmp_path / "graph" / f"{name}.npy").shape, name
+    if family == "llama":
+        hidden = np.isnan(values["layers.0.attention.scores"])
+        assert (hidden == ~np.tri(tokens, dtype=bool)).all()
+        assert far(values["logits"], made.open().prefill(IDS[:tokens])) < 1e-6
+    with pytest.raises(
+        TapeoutError, match=f"{CONTEXT + 1} tokens do not fit the {session.facts.context} of one call"
+    ):
+        session.trace([1] * (CONTEXT + 1), str(tmp_path))
+    session.close()
+
+
+# On a Mac that is none
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """``mac()`` makes this a Mac with the Core ML of the stand-in; packages are written before it."""
+
+    def become() -> None:
+        spec = importlib.util.spec_from_file_location("coremltools", MAC)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, "coremltools", module)
+        monkeypatch.setattr(platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+
+    return become
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_core_ml_shares_a_state(
+    make: Make, mac: Callable[[], None], monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    """What prefill has seen decode goes on with; the stand-in computes as the interpreter in float16 does."""
+    made = make(chunks=chunks)
+    mac()
+    assert made.target.session(made.artifact).arguments["units"] == "cpu-and-gpu"
+    session, emulated = made.open(units="cpu-and-gpu"), made.open(precision="float16")
+    assert (session.facts.runtime, session.facts.emulated) == ("Core ML, macOS 15.1", False)
+    assert session.facts.device.endswith(", cpu-and-gpu")
+    for _ in range(2):
+        for call in (
+            lambda s: s.prefill(IDS[:11]),
+            lambda s: s.decode(IDS[11]),
+            lambda s: s.append(IDS[12:14]),
+        ):
+            assert np.array_equal(call(session), call(emulated))
+        session.reset()
+        emulated.reset()
+    monkeypatch.setenv("FAULT", "fresh CPU_AND_GPU")  # a decode that does not share it is another one
+    apart = made.open(units="cpu-and-gpu")
+    apart.prefill(IDS[:11])
+    emulated.prefill(IDS[:11])
+    assert not np.array_equal(apart.decode(IDS[11]), emulated.decode(IDS[11]))
+
+
+def test_core_ml_runs_an_encoder(make: Make, mac: Callable[[], None]) -> None:
+    made = make("bert", "int8", batch_size=2)
+    mac()
+    batch = [[5, 6, 7]] * 3, [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    native, emulated = made.open(units="all"), made.open(precision="float16")
+    assert np.array_equal(native.encode(*batch), emulated.encode(*batch))
+
+
+def test_what_core_ml_refuses(make: Make, mac: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make()
+    mac()
+    monkeypatch.setenv("FAULT", "load ALL")
+    with pytest.raises(
+        RuntimeCrash, match=r"^Core ML refuses .*model\.mlpackage: You will not .* was: no plan$"
+    ):
+        made.open(units="all")
+    monkeypatch.setenv("FAULT", "owner ALL")
+    session = made.open(units="all")
+    session.prefill(IDS[:3])
+    with pytest.raises(RuntimeCrash, match=r"^Core ML cannot run decode: the state is of another model$"):
+        session.decode(3)
+
+
+def test_core_ml_is_on_macos_only(make: Make) -> None:
+    made = make()
+    assert made.target.session(made.artifact).arguments["units"] is None
+    with pytest.raises(MissingToolchain, match="Core ML is on macOS only: run artifact/mac_verify"):
+        made.open(units="all")
+
+
+def test_speed_is_not_measured_where_there_is_no_device(make_model: MakeModel, tmp_path: Path) -> None:
+    recipe = tmp_path / "loose.toml"
+    recipe.write_text('scheme = "int8"\ntokens = 64\nlimits = {kl = 1e3, top1 = 0.0, perplexity = 1e3}\n')
+    model = make_model(max_position_embeddings=CONTEXT, dtype="F32")
+    options = ("--recipe", recipe, "--out", tmp_path / "out", "--prefill-chunk", "16")
+    tapeout("export", "apple", model, *options, status=0)
+    report = Report.read(tmp_path / "out" / "report.json")
+    assert report.passed
+    assert report.throughput == {}
+    assert "lowering/range" in {gate.name for gate in report.gates}
+    assert any("not run on Apple hardware" in note for note in report.notes)
+    done = tapeout("bench", tmp_path / "out", status=3)
+    assert "here it runs on an interpreter of MIL, float16, whose speed says nothing of a device" in " ".join(
+        done.stderr.split()
+    )
