@@ -217,7 +217,7 @@ class Apple:
             or (isinstance(self.carries(scheme), Rounded) and scheme.kind != "none")
         )
         return [
-            Lowering("weights", exact, "max", _CODES_DERIVATION, 1e-4, halves),
+            Lowering("weights", exact, "max", _CODES_DERIVATION, 1e-4, halves, peaks=True),
             Lowering("runtime", self.session(artifact), "kl", _RUNTIME_DERIVATION),
         ]
 

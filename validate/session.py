@@ -181,6 +181,8 @@ class Lowering:
         derivation: where the bound comes from, in one or two sentences.
         halves: tensors whose floats the files hold as float16, weights or what codes mean, in whatever type they came: those of the
             reference are rounded to it too.
+        peaks: the session has a method ``peaks()`` that gives, for each value that the device holds as float16, the largest magnitude
+            so far, by its name; it does not round them itself. The gate ``lowering/range`` looks at them.
     """
 
     check: Literal["weights", "runtime"]
@@ -189,6 +191,7 @@ class Lowering:
     derivation: str
     limit: float = 0.0
     halves: tuple[str, ...] = ()
+    peaks: bool = False
 
 
 class Device(Protocol):
