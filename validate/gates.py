@@ -187,7 +187,7 @@ def lowering(evidence: Evidence) -> list[GateResult]:
 
 
 def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
-    reference = evidence.cached if check.check == "runtime" else evidence.narrowed(check.halves)
+    reference = evidence.cached if check.check == "runtime" else evidence.narrowed(check.halves, check.values)
     if check.session == evidence.device.session(evidence.artifact):
         logits = evidence.run(f"lowering-{check.check}", evidence.deployed, evidence.sequences)
     else:
