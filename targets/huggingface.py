@@ -92,7 +92,7 @@ def _loaded(path: Path, method: str | None, inputs: bool) -> reference.Reference
         for module in network.modules():
             if isinstance(module, Linear4bit):
                 module.weight.quant_state.dtype = torch.float32
-        network = network.dequantize(torch.float32)
+        network = network.dequantize(torch.float32).float()  # its floats stay as the file has them
     elif method and not inputs:
         for module in network.modules():
             module.quantization_enabled = False

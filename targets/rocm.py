@@ -115,8 +115,8 @@ class Rocm:
         """The directory with inputs left alone, and as it is deployed."""
         values = tuple(
             name
-            for name, scheme in quant.schemes.items()
-            if scheme.kind != "none" and artifact.containers[name] == "F16"
+            for name in quant
+            if artifact.containers[name] == "F16" and getattr(quant[name], "dtype", "") != "F16"
         )
         deployed = self.session(artifact)
         exact = deployed

@@ -23,6 +23,9 @@ from tapeout.quantize.tensor import DOUBLE_BLOCK, ScaleCodes, pack
 
 NAME = "bitsandbytes"
 EXPERTS = False  # transformers keeps experts as one tensor a layer, which bitsandbytes leaves alone
+FLOATS_ALIKE = (
+    True  # transformers leaves floats beside such weights in the file's types, and does not run a mixture
+)
 LIBRARY = "bitsandbytes"
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"

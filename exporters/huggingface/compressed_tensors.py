@@ -24,6 +24,7 @@ from tapeout.quantize.tensor import pack
 
 NAME = "compressed-tensors"
 EXPERTS = True  # loaders take experts one by one, under the checkpoint's names
+FLOATS_ALIKE = False  # loaders bring every float to one type
 LIBRARY = "compressed_tensors"
 
 _VERSION = "0.20.0"  # of the library whose layout this is

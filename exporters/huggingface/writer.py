@@ -98,6 +98,11 @@ def write(
             f"{quant.model.name} has routed experts, which transformers does not load from the format {form}. "
             f"What fits: compressed-tensors."
         )
+    if packing.FLOATS_ALIKE and config.family in _IN_BFLOAT16:
+        raise ModelError(
+            f"{quant.model.name} ({config.family}) is not run in float16, which the format {form} is written in. "
+            "What fits: compressed-tensors."
+        )
     _check_fused(quant, packing)
     parts, containers = _parts(quant, packing)
     shards = _shards(parts, max_shard_bytes)
@@ -150,33 +155,42 @@ def _parts(quant: Quantized, packing: ModuleType) -> tuple[dict[str, Part], dict
     """The tensors of the files by name, in the checkpoint's order, and the container of each tensor of the model."""
     parts: dict[str, Part] = {}
     containers: dict[str, str] = {}
+    alike = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
     for name in quant:
         tensor, scheme = quant[name], quant.schemes[name]
-        if not isinstance(tensor, QuantTensor):
-            parts[name] = _float(tensor)
-            containers[name] = parts[name].dtype
-        elif _packed(quant, name, packing):
+        if isinstance(tensor, QuantTensor) and _packed(quant, name, packing):
             parts |= packing.parts(name.removesuffix(".weight"), tensor, scheme)
             containers[name] = packing.carries(scheme).container
-        else:
-            _check_half(name, tensor)
+            continue
+        if isinstance(tensor, QuantTensor):
+            largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+            _check_half(name, largest)
             parts[name] = halves(tensor)
-            containers[name] = "F16"
+        elif alike and tensor.dtype != "F16":
+            _check_half(name, float(np.abs(tensor.float32()).max(initial=0)))
+            parts[name] = _float(tensor, "F16")
+        else:
+            parts[name] = _float(tensor, tensor.dtype if tensor.dtype in FLOATS else "F32")
+        containers[name] = parts[name].dtype
     return parts, containers
 
 
-def _float(tensor: SourceTensor) -> Part:
-    """A float tensor in its own type; of a block type, as float32."""
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    if tensor.dtype in FLOATS:
-        return Part(tensor.dtype, tensor.shape, tensor.read if rows > 1 else lambda _: tensor.read(), rows)
-    return Part("F32", tensor.shape, tensor.float32 if rows > 1 else lambda _: tensor.float32(), rows)
+def _float(tensor: SourceTensor, dtype: str) -> Part:
+    """A float tensor as its bits, or in another type."""
+
+    def rows(which: slice) -> Any:
+        if dtype == tensor.dtype:
+            return tensor.read(which)
+        return tensor.float32(which).astype(np.float16 if dtype == "F16" else np.float32)
+
+    return Part(dtype, tensor.shape, rows, tensor.shape[0] if len(tensor.shape) > 1 else 1)
 
 
-def _check_half(name: str, tensor: QuantTensor) -> None:
-    largest = float(np.abs(tensor.codebook).max()) * float(np.asarray(tensor.scale, np.float32).max())
-    if tensor.zero_point is None and largest > 65504:
-        raise SchemeError(f"{name} has values up to {largest:.3g}, beyond float16. What fits: none for it.")
+def _check_half(name: str, largest: float) -> None:
+    if largest > np.finfo(np.float16).max:
+        raise SchemeError(
+            f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
+        )
 
 
 def _check_fused(quant: Quantized, packing: ModuleType) -> None:
@@ -258,6 +272,9 @@ def _config(quant: Quantized, packing: ModuleType) -> dict[str, Any]:
         name.removesuffix(".weight"): quant.schemes[name] for name in quant if _packed(quant, name, packing)
     }
     if not modules:
+        if any(scheme.kind != "none" for scheme in quant.schemes.values()):
+            config.pop("torch_dtype", None)
+            config["dtype"] = "float16"
         return config
     matrices = (Role.LINEAR, Role.HEAD, Role.ROUTER)
     floats = [
