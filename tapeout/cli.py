@@ -92,7 +92,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
-        usual = settings.with_default(targets.default_scheme(kind)).scheme
+        usual = settings.with_default(targets.default_scheme(options or kind())).scheme
         called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
         place = out or Path(f"{called}-{_mixed(bits, max_kl) or usual}-{kind.name}")
         with _progress() as progress:

@@ -72,11 +72,11 @@ class Evidence:
         """The reference's logits with the weights that the codes are."""
         return self._dequantized[:-1]
 
-    def narrowed(self, names: Sequence[str]) -> list[Logits]:
-        """The same with some tensors' floats rounded to float16."""
-        if not names:
+    def narrowed(self, names: Sequence[str], values: Sequence[str] = ()) -> list[Logits]:
+        """The same with some tensors' floats rounded to float16, and of others the values."""
+        if not names and not values:
             return self.dequantized
-        return self.record("narrowed", self.reference(halves=names), self.sequences)
+        return self.record("narrowed", self.reference(halves=names, values=values), self.sequences)
 
     @property
     def _routes(self) -> bool:
@@ -98,7 +98,7 @@ class Evidence:
     @cached_property
     def quantized(self) -> list[Logits]:
         """The same, with the inputs rounded to int8 where a scheme says so: what the user chose, on no device yet."""
-        if not any(scheme.activations for scheme in self.quant.schemes.values()):
+        if not self._rounds_inputs:
             return self.dequantized
         return self.record("quantized", self.reference(arithmetic="scheme"), self.sequences)
 
@@ -122,10 +122,17 @@ class Evidence:
 
     @cached_property
     def _rounded(self) -> list[Logits]:
-        if self.device.arithmetic == "float32":
+        if self.device.arithmetic == "float32" or (
+            self.device.arithmetic == "scheme" and not self._rounds_inputs
+        ):
             return self._cached
         spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)
         return self.record("rounded", spec, [*self.sequences, self.probe])
+
+    @property
+    def _rounds_inputs(self) -> bool:
+        """Whether a scheme says that inputs are rounded."""
+        return any(scheme.activations for scheme in self.quant.schemes.values())
 
     @property
     def rounds_cache(self) -> bool:
@@ -267,6 +274,7 @@ class Evidence:
         arithmetic: str = "float32",
         rounded_cache: bool = False,
         halves: Sequence[str] = (),
+        values: Sequence[str] = (),
     ) -> SessionSpec:
         """The reference with the weights that the codes are, or with the original ones."""
         arguments: dict[str, Any] = {
@@ -275,8 +283,8 @@ class Evidence:
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
         }
-        if halves:
-            arguments["halves"] = list(halves)
+        narrowed = {"halves": list(halves), "values": list(values)}
+        arguments |= {key: names for key, names in narrowed.items() if names}
         return SessionSpec(_REFERENCE, arguments)
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:

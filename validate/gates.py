@@ -191,7 +191,7 @@ def lowering(evidence: Evidence) -> list[GateResult]:
 
 
 def _lowering(evidence: Evidence, check: Lowering, name: str) -> list[GateResult]:
-    reference = evidence.cached if check.check == "runtime" else evidence.narrowed(check.halves)
+    reference = evidence.cached if check.check == "runtime" else evidence.narrowed(check.halves, check.values)
     peaks: dict[str, float] = {}
     if check.peaks:
         logits, peaks = evidence.record_peaks(f"lowering-{check.check}", check.session, evidence.sequences)

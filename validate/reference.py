@@ -150,6 +150,7 @@ def open_session(
     threads: int | None = None,
     kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
     halves: Sequence[str] = (),
+    values: Sequence[str] = (),
 ) -> Reference | encoders.EncoderReference | modules.ModuleReference | seq2seq.Seq2SeqReference:
     """Load the reference of a model.
 
@@ -166,12 +167,13 @@ def open_session(
         kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
             them.
         halves: tensors by their Hugging Face names that are as a file has them whose widest float is float16, see ``_narrow``.
+        values: tensors of codes that a file has as their values in float16.
 
     Raises:
         MissingToolchain: torch or transformers is not installed.
         ModelError: transformers does not find every weight. TapeoutError: an argument that fits nothing.
     """
-    _prepare(threads)
+    prepare(threads)
     if arithmetic not in get_args(Arithmetic):
         raise TapeoutError(
             f"the reference has no arithmetic '{arithmetic}'; it has {', '.join(get_args(Arithmetic))}."
@@ -190,12 +192,13 @@ def open_session(
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     if isinstance(source.config, TracedConfig) and source.config.is_module:
         run = modules.program(source, quant, ROUNDED.get(arithmetic), double=arithmetic == "float64")
-        return modules.ModuleReference(source, run, _facts(before, begin, 0))
+        return modules.ModuleReference(source, run, facts(before, begin, 0))
     networks = {EncoderConfig: encoders.network, Seq2SeqConfig: seq2seq.network}
     network = networks.get(type(source.config), _network)(source, layers)
     if quant is not None:
         _dequantize(network, quant, cut=layers is not None)
     _narrow(network, quant, halves)
+    _narrow(network, None, values)
     if arithmetic == "float64":
         network.double()
         _turn_in_float64(network)
@@ -203,13 +206,13 @@ def open_session(
         _round_inputs(network, quant, ROUNDED[arithmetic])
     if kv_cache is not None:
         _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
-    facts = _facts(before, begin, source.config.max_position_embeddings)
+    told = facts(before, begin, source.config.max_position_embeddings)
     words = cache(partial(pretrained.tokenizer, source.directory))
     if isinstance(source.config, EncoderConfig):
-        return encoders.EncoderReference(source, network, facts, words)
+        return encoders.EncoderReference(source, network, told, words)
     if isinstance(source.config, Seq2SeqConfig):
-        return seq2seq.Seq2SeqReference(source, network, facts, words)
-    return Reference(source.directory, network, facts)
+        return seq2seq.Seq2SeqReference(source, network, told, words)
+    return Reference(source.directory, network, told)
 
 
 def open_weights(
@@ -223,7 +226,7 @@ def open_weights(
     Raises:
         MissingToolchain: torch or transformers is not installed. ModelError: a weight is missing.
     """
-    _prepare(threads)
+    prepare(threads)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -241,10 +244,10 @@ def open_weights(
             _put(place, weight)
     if missing := [name for name, count in left.items() if count]:
         raise ModelError(f"{directory} holds no {', '.join(sorted(missing)[:3])}.")
-    return Reference(directory, network, _facts(before, begin, int(config.max_position_embeddings)))
+    return Reference(directory, network, facts(before, begin, int(config.max_position_embeddings)))
 
 
-def _prepare(threads: int | None) -> None:
+def prepare(threads: int | None) -> None:
     """Import the libraries, silent and offline; MissingToolchain names the extra that brings them."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
     try:
@@ -260,7 +263,7 @@ def _prepare(threads: int | None) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _facts(before: int, begin: float, context: int) -> Facts:
+def facts(before: int, begin: float, context: int) -> Facts:
     import torch
     import transformers
 

@@ -19,9 +19,9 @@ Logits = npt.NDArray[np.float32]
 KvCache = Literal["kv-f32", "kv-f16", "kv-int8", "kv-int4"]
 KV_BITS: Mapping[KvCache, float] = {"kv-f32": 32.0, "kv-f16": 16.0, "kv-int8": 8.5, "kv-int4": 4.5}
 """What a runtime keeps keys and values in, with the bits of one: 32 integer codes share a float16 scale."""
-Arithmetic = Literal["float32", "ggml", "mlas"]
+Arithmetic = Literal["float32", "ggml", "mlas", "scheme"]
 """What a runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to int8 in blocks of 32,
-or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file."""
+or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file, ``scheme`` to int8 where a scheme says so and nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ class Lowering:
         derivation: where the bound comes from, in one or two sentences.
         halves: tensors whose floats the files hold as float16, weights or what codes mean, in whatever type they came: those of the
             reference are rounded to it too.
+        values: tensors of codes that the files hold as their values in float16: those of the reference are rounded to it too.
         peaks: the session has a method ``peaks()`` that gives, for each value that the device holds as float16, the largest magnitude
             so far, by its name; it does not round them itself. The gate ``lowering/range`` looks at them.
     """
@@ -191,6 +192,7 @@ class Lowering:
     derivation: str
     limit: float = 0.0
     halves: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     peaks: bool = False
 
 

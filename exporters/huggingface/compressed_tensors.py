@@ -1,0 +1,229 @@
+"""compressed-tensors (llm-compressor, vLLM, transformers), by what it calls a format:
+
+    pack-quantized   weight_packed I32 [out, in * bits / 32], lowest bits first, code + 2**(bits - 1); weight_shape I64 [2]
+                     weight_zero_point I32 [out * bits / 32, groups], packed along ``out`` in the same way
+    int-quantized    weight I8 [out, in]; its inputs are rounded to 8 bits too: input_scale F32 [1] where their step is fixed
+    float-quantized  weight F8_E4M3 [out, in]
+
+weight_scale [out, groups], of a row [out, 1]. The weight is (code - zero_point) * scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.exporters import Carry, Exact, Refused
+from tapeout.exporters.huggingface.parts import Part, held
+from tapeout.quantize import QuantTensor, Scheme
+from tapeout.quantize.scheme import E4M3
+from tapeout.quantize.tensor import pack
+
+NAME = "compressed-tensors"
+EXPERTS = True  # loaders take experts one by one, under the checkpoint's names
+FLOATS_ALIKE = False  # loaders bring every float to one type
+LIBRARY = "compressed_tensors"
+
+_VERSION = "0.20.0"  # of the library whose layout this is
+_SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale")
+
+
+def carries(scheme: Scheme) -> Carry:
+    """Integers of 4 and 8 bits, and float8: what vLLM loads of the format."""
+    if scheme.kind == "none":
+        return Exact("float")
+    if scheme.scales not in ("float16", "float32"):
+        return Refused(
+            f"compressed-tensors has no scales of {scheme.scales} that vLLM loads.", _nearest(scheme)
+        )
+    if scheme.levels == "e4m3" and scheme.group is None:
+        return Exact("float-quantized")
+    if scheme.kind not in ("symmetric", "asymmetric"):
+        return Refused("compressed-tensors has no codebook of its own.", _nearest(scheme))
+    if scheme.bits not in (4, 8):
+        return Refused("vLLM's kernels of this format take 4 and 8 bits.", _nearest(scheme))
+    return Exact("int-quantized" if scheme.activations else "pack-quantized")
+
+
+def _nearest(scheme: Scheme) -> str:
+    return "int8" if scheme.bits > 4 else f"int4-g{scheme.group if scheme.group in (32, 64, 128) else 32}"
+
+
+def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
+    """The tensors that stand for the weight of module ``base``."""
+    out, into = tensor.shape
+    found = {"weight_scale": held(np.ascontiguousarray(tensor.scale))}
+    if scheme.levels == "e4m3":
+        found["weight"] = Part("F8_E4M3", (out, into), lambda rows: tensor.packed[rows], out)
+    elif scheme.activations:
+        found["weight"] = Part("I8", (out, into), lambda rows: tensor.packed[rows] ^ np.uint8(0x80), out)
+        if tensor.input_scale is not None:
+            found["input_scale"] = held(np.array([tensor.input_scale], np.float32))
+    else:
+        words = -(-into * tensor.bits // 32)
+        found["weight_packed"] = Part("I32", (out, words), lambda rows: _words(tensor.packed[rows]), out)
+        found["weight_shape"] = held(np.array([out, into], np.int64))
+        if tensor.zero_point is not None:
+            along = pack(np.ascontiguousarray(tensor.zero_point.T), tensor.bits)
+            found["weight_zero_point"] = held(np.ascontiguousarray(_words(along).T))
+    return {f"{base}.{suffix}": part for suffix, part in found.items()}
+
+
+def _words(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Rows of bytes as rows of words, the last filled with zeros."""
+    short = -packed.shape[1] % 4
+    filled = np.pad(packed, ((0, 0), (0, short))) if short else np.ascontiguousarray(packed)
+    return filled.view("<i4")
+
+
+def statement(schemes: Mapping[str, Scheme], floats: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config``: a group for each scheme; modules by their names where there are several.
+
+    Args:
+        schemes: of the modules whose weights are codes.
+        floats: other modules that have a matrix.
+    """
+    by_scheme: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(module)
+    groups, formats = {}, []
+    for index, (scheme, modules) in enumerate(by_scheme.items()):
+        answer = carries(scheme)
+        assert isinstance(answer, Exact)
+        formats.append(answer.container)
+        groups[f"group_{index}"] = {
+            "format": answer.container,
+            "input_activations": _inputs(scheme),
+            "output_activations": None,
+            "targets": ["Linear"] if len(by_scheme) == 1 else modules,
+            "weights": _weights(scheme),
+        }
+    return {
+        "config_groups": groups,
+        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": list(floats),
+        "kv_cache_scheme": None,
+        "quant_method": NAME,
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": _VERSION,
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": scheme.group,
+        "num_bits": scheme.bits,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "strategy": "group" if scheme.group else "channel",
+        "symmetric": scheme.kind != "asymmetric",
+        "type": "float" if scheme.kind == "codebook" else "int",
+    }
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.activations is None:
+        return None
+    fixed = scheme.activations == "int8-static"
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": not fixed,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": "minmax" if fixed else None,
+        "observer_kwargs": {},
+        "strategy": "tensor" if fixed else "token",
+        "symmetric": True,
+        "type": "int",
+    }
+
+
+def suffixes(base: str) -> tuple[str, ...]:
+    """Names of the tensors that may stand for the weight of module ``base``."""
+    return tuple(f"{base}.{suffix}" for suffix in _SUFFIXES)
+
+
+class Reader:
+    """Reads weights back by the library's own unpacking.
+
+    Args:
+        said: ``quantization_config``.
+        tensors: of the files by name, torch tensors.
+    """
+
+    def __init__(self, said: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        from compressed_tensors.quantization import QuantizationConfig
+
+        self._config = QuantizationConfig.model_validate(dict(said))
+        self._tensors = tensors
+
+    def _scheme(self, base: str) -> Any:
+        """The library's scheme of a module."""
+        groups = list(self._config.config_groups.values())
+        return next((group for group in groups if base in group.targets), groups[0])
+
+    def _state(self, base: str) -> dict[str, Any]:
+        names = ("weight", *_SUFFIXES)
+        return {name: self._tensors[f"{base}.{name}"] for name in names if f"{base}.{name}" in self._tensors}
+
+    def codes(self, base: str) -> QuantTensor | None:
+        """The codes of a module's weight; None: it is a float."""
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        state = self._state(base)
+        if "weight_scale" not in state:
+            return None
+        args, scale = self._scheme(base).weights, state["weight_scale"].numpy()
+        bits, zero_point, codebook = int(args.num_bits), None, None
+        middle = 2 ** (bits - 1)
+        if "weight_packed" in state:
+            shape = torch.Size(state["weight_shape"].tolist())
+            codes = unpack_from_int32(state["weight_packed"], bits, shape).numpy().view(np.uint8)
+            codes = (codes + np.uint8(middle)) & np.uint8(2**bits - 1)
+            if not args.symmetric:
+                shape = torch.Size((shape[0], scale.shape[1]))
+                zeros = unpack_from_int32(state["weight_zero_point"], bits, shape, packed_dim=0)
+                zero_point = np.ascontiguousarray(zeros.numpy()).view(np.uint8) + np.uint8(middle)
+                zero_point &= np.uint8(2**bits - 1)
+        elif args.type == "float":
+            codes, codebook = state["weight"].view(torch.uint8).numpy(), E4M3
+        else:
+            codes = state["weight"].numpy().view(np.uint8) ^ np.uint8(0x80)
+        if codebook is None:
+            codebook = np.arange(2**bits, dtype=np.float32) - np.float32(middle if args.symmetric else 0)
+        step = state.get("input_scale")
+        return QuantTensor(
+            packed=pack(np.ascontiguousarray(codes), bits),
+            bits=bits,
+            in_features=codes.shape[1],
+            scale=scale,
+            group=codes.shape[1] // scale.shape[1],
+            codebook=codebook,
+            zero_point=zero_point,
+            input_scale=None if step is None else step.numpy().reshape(())[()],
+        )
+
+    def weight(self, base: str) -> npt.NDArray[np.float32] | None:
+        """The weight of a module as the library decompresses it, in float32; None: it is a float."""
+        from compressed_tensors.compressors import BaseCompressor
+
+        state = self._state(base)
+        if "weight_scale" not in state:
+            return None
+        scheme = self._scheme(base)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or self._config.format)
+        # The library computes in the scale's own type.
+        state["weight_scale"] = state["weight_scale"].float()
+        found: npt.NDArray[np.float32] = compressor.decompress(state, scheme)["weight"].float().numpy()
+        return found

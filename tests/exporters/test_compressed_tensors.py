@@ -1,0 +1,222 @@
+"""compressed-tensors directories: the library's own bytes for the same codes, and what damages them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tapeout.build import target
+from tapeout.errors import ModelError, PackageError, SchemeError
+from tapeout.exporters import Artifact, Refused, huggingface
+from tapeout.exporters.huggingface import compressed_tensors
+from tapeout.generated import write_model
+from tapeout.models import load
+from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
+from tapeout.quantize.tensor import pack
+from tapeout.targets.huggingface import open_session
+
+torch = pytest.importorskip("torch")
+BaseCompressor = pytest.importorskip("compressed_tensors.compressors").BaseCompressor
+QuantizationScheme = pytest.importorskip("compressed_tensors.quantization").QuantizationScheme
+load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
+
+SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+FIXTURES = Path(__file__).parents[1] / "foreign" / "data"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+CARRIED = [
+    name for name, scheme in SCHEMES.items() if not isinstance(compressed_tensors.carries(scheme), Refused)
+]
+
+
+def _tensor(scheme_name: str, out: int, into: int) -> QuantTensor:
+    """Codes without symmetry, in every value that the scheme has."""
+    scheme, rng = SCHEMES[scheme_name], np.random.default_rng(7)
+    codes = rng.integers(0, 2**scheme.bits, (out, into), np.uint8)
+    if scheme.levels == "e4m3":
+        codes[(codes & 0x7F) == 0x7F] = 0x11  # NaN is no weight
+    if scheme.kind == "symmetric" and scheme.bits == 8:
+        codes[codes == 0] = 3
+    group = scheme.group or into
+    scale = rng.uniform(0.01, 0.02, (out, into // group)).astype(np.float16)
+    if scheme.bits == 4:
+        scale[::3] *= np.float16(-1)  # as the extreme of a group takes the lone lowest code
+    zero = rng.integers(0, 2**scheme.bits, scale.shape, np.uint8) if scheme.kind == "asymmetric" else None
+    step = np.float32(0.0371) if scheme.activations == "int8-static" else None
+    return QuantTensor(
+        pack(codes, scheme.bits), scheme.bits, into, scale, group, scheme.codebook(), zero, input_scale=step
+    )
+
+
+def _bytes(tensor: QuantTensor, scheme_name: str) -> dict[str, Any]:
+    """What the exporter writes for a weight, by suffix."""
+    parts = compressed_tensors.parts("m", tensor, SCHEMES[scheme_name])
+    return {name.removeprefix("m."): part for name, part in parts.items()}
+
+
+def test_words_by_hand() -> None:
+    codes = (np.arange(32, dtype=np.uint8) // 2)[None]
+    scale = np.ones((1, 1), np.float16)
+    tensor = QuantTensor(pack(codes, 4), 4, 32, scale, 32, SCHEMES["int4-g32"].codebook())
+    words = _bytes(tensor, "int4-g32")["weight_packed"].rows(slice(None))
+    assert words.tobytes().hex() == "00112233445566778899aabbccddeeff"
+
+
+@pytest.mark.parametrize("name", [name for name in CARRIED if name != "none"])
+@pytest.mark.parametrize(("out", "into"), [(40, 256), (37, 128)])  # 37 zero points do not fill their words
+def test_the_library_compresses_to_the_same_bytes(name: str, out: int, into: int) -> None:
+    tensor, scheme = _tensor(name, out, into), SCHEMES[name]
+    group = compressed_tensors.statement({"m": scheme}, [])["config_groups"]["group_0"]
+    said = QuantizationScheme.model_validate(group)
+    state = {
+        "weight": torch.from_numpy(tensor.dequantize()),
+        "weight_scale": torch.from_numpy(tensor.scale.astype(np.float32)),
+    }
+    if tensor.zero_point is not None:
+        middle = 2 ** (scheme.bits - 1)
+        state["weight_zero_point"] = torch.from_numpy(tensor.zero_point.astype(np.int16) - middle).to(
+            torch.int8
+        )
+    wanted = BaseCompressor.get_value_from_registry(group["format"]).compress(state, said)
+    found = _bytes(tensor, name)
+    assert found.keys() - {"input_scale"} == wanted.keys()
+    for suffix, theirs in wanted.items():
+        ours = found[suffix].rows(slice(None))
+        assert found[suffix].shape == tuple(theirs.shape), suffix
+        if suffix == "weight_scale":
+            assert np.array_equal(ours.astype(np.float32), theirs.numpy())
+        else:
+            raw = theirs.view(torch.uint8) if theirs.itemsize == 1 else theirs
+            assert ours.tobytes() == raw.numpy().tobytes(), suffix
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct-pack-g32", "ct-pack-g32-asym", "ct-pack-g64-f32", "ct-pack-int8", "ct-int-w8a8", "ct-int-w8a8-static",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_the_library_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
+    quant = quantize(load(FIXTURES / name), out=tmp_path / "codes")
+    huggingface.write(quant, tmp_path / "out", "compressed-tensors")
+    theirs = load_file(FIXTURES / name / "model.safetensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        same = tensor.float() if tensor.is_floating_point() else tensor
+        assert torch.equal(ours[key].to(same.dtype), same), key
+    said, wrote = (
+        json.loads((place / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+        for place in (FIXTURES / name, tmp_path / "out")
+    )
+    assert wrote["format"] == said["format"]
+    for part in ("weights", "input_activations"):
+        assert {key: (wrote[part] or {}).get(key) for key in said[part] or {}} == (said[part] or {})
+
+
+@pytest.fixture(scope="module")
+def asymmetric(tmp_path_factory: pytest.TempPathFactory) -> tuple[Quantized, Artifact]:
+    work = tmp_path_factory.mktemp("asymmetric")
+    quant = quantize(load(write_model(work / "model", "llama", SMALL)), "int4-g32-asym", out=work / "codes")
+    return quant, huggingface.write(quant, work / "out", "compressed-tensors")
+
+
+def _differs(artifact: Artifact, quant: Quantized) -> list[str]:
+    """Names of tensors whose codes or zero points are others than the store's."""
+    found = []
+    for name, tensor in huggingface.read_codes(artifact, quant):
+        wanted = quant[name]
+        if isinstance(tensor, QuantTensor) and isinstance(wanted, QuantTensor):
+            same = tensor.zero_point is not None and np.array_equal(tensor.zero_point, wanted.zero_point)
+            if not same or not np.array_equal(tensor.packed, wanted.packed):
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("damage", ["none", "nibbles", "zero point", "transposed"])
+def test_a_mutation_shows(damage: str, asymmetric: tuple[Quantized, Artifact], tmp_path: Path) -> None:
+    quant, artifact = asymmetric
+    tensors = load_file(artifact.directory / "model.safetensors")
+    if damage == "nibbles":
+        pairs = tensors[f"{Q_PROJ}.weight_packed"].view(torch.uint8)
+        tensors[f"{Q_PROJ}.weight_packed"] = ((pairs << 4) | (pairs >> 4)).view(torch.int32)
+    elif damage == "zero point":
+        tensors[f"{Q_PROJ}.weight_zero_point"] += 1
+    elif damage == "transposed":
+        square = tensors[f"{Q_PROJ}.weight_packed"]
+        tensors[f"{Q_PROJ}.weight_packed"] = square.T.reshape(square.shape).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((artifact.directory / "config.json").read_bytes())
+    differs = _differs(replace(artifact, directory=tmp_path), quant)
+    assert differs == ([] if damage == "none" else [f"{Q_PROJ}.weight"])
+
+
+def test_shards_hold_what_one_file_holds(asymmetric: tuple[Quantized, Artifact], tmp_path: Path) -> None:
+    quant, artifact = asymmetric
+    cut = huggingface.write(quant, tmp_path, "compressed-tensors", max_shard_bytes=100_000, threads=1)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(path.stat().st_size < 120_000 for path in shards)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    one = load_file(artifact.directory / "model.safetensors")
+    many = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    assert many.keys() == one.keys() == index["weight_map"].keys()
+    assert all(torch.equal(many[name], one[name]) for name in one)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
+    assert not _differs(cut, quant)
+
+
+def test_several_schemes_are_groups_of_names(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path / "model", "llama", SMALL))
+    quant = quantize(
+        model, "int4-g32", overrides={"*.down_proj": "w8a8", "*.o_proj": "none"}, out=tmp_path / "codes"
+    )
+    artifact = huggingface.write(quant, tmp_path / "out", "compressed-tensors")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    formats = {group["format"]: group["targets"] for group in said["config_groups"].values()}
+    assert "model.layers.1.mlp.down_proj" in formats["int-quantized"]
+    assert f"{Q_PROJ}" in formats["pack-quantized"]
+    assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(said["ignore"])
+    kinds = dict(huggingface.read_codes(artifact, quant))
+    assert kinds.keys() == set(quant)
+    session = open_session(str(tmp_path / "out"), inputs=False, threads=1)
+    logits = session.prefill([5, 3, 8])
+    alone = open_session(str(tmp_path / "out"), threads=1).prefill([5, 3, 8])
+    assert np.isfinite(logits).all()
+    assert not np.array_equal(logits, alone), (
+        "inputs of down_proj are rounded where the directory is run as it says"
+    )
+
+
+def test_what_is_loaded_as_one_is_of_one_scheme(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path / "model", "llama", SMALL))
+    quant = quantize(model, "int4-g32", overrides={"*.k_proj": "int8"}, out=tmp_path / "codes")
+    with pytest.raises(SchemeError, match=r"q_proj: int4-g32, k_proj: int8.*as one matrix"):
+        huggingface.write(quant, tmp_path / "out", "compressed-tensors")
+
+
+def test_what_is_refused_is_named(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path / "model", "bert", {}))
+    with pytest.raises(ModelError, match="an encoder"):
+        huggingface.write(
+            quantize(model, "int8", out=tmp_path / "codes"), tmp_path / "out", "compressed-tensors"
+        )
+    for name in ("nf4", "int3-g64", "q4_k", "nvfp4"):
+        answer = target("rocm").carries(SCHEMES[name])
+        assert isinstance(answer, Refused)
+        assert not isinstance(target("rocm").carries(SCHEMES[answer.nearest]), Refused)
+
+
+def test_a_cut_file_is_named(asymmetric: tuple[Quantized, Artifact], tmp_path: Path) -> None:
+    quant, artifact = asymmetric
+    whole = (artifact.directory / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    (tmp_path / "config.json").write_bytes((artifact.directory / "config.json").read_bytes())
+    with pytest.raises(PackageError, match="cannot be read"):
+        list(huggingface.read_codes(replace(artifact, directory=tmp_path), quant))
