@@ -88,7 +88,7 @@ final class LanguageModel {{
         let mask = MLShapedArray<Float16>(repeating: 0, shape: [1, 1, count, past + count])
         let input = try MLDictionaryFeatureProvider(dictionary: [
             "inputIds": MLFeatureValue(shapedArray: ids),
-            "causalMask": MLFeatureValue(shapedArray: mask),
+            "fullAttentionMask": MLFeatureValue(shapedArray: mask),
         ])
         let model = count == 1 ? decode : prefill
         let output = try model.prediction(from: input, using: state)

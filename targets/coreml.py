@@ -244,7 +244,7 @@ class CoremlDecoder(_Running):
         count, total = len(ids), self._length + len(ids)
         inputs: Arrays = {
             "inputIds": np.tile(np.array(ids, np.int32), (self._batch, 1)),
-            "causalMask": np.zeros((self._batch, 1, count, total), np.float16),
+            "fullAttentionMask": np.zeros((self._batch, 1, count, total), np.float16),
         }
         out = self._engine.run(function, inputs)
         self._length = total
@@ -349,7 +349,7 @@ class TracedCoreml(_Worded):
         given: dict[str, Array] = {
             "inputIds": rows,
             "attentionMask": np.ones_like(rows),
-            "causalMask": np.zeros((self._batch, 1, tokens, tokens), np.float16),
+            "fullAttentionMask": np.zeros((self._batch, 1, tokens, tokens), np.float16),
         }
         found: dict[str, Shown] = {}
         for machine in self._machines:

@@ -155,7 +155,7 @@ class DecoderOps(Emitter):
     def begin(self, inputs: Any) -> Var:
         """Take a function's inputs; give the token ids, or what the part before has made of them."""
         mb = builder()
-        self.mask = inputs["causalMask"]
+        self.mask = inputs["fullAttentionMask"]
         self.states = {name: var for name, var in inputs.items() if name.endswith(("Cache", "Window"))}
         lengths = mb.shape(x=self.mask, name="lengths")
         self._total = _item(lengths, 3, "total")

@@ -284,7 +284,7 @@ def _decoder_functions(graph: Graph, options: Options, part: int) -> None:
                 if part
                 else ct.TensorType("inputIds", (batch, tokens), np.int32)
             )
-            mask = ct.TensorType("causalMask", (batch, 1, tokens, total), np.float16)
+            mask = ct.TensorType("fullAttentionMask", (batch, 1, tokens, total), np.float16)
 
         def body(inputs: Any, one: bool = longest == 1) -> Sequence[Any]:
             ops = DecoderOps(graph, batch, context=context, places=places, one=one)
@@ -295,7 +295,7 @@ def _decoder_functions(graph: Graph, options: Options, part: int) -> None:
                 x = layer(ops, config, index, x)
             return [ops.logits(head(ops, config, x)) if last else ops.hidden(x)]
 
-        graph.function(name, {given.name: given, "causalMask": mask}, states, body, _DESCRIPTIONS)
+        graph.function(name, {given.name: given, "fullAttentionMask": mask}, states, body, _DESCRIPTIONS)
 
 
 def _encoder_function(graph: Graph, config: EncoderConfig, options: Options) -> None:
@@ -326,7 +326,7 @@ _ENCODER_DESCRIPTIONS = {
 
 _DESCRIPTIONS = {
     "inputIds": "Token ids of this call [batch, tokens]: up to a chunk of a prompt for prefill, one for decode.",
-    "causalMask": "Added to the scores [batch, 1, tokens, total]; total counts this call's tokens and all before them. The program "
+    "fullAttentionMask": "Added to the scores [batch, 1, tokens, total]; total counts this call's tokens and all before them. The program "
     "itself hides what comes later and what a window leaves out: zeros will do; very low values hide padding.",
     "logits": "Scores of the next token [batch, tokens, vocabulary].",
     HIDDEN: "What the package before this one gives [batch, tokens, hidden].",

@@ -238,7 +238,7 @@ class Decoder:
         mask = np.zeros((batch, 1, len(ids), total), np.float16)
         name, out = "inputIds", np.tile(np.array(ids, np.int32), (batch, 1))
         for model, state in zip(self.models[function], self.states):
-            (out,) = model.predict({name: out, "causalMask": mask}, state).values()
+            (out,) = model.predict({name: out, "fullAttentionMask": mask}, state).values()
             name = "hiddenStates"  # of the next package
         self.past = total
         return np.asarray(out, np.float32)[0]

@@ -146,7 +146,7 @@ def test_coremltools_opens_it(quantized, tmp_path: Path) -> None:
     }
     assert ranges == {
         "inputIds": [(2, 2), (1, 64)],
-        "causalMask": [(2, 2), (1, 1), (1, 64), (1, 128)],
+        "fullAttentionMask": [(2, 2), (1, 1), (1, 64), (1, 128)],
     }
     for function in functions.values():
         assert [each.name for each in function.output] == ["logits"]
@@ -384,7 +384,7 @@ def test_description(quantized, tmp_path: Path) -> None:
     assert found["format"] == "coreml"
     assert found["opsets"] == ["CoreML8"]
     assert found["functions"].keys() == {"decode", "prefill"}
-    assert found["inputs"]["decode"] == ["inputIds", "causalMask"]
+    assert found["inputs"]["decode"] == ["inputIds", "fullAttentionMask"]
     assert found["states"]["prefill"] == ["keyCache", "valueCache"]
     assert found["operators"]["constexpr_blockwise_shift_scale"] == 2 * 16
     assert found["metadata"]["co.tapeout.scheme"] == "int4-g32"

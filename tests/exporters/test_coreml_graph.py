@@ -125,7 +125,7 @@ def ran(
         mask = np.zeros((len(padding), 1, count, end), np.float16)
         for row, pad in enumerate(padding):
             mask[row, :, :, :pad] = -np.inf
-        given = {"inputIds": np.array(ids_of(ids, past, end), np.int32), "causalMask": mask}
+        given = {"inputIds": np.array(ids_of(ids, past, end), np.int32), "fullAttentionMask": mask}
         logits.append(machine.run(function, given, state)["logits"])
         past = end
     return np.concatenate(logits, axis=1)
@@ -208,7 +208,7 @@ def test_chunks_in_turn(package, tmp_path: Path, case: str) -> None:
         end = past + count
         given: dict[str, Any] = {"inputIds": np.array([IDS[past:end]], np.int32)}
         for machine, state in zip(machines, states, strict=True):
-            mask = {"causalMask": np.zeros((1, 1, count, end), np.float16)}
+            mask = {"fullAttentionMask": np.zeros((1, 1, count, end), np.float16)}
             ((_, value),) = machine.run(function, given | mask, state).items()
             given = {"hiddenStates": value}
         logits.append(value[0])

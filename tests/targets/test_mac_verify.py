@@ -82,7 +82,7 @@ def make_package(out: Path, model_type: str, spoil: float = 0.0, chunks: int = 1
                 name, value = "inputIds", np.int32([[token]])
                 mask = np.zeros((1, 1, 1, at + 1), np.float16)
                 for machine, state in zip(machines, states, strict=True):
-                    row = machine.run("decode", {name: value, "causalMask": mask}, state)
+                    row = machine.run("decode", {name: value, "fullAttentionMask": mask}, state)
                     name, (value,) = "hiddenStates", row.values()
         (values,) = row.values()
         golden.append((tuple(ids), values.reshape(-1, values.shape[-1])[0].astype(np.float32)))

@@ -26,7 +26,7 @@ def _decoder(save: Save, tokens: int | None) -> Path:
 
     size: Any = ct.RangeDim(1, CHUNK, default=CHUNK) if tokens is None else tokens
     ids_type = ct.TensorType("inputIds", (1, size), np.int32)
-    mask_type = ct.TensorType("causalMask", (1, 1, size, ct.RangeDim(1, CONTEXT)), np.float16)
+    mask_type = ct.TensorType("fullAttentionMask", (1, 1, size, ct.RangeDim(1, CONTEXT)), np.float16)
 
     def body(ids: Any, mask: Any, keys: Any, values: Any) -> Any:
         x = mb.gather(x=TABLE, indices=ids, axis=0, name="embedding")
@@ -49,7 +49,7 @@ def _decoder(save: Save, tokens: int | None) -> Path:
         "inputIds": mb.TensorSpec(
             ids_type.shape.symbolic_shape if tokens is None else ids_type.shape.shape, types.int32
         ),
-        "causalMask": mb.TensorSpec(mask_type.shape.symbolic_shape, types.fp16),
+        "fullAttentionMask": mb.TensorSpec(mask_type.shape.symbolic_shape, types.fp16),
         "keyCache": mb.StateTensorSpec((1, CONTEXT, WIDTH), types.fp16),
         "valueCache": mb.StateTensorSpec((1, CONTEXT, WIDTH), types.fp16),
     }
@@ -86,7 +86,7 @@ def _walk(machine: mil.Machine, ids: list[int]) -> Any:
     state, found = machine.new_state(), []
     cuts = [(0, 3), (3, 5), *((at, at + 1) for at in range(5, len(ids)))]
     for begin, end in cuts:
-        inputs = {"inputIds": np.int32([ids[begin:end]]), "causalMask": _mask(begin, end - begin)}
+        inputs = {"inputIds": np.int32([ids[begin:end]]), "fullAttentionMask": _mask(begin, end - begin)}
         found.append(machine.run("decode" if end - begin == 1 else "prefill", inputs, state)["logits"][0])
     return np.concatenate(found)
 
@@ -107,7 +107,7 @@ class TestDecoder:
         prefill, decode = both.functions["prefill"], both.functions["decode"]
         assert {name: str(each) for name, each in prefill.inputs.items()} == {
             "inputIds": "int32 [1, 1 … 3]",
-            "causalMask": "fp16 [1, 1, 1 … 3, 1 … 8]",
+            "fullAttentionMask": "fp16 [1, 1, 1 … 3, 1 … 8]",
         }
         assert str(decode.inputs["inputIds"]) == "int32 [1, 1]"
         assert {name: str(each) for name, each in decode.states.items()} == {
@@ -127,7 +127,7 @@ class TestDecoder:
         assert np.abs(found - _expected(IDS)).max() > 1e-6
         machine = mil.Machine(both)
         state = machine.new_state()
-        machine.run("prefill", {"inputIds": np.int32([[7, 2]]), "causalMask": _mask(0, 2)}, state)
+        machine.run("prefill", {"inputIds": np.int32([[7, 2]]), "fullAttentionMask": _mask(0, 2)}, state)
         assert state["keyCache"].dtype == np.float64
         np.testing.assert_array_equal(state["keyCache"], state["keyCache"].astype(np.float16))
         assert np.any(state["keyCache"][0, :2])
@@ -142,9 +142,9 @@ class TestDecoder:
     def test_a_copy_of_a_state_is_not_touched(self, both: mil.Program) -> None:
         machine = mil.Machine(both)
         state = machine.new_state()
-        machine.run("prefill", {"inputIds": np.int32([[7, 2]]), "causalMask": _mask(0, 2)}, state)
+        machine.run("prefill", {"inputIds": np.int32([[7, 2]]), "fullAttentionMask": _mask(0, 2)}, state)
         copy = dict(state)
-        step = {"inputIds": np.int32([[5]]), "causalMask": _mask(2, 1)}
+        step = {"inputIds": np.int32([[5]]), "fullAttentionMask": _mask(2, 1)}
         first = machine.run("decode", step, state)["logits"]
         np.testing.assert_array_equal(machine.run("decode", step, copy)["logits"], first)
 
@@ -156,7 +156,7 @@ class TestDecoder:
 
     def test_intermediate_values_are_shown_and_their_peaks_kept(self, both: mil.Program) -> None:
         machine = mil.Machine(both)
-        inputs = {"inputIds": np.int32([[3, 1]]), "causalMask": _mask(0, 2)}
+        inputs = {"inputIds": np.int32([[3, 1]]), "fullAttentionMask": _mask(0, 2)}
         found = machine.run(None, inputs, machine.new_state(), show=["embedding", "scores", "inputIds"])
         assert list(found) == ["logits", "embedding", "scores", "inputIds"]
         np.testing.assert_array_equal(found["embedding"], TABLE[[[3, 1]]])
@@ -168,11 +168,11 @@ class TestDecoder:
         [
             ("prefil", {}, r"no function 'prefil'; did you mean 'prefill'\? \(known: decode, prefill\)"),
             ("prefill", {"inputId": np.int32([[1]])}, "takes no 'inputId'; did you mean 'inputIds'"),
-            ("prefill", {"inputIds": np.int32([[1]])}, r"lacks its input 'causalMask', fp16 \[1, 1, 1 … 3, 1 … 8\]"),
+            ("prefill", {"inputIds": np.int32([[1]])}, r"lacks its input 'fullAttentionMask', fp16 \[1, 1, 1 … 3, 1 … 8\]"),
             ("prefill", {"inputIds": np.int32([[1] * 4])}, r"is int32 \[1, 1 … 3\]; found int32 \[1, 4\]"),
             ("decode", {"inputIds": np.int32([[1] * 2])}, r"is int32 \[1, 1\]; found int32 \[1, 2\]"),
             ("decode", {"inputIds": np.int64([[1]])}, r"is int32 \[1, 1\]; found int64 \[1, 1\]"),
-            ("decode", {"inputIds": np.int32([[1]]), "causalMask": np.zeros((1, 1, 1, 9), np.float16)}, r"found float16 \[1, 1, 1, 9\]"),
+            ("decode", {"inputIds": np.int32([[1]]), "fullAttentionMask": np.zeros((1, 1, 1, 9), np.float16)}, r"found float16 \[1, 1, 1, 9\]"),
         ],
     )  # fmt: skip
     def test_inputs_that_do_not_fit(self, both: mil.Program, function: str, inputs: Any, says: str) -> None:
@@ -181,15 +181,17 @@ class TestDecoder:
             machine.run(function, inputs, machine.new_state())
 
     def test_float32_is_no_float16(self, both: mil.Program) -> None:
-        inputs = {"inputIds": np.int32([[3]]), "causalMask": np.zeros((1, 1, 1, 1), np.float32)}
+        inputs = {"inputIds": np.int32([[3]]), "fullAttentionMask": np.zeros((1, 1, 1, 1), np.float32)}
         machine = mil.Machine(both)
         assert "logits" in machine.run("decode", inputs, machine.new_state())  # in float64 any float serves
         machine = mil.Machine(both, "float16")
-        with pytest.raises(TapeoutError, match=r"'causalMask' of function 'decode' is fp16 .* found float32"):
+        with pytest.raises(
+            TapeoutError, match=r"'fullAttentionMask' of function 'decode' is fp16 .* found float32"
+        ):
             machine.run("decode", inputs, machine.new_state())
 
     def test_states_that_do_not_fit(self, both: mil.Program) -> None:
-        machine, inputs = mil.Machine(both), {"inputIds": np.int32([[3]]), "causalMask": _mask(0, 1)}
+        machine, inputs = mil.Machine(both), {"inputIds": np.int32([[3]]), "fullAttentionMask": _mask(0, 1)}
         with pytest.raises(TapeoutError, match="needs a state: keyCache, valueCache"):
             machine.run("decode", inputs)
         with pytest.raises(TapeoutError, match=r"state 'valueCache' .* is fp16 \[1, 8, 4\]; found none"):
@@ -199,13 +201,13 @@ class TestDecoder:
 
     def test_an_unknown_value_to_show(self, both: mil.Program) -> None:
         machine = mil.Machine(both)
-        inputs = {"inputIds": np.int32([[3]]), "causalMask": _mask(0, 1)}
+        inputs = {"inputIds": np.int32([[3]]), "fullAttentionMask": _mask(0, 1)}
         with pytest.raises(TapeoutError, match="'decode' has no value 'score'; did you mean 'scores'"):
             machine.run("decode", inputs, machine.new_state(), show=["score"])
 
     def test_a_token_that_is_not_in_the_table(self, both: mil.Program) -> None:
         machine = mil.Machine(both)
-        inputs = {"inputIds": np.int32([[11]]), "causalMask": _mask(0, 1)}
+        inputs = {"inputIds": np.int32([[11]]), "fullAttentionMask": _mask(0, 1)}
         with pytest.raises(
             PackageError, match=r"function 'decode', 'embedding' \(gather\): indices 11 … 11 of an axis of 11"
         ):
@@ -392,7 +394,7 @@ def test_a_weight_file_that_is_missing_or_cut(save: Save) -> None:
     path = _decoder(save, 1)
     weights = path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     machine = mil.Machine(mil.load(path))
-    inputs = {"inputIds": np.int32([[3]]), "causalMask": _mask(0, 1)}
+    inputs = {"inputIds": np.int32([[3]]), "fullAttentionMask": _mask(0, 1)}
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-20])
     with pytest.raises(
