@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tapeout.files import cache_directory
-from tapeout.generated import LLAMA_1B, LLAMA_7B
+from tapeout.generated import LLAMA_1B, LLAMA_7B, LLAMA_8B
 
-SHAPES = {"1b": LLAMA_1B, "7b": LLAMA_7B}
+SHAPES = {"1b": LLAMA_1B, "7b": LLAMA_7B, "8b": LLAMA_8B}
 _HERE = Path(__file__).resolve().parent
 
 
@@ -74,6 +74,11 @@ def generated(directory: Path, fields: dict[str, Any], family: str = "llama") ->
         path.write_text(json.dumps(tokenizer))
         (directory / "whole").touch()
     return directory
+
+
+def folded(shape: str, work: Path) -> Path:
+    """A checkpoint of that shape with the first layer alone, for children that read it as every layer's; made once."""
+    return generated(work / f"llama-{shape}-folded", SHAPES[shape] | {"num_hidden_layers": 1})
 
 
 def read_into_page_cache(directory: Path) -> None:

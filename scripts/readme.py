@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/readme.py [--demo] [--plot]
 
-``carry`` comes from what the targets say that they carry; ``nodes`` from small models, written as ONNX; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
+``carry`` and ``containers`` come from what the targets say that they carry; ``chips`` from published bandwidths; ``nodes`` from small models, written as ONNX; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
 ``curve`` from the JSON lines under benchmarks/results/, and with --plot (needs matplotlib) docs/curve.svg.
 """
 
@@ -37,6 +37,42 @@ def carry() -> str:
         for scheme, cells in {**table["schemes"], **table["kv_caches"]}.items()
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def containers() -> str:
+    """What of Core ML holds each scheme, by opset."""
+    from tapeout.exporters import Carry, Refused, Rounded
+    from tapeout.quantize import Scheme
+    from tapeout.targets.apple import Apple
+
+    def cell(carry: Carry) -> str:
+        if isinstance(carry, Refused):
+            return f"– (`{carry.nearest}` fits)"
+        return carry.container + (", rounded to float16" if isinstance(carry, Rounded) else "")
+
+    rows = ["| scheme | `--opset ios18` | `--opset ios26` |", "|---|---|---|"]
+    for name in carry_table()["schemes"]:
+        found = (cell(Apple(opset=opset).carries(Scheme.parse(name))) for opset in ("ios18", "ios26"))
+        rows.append(f"| `{name}` | {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
+def chips() -> str:
+    """Tokens a second to be expected of Llama 3 8B in int4-g32 with a head in int8, on each chip."""
+    from tapeout.generated import LLAMA_8B
+    from tapeout.models.decoder import ConfigReader, Role
+    from tapeout.models.families import family
+    from tapeout.quantize import Scheme
+    from tapeout.targets.apple_chips import table
+
+    kind = family("llama")
+    linear, head = Scheme.parse("int4-g32"), Scheme.parse("int8")
+    total = 0.0
+    for name, spec in kind.tensors(kind.config(ConfigReader(LLAMA_8B))).items():
+        if len(spec.shape) == 2 and spec.role is not Role.EMBEDDING:
+            scheme = head if name.startswith("lm_head") else linear
+            total += scheme.bits_per_weight(spec.shape[1]) * spec.shape[0] * spec.shape[1] / 8
+    return table(round(total))
 
 
 def nodes() -> str:
@@ -125,6 +161,18 @@ def figures() -> str:
         rows.append(
             f"| 1.1B checkpoint to ONNX in INT4 | {ours} peak | {theirs} (onnxruntime-genai's builder) | {speedup} |"
         )
+    if one := found.get("coreml_export", {}).get("rows"):
+        ours, theirs = (
+            f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB"
+            for who in ("tapeout", "coremltools")
+        )
+        speedup = _times(one["coremltools"]["wall_s"] / one["tapeout"]["wall_s"])
+        rows.append(
+            f"| 1.1B checkpoint to Core ML in INT4 | {ours} peak | {theirs} (coremltools: traced, converted, quantized) | {speedup} |"
+        )
+    if one := found.get("coreml_export_8b", {}).get("rows"):
+        ours = f"{one['tapeout']['wall_s']:.1f} s, {one['tapeout']['peak_rss_gb']:.2f} GB"
+        rows.append(f"| 8B shape to Core ML in INT4 | {ours} peak | | |")
     if one := found.get("onnx_decode", {}).get("rows"):
         mine, built = one["tapeout, onnxruntime-genai"], one["genai's builder, onnxruntime-genai"]
         for what in ("decode", "prefill"):
@@ -245,6 +293,9 @@ def main() -> None:
     page.write_text(filled(page.read_text(encoding="utf-8"), "nodes", nodes()), encoding="utf-8")
     guide = ROOT / "docs" / "quantization.md"
     guide.write_text(filled(guide.read_text(encoding="utf-8"), "curve", curve()), encoding="utf-8")
+    page = ROOT / "docs" / "apple.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(filled(filled(text, "containers", containers()), "chips", chips()), encoding="utf-8")
     if "--plot" in sys.argv[1:]:
         plot(ROOT / "docs" / "curve.svg")
 

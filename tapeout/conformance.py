@@ -157,8 +157,8 @@ def lowered(
         evidence.close()
     if bad := [gate for gate in found if gate.status != "passed"]:
         return "; ".join(f"**{gate.name} {gate.status}**: {gate.reason}" for gate in bad)
-    _, weights, runtime = found
-    assert (weights.name, runtime.name) == ("lowering/weights", "lowering/runtime")
+    named = {gate.name: gate for gate in found}
+    weights, runtime = named["lowering/weights"], named["lowering/runtime"]
     assert weights.value is not None
     assert runtime.value is not None
     assert runtime.limit

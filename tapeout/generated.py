@@ -124,7 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Fields of small models that a family wants besides those of SMALL, or instead of them."""
 
-# The shapes of TinyLlama 1.1B and of LLaMA 2 7B.
+# The shapes of TinyLlama 1.1B, of LLaMA 2 7B and of Llama 3 8B.
 LLAMA_1B = SMALL | {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -140,6 +140,14 @@ LLAMA_7B = LLAMA_1B | {
     "num_hidden_layers": 32,
     "num_key_value_heads": 32,
     "max_position_embeddings": 4096,
+}
+
+LLAMA_8B = LLAMA_7B | {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
 }
 
 

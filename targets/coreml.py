@@ -7,6 +7,7 @@ saved files alone: what they mean in float64, or as a device would compute it in
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,15 +48,15 @@ class Engine(Protocol):
 
 
 class Interpreted:
-    """The interpreter; a value that float16 cannot hold is a crash with its name."""
+    """The interpreter; in float16, a value that float16 cannot hold is a crash with its name."""
 
     def __init__(self, programs: Sequence[mil.Program], precision: mil.Precision) -> None:
-        exact = precision == "float64"
-        self._machines = [mil.Machine(program, precision, exact_states=exact) for program in programs]
+        self._exact = precision == "float64"
+        self._machines = [mil.Machine(program, precision, exact_states=self._exact) for program in programs]
         self.reset()
 
     def run(self, function: str, inputs: Arrays) -> Array:
-        """As Engine says; RuntimeCrash names a value beyond float16's range."""
+        """As Engine says; RuntimeCrash names a value beyond float16's range, which is none in float64."""
         return _in_turn(
             inputs,
             [
@@ -69,11 +70,20 @@ class Interpreted:
 
     def _call(self, machine: mil.Machine, state: mil.State, function: str, inputs: Arrays) -> Array:
         (out,) = machine.run(function, inputs, state).values()
-        for name, peak in machine.overflows().items():
+        for name, peak in ({} if self._exact else machine.overflows()).items():
             raise RuntimeCrash(
                 f"{name.replace('__', '.')} reaches {peak:.0f}, which float16 (up to {mil.LARGEST:.0f}) cannot hold: on a device it is infinite."
             )
         return out
+
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude so far of each float16 value, before it is rounded, by the graph's name or the operator's own."""
+        found: dict[str, float] = {}
+        for machine in self._machines:
+            for name, peak in machine.overflows(0.0).items():
+                stable = name.replace("__", ".")
+                found[stable] = max(peak, found.get(stable, 0.0))
+        return found
 
     def reset(self) -> None:
         """All states zero."""
@@ -92,14 +102,17 @@ class Native:
         for path, program in zip(paths, programs, strict=True):
             several = len(program.functions) > 1
             try:
-                self._parts.append(
-                    {
-                        name: coremltools.models.MLModel(
-                            str(path), compute_units=unit, function_name=name if several else None
-                        )
-                        for name in program.functions
-                    }
-                )
+                with warnings.catch_warnings():
+                    # coremltools only warns when Core ML refuses a model, and fails at the first call in other words.
+                    warnings.filterwarnings("error", message="You will not be able to run predict")
+                    self._parts.append(
+                        {
+                            name: coremltools.models.MLModel(
+                                str(path), compute_units=unit, function_name=name if several else None
+                            )
+                            for name in program.functions
+                        }
+                    )
             except Exception as error:  # Core ML's, in its own words
                 raise RuntimeCrash(f"Core ML refuses {path}: {error}") from error
         self.reset()
@@ -168,14 +181,29 @@ class _Worded:
             raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
 
 
-class CoremlDecoder(_Worded):
-    """A Session on a decoder's package; see ``open_session``."""
+class _Running(_Worded):
+    """An engine, and a tokenizer beside it."""
+
+    _around = False
 
     def __init__(self, facts: Facts, engine: Engine, tokenizer: Any, said: Mapping[str, int]) -> None:
-        super().__init__(facts, tokenizer, said["vocab_size"], around=False)
+        super().__init__(facts, tokenizer, said["vocab_size"], self._around)
         self._engine: Engine | None = engine
         self._batch, self._chunk = said["batch"], said["chunk"]
         self._length = 0
+
+    def peaks(self) -> dict[str, float]:
+        """As ``Lowering`` says, of the interpreter."""
+        assert isinstance(self._engine, Interpreted)
+        return self._engine.peaks()
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._engine = None
+
+
+class CoremlDecoder(_Running):
+    """A Session on a decoder's package; see ``open_session``."""
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append tokens to the sequence, chunk by chunk; return float32 [tokens, vocab], the logits after each."""
@@ -186,6 +214,8 @@ class CoremlDecoder(_Worded):
     def append(self, ids: Sequence[int]) -> Logits:
         """``prefill`` for those who want the last token's logits only, float32 [1, vocab]."""
         self._room(ids)
+        if not ids:
+            raise TapeoutError("no token is appended, and so there is no last one; what fits: one or more.")
         for at in range(0, len(ids), self._chunk):
             last = self._step("prefill", ids[at : at + self._chunk])[-1:]
         return last
@@ -200,10 +230,6 @@ class CoremlDecoder(_Worded):
         assert self._engine
         self._engine.reset()
         self._length = 0
-
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._engine = None
 
     def _room(self, ids: Sequence[int]) -> None:
         self._check(ids)
@@ -225,13 +251,10 @@ class CoremlDecoder(_Worded):
         return cast(Logits, out[0].astype(np.float32))
 
 
-class CoremlEncoder(_Worded):
+class CoremlEncoder(_Running):
     """An EncoderSession on an encoder's package; see ``open_session``."""
 
-    def __init__(self, facts: Facts, engine: Engine, tokenizer: Any, said: Mapping[str, int]) -> None:
-        super().__init__(facts, tokenizer, said["vocab_size"], around=True)
-        self._engine: Engine | None = engine
-        self._batch = said["batch"]
+    _around = True
 
     def encode(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[int]]) -> Logits:
         """What the model gives of a batch; see EncoderSession. The package's own batch is static: rows go through it in turn."""
@@ -248,10 +271,6 @@ class CoremlEncoder(_Worded):
             }
             found.append(self._engine.run("main", inputs).astype(np.float32))
         return np.concatenate(found)[: len(rows)]
-
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._engine = None
 
 
 def open_session(
@@ -317,13 +336,15 @@ class TracedCoreml(_Worded):
         self._name = "main" if "main" in programs[0].functions else "prefill"
         super().__init__(facts, tokenizer, said["vocab_size"], around=self._name == "main")
         self._machines = [mil.Machine(program, "float64", exact_states=True) for program in programs]
-        self._batch, self._most = said["batch"], facts.context if self._name == "main" else said["chunk"]
+        self._batch = said["batch"]
 
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
         """As TracedSession says."""
         tokens = len(ids)
-        if not 1 <= tokens <= self._most:
-            raise TapeoutError(f"{tokens} tokens do not fit the {self._most} of one call of the package.")
+        if not 1 <= tokens <= self.facts.context:
+            raise TapeoutError(
+                f"{tokens} tokens do not fit the {self.facts.context} of one call of the package."
+            )
         rows = np.tile(np.array(ids, np.int32), (self._batch, 1))
         given: dict[str, Array] = {
             "inputIds": rows,
@@ -371,10 +392,9 @@ def _rows_of(value: Array, name: str, tokens: int) -> Array | None:
 
 
 def open_traced(directory: str) -> TracedCoreml:
-    """Load the packages with every named value in sight; errors as of ``open_session``."""
+    """Load the packages with every named value in sight; errors as of ``open_session``. Its context is one call of the package."""
     begin = perf_counter()
     _, programs, said, tokenizer = _loaded(directory)
-    facts = Facts(
-        "interpreter of MIL, float64", "cpu", perf_counter() - begin, 0, said["context"], emulated=True
-    )
+    most = said["context"] if "main" in programs[0].functions else said["chunk"]
+    facts = Facts("interpreter of MIL, float64", "cpu", perf_counter() - begin, 0, most, emulated=True)
     return TracedCoreml(facts, programs, tokenizer, said)

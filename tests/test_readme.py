@@ -69,6 +69,9 @@ def test_the_generated_parts_are_up_to_date() -> None:
         assert f"<!-- {name} -->\n{script[name]()}\n<!-- /{name} -->" in README, "run scripts/readme.py"
     guide = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     assert f"<!-- curve -->\n{script['curve']()}\n<!-- /curve -->" in guide, "run scripts/readme.py"
+    apple = (ROOT / "docs" / "apple.md").read_text(encoding="utf-8")
+    for name in ("containers", "chips"):
+        assert f"<!-- {name} -->\n{script[name]()}\n<!-- /{name} -->" in apple, "run scripts/readme.py"
 
 
 def test_links_lead_somewhere() -> None:

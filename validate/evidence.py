@@ -264,7 +264,8 @@ class Evidence:
         added = added_rounding(self.artifact, self.quant.schemes, self.device.carries)
         ids, expected = self.sequences[index], self.dequantized[index]
         with borrowed(spec) as device, borrowed(SessionSpec(_GRAPH, arguments)) as graph:
-            return against_graph(device, graph, ids, scratch, expected, added)
+            most = device.facts.context  # of a device that is walked in one call, as much as it takes
+            return against_graph(device, graph, ids[:most], scratch, expected[:most], added)
 
     def reference(
         self,
@@ -276,20 +277,27 @@ class Evidence:
         values: Sequence[str] = (),
     ) -> SessionSpec:
         """The reference with the weights that the codes are, or with the original ones."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": str(self.model.directory),
             "store": str(self.quant.directory) if quantized or self.model.quantization else None,
             "arithmetic": arithmetic,
             "kv_cache": self.device.cache if rounded_cache else None,
-            "halves": list(halves),
-            "values": list(values),
         }
+        narrowed = {"halves": list(halves), "values": list(values)}
+        arguments |= {key: names for key, names in narrowed.items() if names}
         return SessionSpec(_REFERENCE, arguments)
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
         with borrowed(spec) as session:
             return self.run(name, session, sequences)
+
+    def record_peaks(
+        self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]
+    ) -> tuple[list[Logits], dict[str, float]]:
+        """``record``, and the largest magnitudes of the session's float16 values on the way."""
+        with borrowed(spec) as session:
+            return self.run(name, session, sequences), session.peaks()
 
     def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""

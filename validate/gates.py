@@ -37,6 +37,10 @@ _TWICE = 2.0
 # Device and reference are each as far from the exact numbers as float32 takes them; and as much again for what a runtime
 # approximates (exponentials, reciprocal roots) within a few units in the last place.
 _NOISES = 4.0
+_HALF = float(np.finfo(np.float16).max)
+# A text that was not evaluated may make a value twice as large as the evaluated ones did: one bit of headroom.
+_RANGE = 0.5
+_NAMED = 16  # values of those that have less
 
 
 @dataclass(frozen=True)
@@ -179,16 +183,19 @@ def lowering(evidence: Evidence) -> list[GateResult]:
     results = []
     for check in evidence.device.lowerings(evidence.artifact, evidence.quant, evidence.scratch):
         name = f"lowering/{check.check}"
-        results += guarded(name, lambda e, c=check, n=name: [_lowering(e, c, n)], evidence)  # type: ignore[misc]
+        results += guarded(name, lambda e, c=check, n=name: _lowering(e, c, n), evidence)  # type: ignore[misc]
     none = GateResult(
         "lowering", "skipped", reason=f"target {evidence.device.name} has no check of its lowering."
     )
     return results or [none]
 
 
-def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
+def _lowering(evidence: Evidence, check: Lowering, name: str) -> list[GateResult]:
     reference = evidence.cached if check.check == "runtime" else evidence.narrowed(check.halves, check.values)
-    if check.session == evidence.device.session(evidence.artifact):
+    peaks: dict[str, float] = {}
+    if check.peaks:
+        logits, peaks = evidence.record_peaks(f"lowering-{check.check}", check.session, evidence.sequences)
+    elif check.session == evidence.device.session(evidence.artifact):
         logits = evidence.run(f"lowering-{check.check}", evidence.deployed, evidence.sequences)
     else:
         logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
@@ -206,7 +213,27 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> GateResult:
         reason += f" Float32 takes the reference {noise:.2g} from float64 on this text; {_NOISES:g} times that is allowed."
     if value > limit:
         reason = f"{_first_divergence(evidence, reference, logits)} {reason}"
-    return _verdict(name, metric, value, limit, reason)
+    result = _verdict(name, metric, value, limit, reason)
+    return [result, _range(peaks, sum(map(len, logits)))] if check.peaks else [result]
+
+
+def _range(peaks: Mapping[str, float], rows: int) -> GateResult:
+    """How near the device's float16 values come to what float16 holds, before they are rounded."""
+    ordered = sorted(peaks.items(), key=lambda each: -each[1])
+    # A session that tells of nothing has not been looked at: NaN fails.
+    share = ordered[0][1] / _HALF if ordered else np.nan
+    above = sum(peak > _RANGE * _HALF for _, peak in ordered)
+    named = ordered[: min(max(3, above + 1), _NAMED)]
+    shown = ", ".join(f"{name} {peak:.3g}" for name, peak in named)
+    if len(named) < above:
+        shown += f" … and {above - len(named)} more"
+    reason = (
+        f"{shown}: the largest of {len(peaks)} float16 values on {rows} rows, of {_HALF:.0f} that float16 holds. What was not evaluated "
+        "may be twice as large: one bit is left for it."
+    )
+    if above:
+        reason = f"{above} values have less room than one bit. {reason}"
+    return _verdict("lowering/range", "largest float16 value / 65504", share, _RANGE, reason)
 
 
 def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: Sequence[Logits]) -> str:

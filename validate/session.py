@@ -182,6 +182,8 @@ class Lowering:
         halves: tensors whose floats the files hold as float16, weights or what codes mean, in whatever type they came: those of the
             reference are rounded to it too.
         values: tensors of codes that the files hold as their values in float16: those of the reference are rounded to it too.
+        peaks: the session has a method ``peaks()`` that gives, for each value that the device holds as float16, the largest magnitude
+            so far, by its name; it does not round them itself. The gate ``lowering/range`` looks at them.
     """
 
     check: Literal["weights", "runtime"]
@@ -191,6 +193,7 @@ class Lowering:
     limit: float = 0.0
     halves: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
+    peaks: bool = False
 
 
 class Device(Protocol):

@@ -135,6 +135,10 @@ class WorkerSession:
         shown = self._call("trace", ids=[int(token) for token in ids], out=out, **settings)
         return {name: Shown(op, rounding, tuple(reads)) for name, (op, rounding, reads) in shown.items()}
 
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude so far of each value that the device holds as float16; see Lowering."""
+        return cast(dict[str, float], self._call("peaks"))
+
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""
         self._call("reset")

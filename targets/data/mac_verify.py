@@ -35,7 +35,7 @@ with contextlib.suppress(ImportError):  # said when it is missed: files can be c
 
 FORMAT_VERSION = 1
 MANIFEST, GOLDEN, REPORT = "tapeout.json", "golden.safetensors", "device_report.json"
-MODEL = Path("artifact", "model.mlpackage")
+ARTIFACT, MODEL = "artifact", "model.mlpackage"
 NOT_COVERED = ("root_sha256", "beside", "passed")  # of the manifest, by the root digest
 UNITS = {"all": "ALL", "cpu-and-gpu": "CPU_AND_GPU", "cpu-and-ne": "CPU_AND_NE", "cpu-only": "CPU_ONLY"}
 
@@ -191,15 +191,25 @@ def attempt(name: str, run: Callable[[], Gate]) -> Gate:
 # Running
 
 
-def load(root: Path, unit: str, function: str | None) -> Any:
-    """A function of the package on a compute unit, compiled and ready."""
+def packages(root: Path) -> list[Path]:
+    """``model.mlpackage``, or those that a model was cut into, in the order in which they are called."""
+    artifact = root / ARTIFACT
+    first = sorted(artifact.glob("model_1_of_*.mlpackage"))
+    if not first:
+        return [artifact / MODEL]
+    count = int(first[0].stem.rpartition("_")[2])
+    return [artifact / f"model_{part}_of_{count}.mlpackage" for part in range(1, count + 1)]
+
+
+def load(package: Path, unit: str, function: str | None) -> Any:
+    """A function of a package on a compute unit, compiled and ready."""
     import coremltools as ct
 
     with warnings.catch_warnings():
         # coremltools only warns when Core ML refuses a model, and fails at the first prediction in other words.
         warnings.filterwarnings("error", message="You will not be able to run predict")
         return ct.models.MLModel(
-            str(root / MODEL), function_name=function, compute_units=getattr(ct.ComputeUnit, UNITS[unit])
+            str(package), function_name=function, compute_units=getattr(ct.ComputeUnit, UNITS[unit])
         )
 
 
@@ -211,25 +221,25 @@ def facts_of(model: Any) -> dict[str, int]:
 
 
 class Decoder:
-    """One sequence on the functions ``prefill`` and ``decode``."""
+    """One sequence on the functions ``prefill`` and ``decode``, of each package in turn."""
 
-    def __init__(self, models: dict[str, Any]) -> None:
-        self.models, self.facts = models, facts_of(models["prefill"])
+    def __init__(self, models: dict[str, list[Any]]) -> None:
+        self.models, self.facts = models, facts_of(models["prefill"][0])
         self.context, self.chunk = self.facts["context"], self.facts["chunk"]
         self.shared = True  # whether decode takes a state that prefill made, as far as we know
 
     def begin(self, function: str) -> None:
-        """A new sequence, in a state that the model of this function makes."""
-        self.state, self.past = self.models[function].make_state(), 0
+        """A new sequence, in states that the models of this function make."""
+        self.states, self.past = [model.make_state() for model in self.models[function]], 0
 
     def step(self, function: str, ids: list[int]) -> Array:
         """Append tokens; float32 [tokens, vocab]. The mask is zeros: the program itself hides what comes later."""
         batch, total = self.facts["batch"], self.past + len(ids)
-        inputs = {
-            "inputIds": np.tile(np.array(ids, np.int32), (batch, 1)),
-            "causalMask": np.zeros((batch, 1, len(ids), total), np.float16),
-        }
-        (out,) = self.models[function].predict(inputs, self.state).values()
+        mask = np.zeros((batch, 1, len(ids), total), np.float16)
+        name, out = "inputIds", np.tile(np.array(ids, np.int32), (batch, 1))
+        for model, state in zip(self.models[function], self.states):
+            (out,) = model.predict({name: out, "causalMask": mask}, state).values()
+            name = "hiddenStates"  # of the next package
         self.past = total
         return np.asarray(out, np.float32)[0]
 
@@ -247,8 +257,9 @@ class Decoder:
 class Encoder:
     """The function ``main``."""
 
-    def __init__(self, models: dict[str, Any]) -> None:
-        self.model, self.facts = models["main"], facts_of(models["main"])
+    def __init__(self, models: dict[str, list[Any]]) -> None:
+        (self.model,) = models["main"]
+        self.facts = facts_of(self.model)
         self.context = self.facts["context"]
 
     def encode(self, ids: list[int]) -> Array:
@@ -428,7 +439,10 @@ def run_unit(root: Path, unit: str, contexts: list[int], into: Path) -> None:
     model: Any = None
     try:
         begin = time.perf_counter()
-        models = {name: load(root, unit, function) for name, function in functions.items()}
+        models = {
+            name: [load(package, unit, function) for package in packages(root)]
+            for name, function in functions.items()
+        }
         load_s = time.perf_counter() - begin
         begin = time.perf_counter()
         if is_encoder:

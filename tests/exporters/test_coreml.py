@@ -261,9 +261,9 @@ def test_damage_is_named(quantized, tmp_path: Path) -> None:
     whole, spec = data.read_bytes(), model.read_bytes()
     graph, _ = writer.build(quant, writer.resolved(quant, Options()))
     for name, source in (
-        ("model_layers_1_mlp_up_proj_weight_codes", "model.layers.1.mlp.up_proj.weight"),
-        ("model_layers_1_mlp_up_proj_weight_scale", "model.layers.1.mlp.up_proj.weight"),
-        ("model_norm_weight", "model.norm.weight"),
+        ("model__layers__1__mlp__up_proj__weight_codes", "model.layers.1.mlp.up_proj.weight"),
+        ("model__layers__1__mlp__up_proj__weight_scale", "model.layers.1.mlp.up_proj.weight"),
+        ("model__norm__weight", "model.norm.weight"),
     ):
         place = graph.blobs[name].place
         assert place
@@ -290,11 +290,11 @@ def test_damage_is_named(quantized, tmp_path: Path) -> None:
 
 def test_another_program_is_not_taken(quantized, tmp_path: Path) -> None:
     artifact = coreml.write(quantized("int4-g32", name="a"), tmp_path)
-    with pytest.raises(PackageError, match="gate_proj_weight of function decode is another operator"):
+    with pytest.raises(PackageError, match="gate_proj__weight of function decode is another operator"):
         wrong(artifact, quantized("int4-g32", name="b", intermediate_size=320))
     with pytest.raises(PackageError, match=r"of function decode is another operator"):
         wrong(artifact, quantized("int4-g32", name="c", rms_norm_eps=1e-4))
-    with pytest.raises(PackageError, match="embed_tokens_weight of function decode is another operator"):
+    with pytest.raises(PackageError, match="embed_tokens__weight of function decode is another operator"):
         wrong(artifact, quantized("int4-g32", name="d", vocab_size=280))
     # Of the mathematics one number is changed: the epsilon of a norm.
     path = tmp_path / MODEL / program.SPEC

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -295,6 +295,7 @@ def tensors(draw: st.DrawFn, scheme: str) -> QuantTensor:
 
 @pytest.mark.parametrize("scheme", BLOCKS)
 def test_any_codes_come_back_and_mean_the_same_to_the_format_owner(scheme: str) -> None:
+    @settings(deadline=None)
     @given(tensors(scheme))
     def check(tensor: QuantTensor) -> None:
         block = BLOCKS[scheme]

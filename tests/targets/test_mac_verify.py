@@ -37,6 +37,7 @@ pytest.importorskip("coremltools")
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 SCRIPT = files("tapeout.targets") / "data" / "mac_verify.py"
+COREMLTOOLS = Path(__file__).parents[1] / "support" / "mac" / "coremltools"
 CONTEXT, CHUNK, WINDOW = 64, 8, 24
 DECODER_GATES = ["load", "golden-prefill", "golden-decode", "golden-handover", "prefill-decode"]
 
@@ -49,56 +50,6 @@ BARE = "sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
 SYSCTL = """#!/bin/sh
 case "$2" in hw.model) echo Mac14,6;; hw.memsize) echo 68719476736;; machdep.cpu.brand_string) echo Apple M2 Max;; *) exit 1;; esac
 """
-# FAULT: what goes wrong, and on which unit.
-COREMLTOOLS = """
-import enum, importlib.machinery, os, sys, types, warnings
-from pathlib import Path
-
-# What is not here is the real one's: its protobuf messages.
-own = str(Path(__file__).parent.parent)
-real = importlib.machinery.PathFinder.find_spec("coremltools", [path for path in sys.path if path != own])
-__path__ = list(real.submodule_search_locations)
-__version__ = "9.0"
-
-ComputeUnit = enum.Enum("ComputeUnit", "ALL CPU_AND_GPU CPU_AND_NE CPU_ONLY")
-fault, _, where = os.environ.get("FAULT", "").partition(" ")
-
-class MLState:
-    def __init__(self, owner, values):
-        self.owner, self.values = owner, values
-
-class MLModel:
-    def __init__(self, path, function_name=None, compute_units=ComputeUnit.ALL):
-        from tapeout.validate import mil
-
-        self.fault = fault if compute_units.name == where else ""
-        if self.fault == "abort":
-            os.abort()
-        if self.fault == "load":
-            warnings.warn("You will not be able to run predict() on this Core ML model. Underlying exception message was: no plan", RuntimeWarning)
-        program = mil.load(Path(path))
-        self.function = function_name or program.default
-        self.machine = mil.Machine(program, "float16")
-        self.user_defined_metadata = program.metadata
-
-    def make_state(self):
-        return MLState(self.function, self.machine.new_state())
-
-    def predict(self, data, state=None):
-        if state is not None and state.owner != self.function:
-            if self.fault == "owner":
-                raise RuntimeError("the state is of another model")
-            if self.fault == "fresh":
-                state = self.make_state()
-        found = self.machine.run(self.function, data, state and state.values)
-        if self.fault == "noise":
-            found = {name: value + 3 * (value.argsort() % 3).astype(value.dtype) for name, value in found.items()}
-        if self.fault == "nan":
-            found = {name: value * float("nan") for name, value in found.items()}
-        return found
-
-models = types.SimpleNamespace(MLModel=MLModel)
-"""
 
 
 @dataclass(frozen=True)
@@ -108,27 +59,31 @@ class Stand(Null):
     name: ClassVar[str] = "apple"
 
 
-def make_package(out: Path, model_type: str, spoil: float = 0.0, **config: Any) -> Package:
+def make_package(out: Path, model_type: str, spoil: float = 0.0, chunks: int = 1, **config: Any) -> Package:
     """A package as the target makes it, with golden logits from the program in float64; ``spoil`` is added to one of them."""
     model = load(
         write_model(out / "model", model_type, config | {"max_position_embeddings": CONTEXT}, dtype="F32")
     )
     quant = quantize(model, "int4-g32")
-    artifact = coreml.write(quant, out / "package" / "artifact", coreml.Options(prefill_chunk=CHUNK))
+    options = coreml.Options(prefill_chunk=CHUNK, chunks=chunks)
+    artifact = coreml.write(quant, out / "package" / "artifact", options)
     (artifact.directory / "mac_verify.py").write_bytes(SCRIPT.read_bytes())
-    machine = mil.Machine(mil.load(artifact.directory / program.PACKAGE), exact_states=True)
+    machines = [
+        mil.Machine(mil.load(path), exact_states=True) for path in coreml.packages_in(artifact.directory)
+    ]
     golden = []
     for ids in ([7, 200, 31, 4, 99, 5, 18, 250, 3, 3, 61], [12, 77, 140, 9, 200], [44]):
         inputs = {"inputIds": np.int32([ids])}
         if model_type == "bert":
-            row = machine.run("main", inputs | {"attentionMask": np.ones((1, len(ids)), np.int32)})
+            row = machines[0].run("main", inputs | {"attentionMask": np.ones((1, len(ids)), np.int32)})
         else:
-            state = machine.new_state()
+            states = [machine.new_state() for machine in machines]
             for at, token in enumerate(ids):
+                name, value = "inputIds", np.int32([[token]])
                 mask = np.zeros((1, 1, 1, at + 1), np.float16)
-                row = machine.run(
-                    "decode", {"inputIds": np.int32([[token]]), "causalMask": mask}, state, show=()
-                )
+                for machine, state in zip(machines, states, strict=True):
+                    row = machine.run("decode", {name: value, "causalMask": mask}, state)
+                    name, (value,) = "hiddenStates", row.values()
         (values,) = row.values()
         golden.append((tuple(ids), values.reshape(-1, values.shape[-1])[0].astype(np.float32)))
     golden[1][1][3] += spoil
@@ -154,12 +109,12 @@ def verify(
 ) -> subprocess.CompletedProcess[str]:
     """Run the package's own script on a Mac that is none."""
     stage = work / "stage"
-    (stage / "coremltools").mkdir(parents=True, exist_ok=True)
+    stage.mkdir(exist_ok=True)
     (stage / "sitecustomize.py").write_text(macos)
     if BARE not in macos:
-        (stage / "coremltools" / "__init__.py").write_text(COREMLTOOLS)
+        shutil.copytree(COREMLTOOLS, stage / "coremltools", dirs_exist_ok=True)
     else:
-        shutil.rmtree(stage / "coremltools")
+        shutil.rmtree(stage / "coremltools", ignore_errors=True)
     (stage / "sysctl").write_text(SYSCTL)
     (stage / "sysctl").chmod(0o755)
     environment = os.environ | {
@@ -308,6 +263,23 @@ def test_what_goes_wrong_on_a_unit(
         assert speed
         assert [row.context for row in speed.contexts] == [4]
         assert gates(report, "all")["golden-decode"] == "passed"
+
+
+def test_a_model_that_was_cut(tmp_path: Path) -> None:
+    """Every package in turn, each with its own state, past the window."""
+    cut = {"num_hidden_layers": 3, "sliding_window": WINDOW}
+    package = make_package(tmp_path, "mistral", chunks=3, **cut).directory
+    done = verify(package, tmp_path, "--units", "cpu-only", "--contexts", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = DeviceReport.read(package / "device_report.json", Package.open(package))
+    assert gates(report, "cpu-only") == dict.fromkeys(DECODER_GATES, "passed")
+    for gate in report.units["cpu-only"].gates[1:]:
+        assert gate.value is not None
+        assert 0 < gate.value < 1e-4
+    assert f"past the window of {WINDOW}" in reasons(report, "cpu-only")["prefill-decode"]
+    shutil.rmtree(package / "artifact" / "model_2_of_3.mlpackage")
+    said = stopped(verify(package, tmp_path), 2)
+    assert "artifact/model_2_of_3.mlpackage/Manifest.json is missing" in said
 
 
 def test_a_wrong_golden_logit(tmp_path: Path) -> None:

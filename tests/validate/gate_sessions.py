@@ -125,6 +125,19 @@ class Defective(Toy):
             logits[:, 3] += 0.1
         return logits
 
+    def peaks(self) -> dict[str, float]:
+        """Of values that it would hold as float16 if it were a device that does; the largest come last."""
+        if self._defect == "tells nothing":
+            return {}
+        found = {f"layers.{k}.mlp": float(np.abs(self._sums[k]).max()) for k in range(self._layers)}
+        if self._defect == "half":
+            found["layers.1.mlp"] = 65504 / 2
+        elif self._defect == "large":
+            found["layers.1.mlp"], found["layers.3.mlp"] = np.nextafter(65504 / 2, np.inf), 1e5
+        elif self._defect == "all large":
+            found = {f"value.{k}": 4e4 + k for k in range(30)}
+        return found
+
     def decode(self, token: int) -> Logits:
         if self._defect == "forgets":
             super().reset()
@@ -145,7 +158,9 @@ class Defective(Toy):
         return super()._rounded(x, steps, offset)
 
 
-def reference(model: str, store: str | None, arithmetic: str, kv_cache: str | None) -> Toy:
+def reference(
+    model: str, store: str | None, arithmetic: str, kv_cache: str | None, halves: Sequence[str] = ()
+) -> Toy:
     """What ``tapeout.validate.reference:open_session`` is for transformers."""
     source = load(model)
     if store is None:
@@ -153,6 +168,7 @@ def reference(model: str, store: str | None, arithmetic: str, kv_cache: str | No
     else:
         quant = open_store(Path(store), source)
         weights = {name: quant.float32(name) for name in quant}
+    weights |= {name: weights[name].astype(np.float16).astype(np.float32) for name in halves}
     return Toy(model, weights, source.config.num_layers, arithmetic, kv_cache)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -614,6 +615,42 @@ def test_lowering_of_a_broken_runtime(look: Look, defect: str, told: str) -> Non
     for result in gates.lowering(look(Device(defect=defect))):
         assert result.status == "failed"
         assert told in result.reason
+
+
+class Narrow(Device):
+    """Holds values as float16, which its twin for the weights counts."""
+
+    def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
+        return [Lowering("weights", self.session(artifact), "max", "The same sums.", 1e-6, peaks=True)]
+
+
+@pytest.mark.parametrize(
+    ("defect", "status", "share", "told"),
+    [
+        ("", "passed", None, r"^layers\.\d\.mlp \S+, layers\.\d\.mlp \S+, layers\.\d\.mlp \S+: the largest of 5 "),
+        ("half", "passed", 0.5, r"^layers\.1\.mlp 3\.28e\+04, "),
+        (
+            "large",
+            "failed",
+            1e5 / 65504,
+            r"^2 values have less room than one bit\. layers\.3\.mlp 1e\+05, layers\.1\.mlp 3\.28e\+04, layers\.\d\.mlp ",
+        ),
+        ("all large", "failed", 40029 / 65504, r"^30 values have .* value\.29 4e\+04, .* … and 14 more: the largest of 30"),
+        ("tells nothing", "failed", None, "the largest of 0 float16 values"),
+    ],
+)  # fmt: skip
+def test_room_in_float16(look: Look, defect: str, status: str, share: float | None, told: str) -> None:
+    evidence = look(Narrow(defect=defect))
+    weights, room = gates.lowering(evidence)
+    assert (weights.name, weights.status, weights.value) == ("lowering/weights", "passed", 0.0)
+    assert (room.name, room.status, room.limit) == ("lowering/range", status, 0.5)
+    assert re.search(told, room.reason), room.reason
+    assert f"on {sum(map(len, evidence.sequences))} rows" in room.reason
+    if share:
+        assert room.value == share
+    elif not defect:
+        assert room.value is not None
+        assert 0 < room.value < 0.01
 
 
 def test_lowering_without_a_runtime(look: Look) -> None:

@@ -84,7 +84,7 @@ class Blobs:
         where = f"{self._path}, blob at byte {offset}"
         if offset % _ALIGNMENT or offset < _ALIGNMENT or offset + _ALIGNMENT > len(self._bytes):
             raise PackageError(
-                f"{where}: a record lies at a multiple of 64 in the file's {len(self._bytes)} bytes."
+                f"{where}: a record lies at a multiple of 64 in the file's {len(self._bytes)} bytes; it was cut or altered."
             )
         sentinel, kind, size, begin, padding = unpack_from("<IIQQQ", self._bytes, offset)
         if sentinel != _SENTINEL:
