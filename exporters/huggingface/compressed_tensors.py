@@ -35,14 +35,16 @@ def carries(scheme: Scheme) -> Carry:
     """Integers of 4 and 8 bits, and float8: what vLLM loads of the format."""
     if scheme.kind == "none":
         return Exact("float")
-    if scheme.scales not in ("float16", "float32"):
+    if scheme.levels == "e2m1":
         return Refused(
-            f"compressed-tensors has no scales of {scheme.scales} that vLLM loads.", _nearest(scheme)
+            "of compressed-tensors' formats those of 4-bit floats are not written.", _nearest(scheme)
         )
-    if scheme.levels == "e4m3" and scheme.group is None:
+    if scheme.levels == "e4m3" and scheme.group is None and scheme.scales in ("float16", "float32"):
         return Exact("float-quantized")
-    if scheme.kind not in ("symmetric", "asymmetric"):
-        return Refused("compressed-tensors has no codebook of its own.", _nearest(scheme))
+    if scheme.kind == "codebook":
+        return Refused("compressed-tensors has no such codebook.", _nearest(scheme))
+    if scheme.scales not in ("float16", "float32") or scheme.kind == "affine":
+        return Refused("compressed-tensors has one float a group, no super-blocks.", _nearest(scheme))
     if scheme.bits not in (4, 8):
         return Refused("vLLM's kernels of this format take 4 and 8 bits.", _nearest(scheme))
     return Exact("int-quantized" if scheme.activations else "pack-quantized")

@@ -159,7 +159,12 @@ class Defective(Toy):
 
 
 def reference(
-    model: str, store: str | None, arithmetic: str, kv_cache: str | None, halves: Sequence[str] = ()
+    model: str,
+    store: str | None,
+    arithmetic: str,
+    kv_cache: str | None,
+    halves: Sequence[str] = (),
+    values: Sequence[str] = (),
 ) -> Toy:
     """What ``tapeout.validate.reference:open_session`` is for transformers."""
     source = load(model)
@@ -168,7 +173,7 @@ def reference(
     else:
         quant = open_store(Path(store), source)
         weights = {name: quant.float32(name) for name in quant}
-    weights |= {name: weights[name].astype(np.float16).astype(np.float32) for name in halves}
+    weights |= {name: weights[name].astype(np.float16).astype(np.float32) for name in (*halves, *values)}
     return Toy(model, weights, source.config.num_layers, arithmetic, kv_cache)
 
 
