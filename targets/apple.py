@@ -50,10 +50,10 @@ pip install coremltools numpy
 python artifact/mac_verify.py
 ```
 
-In an app, add `artifact/model.mlpackage` to the Xcode project, or compile it beforehand:
+In an app, add `artifact/{package}` to the Xcode project, or compile it beforehand:
 
 ```
-xcrun coremlcompiler compile artifact/model.mlpackage .
+xcrun coremlcompiler compile artifact/{package} .
 ```
 
 {how}"""
@@ -107,6 +107,50 @@ publishes over that. The lower number is the fraction that Apple reached with Co
 one what well-tuned kernels for these GPUs reach; contexts are short. `mac_verify.py` measures it.
 
 {table}"""
+_CUT_CARD = """The model is cut into {parts} packages, `model_1_of_{parts}.mlpackage` and so on, which are called in turn: what one gives as `nextHiddenStates` the
+next takes as `hiddenStates`, and each has a state of its own for its layers' caches, laid out for {context} tokens. `prefill` takes up to {chunk} tokens of a prompt
+at once, `decode` one. Not compiled here:
+
+```swift
+import CoreML
+
+/// One sequence on `model_1_of_{parts}.mlmodelc` and the others, in their order.
+final class LanguageModel {{
+    private var parts: [(prefill: MLModel, decode: MLModel, state: MLState)] = []
+    private var past = 0
+
+    init(contentsOf urls: [URL]) throws {{
+        for url in urls {{
+            func load(_ function: String) throws -> MLModel {{
+                let configuration = MLModelConfiguration()
+                configuration.computeUnits = .{units}
+                configuration.functionName = function
+                return try MLModel(contentsOf: url, configuration: configuration)
+            }}
+            let prefill = try load("prefill")
+            parts.append((prefill, try load("decode"), prefill.makeState()))
+        }}
+    }}
+
+    /// Appends at most {chunk} tokens; gives the scores of the token that follows the last of them.
+    func append(_ tokens: [Int32]) throws -> MLShapedArraySlice<Float16> {{
+        let count = tokens.count
+        let mask = MLShapedArray<Float16>(repeating: 0, shape: [1, 1, count, past + count])
+        var (name, value) = ("inputIds", MLFeatureValue(shapedArray: MLShapedArray(scalars: tokens, shape: [1, count])))
+        for part in parts {{
+            let input = try MLDictionaryFeatureProvider(dictionary: [
+                name: value, "fullAttentionMask": MLFeatureValue(shapedArray: mask),
+            ])
+            let model = count == 1 ? part.decode : part.prefill
+            let output = try model.prediction(from: input, using: part.state)
+            value = output.featureValue(for: "nextHiddenStates") ?? output.featureValue(for: "logits")!
+            name = "hiddenStates"
+        }}
+        past += count
+        return MLShapedArray<Float16>(value.multiArrayValue!)[0][count - 1]
+    }}
+}}
+```"""
 _ENCODER_CARD = """`main` takes `inputIds` and `attentionMask` [batch, tokens], int32, up to {context} tokens, and gives `{output}`, float32. Not compiled here:
 
 ```swift
@@ -163,7 +207,7 @@ class Apple:
         return (
             "iOS 26 or macOS 26"
             if self.opset == "ios26"
-            else "iOS 18 or macOS 15 (iOS 26 or macOS 26 if the card says so)"
+            else "iOS 18 or macOS 15; for lookups (nf4, fp8 …) iOS 26 or macOS 26"
         )
 
     def carries(self, scheme: Scheme) -> Carry:
@@ -227,14 +271,16 @@ class Apple:
 
     def card(self, artifact: Artifact) -> str:
         """How to compile it, check it on a Mac, and run it in an app."""
-        facts = coreml.describe(coreml.packages_in(artifact.directory)[0])
+        packages = coreml.packages_in(artifact.directory)
+        facts = coreml.describe(packages[0])
         said = {"units": _SWIFT_UNITS[self.compute_units], "context": artifact.context}
         if "main" in facts["functions"]:
             how = _ENCODER_CARD.format(output=facts["outputs"]["main"][0], **said)
         else:
-            how = _DECODER_CARD.format(chunk=facts["metadata"]["co.tapeout.chunk"], **said)
+            said |= {"chunk": facts["metadata"]["co.tapeout.chunk"], "parts": len(packages)}
+            how = (_DECODER_CARD if len(packages) == 1 else _CUT_CARD).format(**said)
             how += _expected(artifact.bytes_per_token)
-        return _CARD.format(how=how)
+        return _CARD.format(how=how, package=packages[0].name)
 
     def _open(self, artifact: Artifact, **settings: str | None) -> SessionSpec:
         return SessionSpec(_OPEN, {"directory": str(artifact.directory)} | settings)

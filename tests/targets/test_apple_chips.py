@@ -44,3 +44,12 @@ def test_the_card_has_the_table_of_its_own_bytes(tmp_path: Path) -> None:
     card = apple.card(replace(artifact, bytes_per_token=4_450_000_000))
     assert "a token reads 4.45 GB of weights" in card
     assert card.endswith(apple_chips.table(4_450_000_000))
+
+
+def test_the_card_of_a_cut_model_calls_its_packages_in_turn(tmp_path: Path) -> None:
+    pytest.importorskip("coremltools")
+    apple = Apple(sequence_length=64, chunks=3)
+    card = apple.card(apple.export(quantize(load("arithmetic"), "int4-g32"), tmp_path))
+    assert "compile artifact/model_1_of_3.mlpackage" in card
+    assert "cut into 3 packages" in card
+    assert 'output.featureValue(for: "nextHiddenStates")' in card
