@@ -102,7 +102,9 @@ class WorkerSession:
 
     def open(self, arguments: Mapping[str, Any]) -> None:
         """Let the factory open another session in the same process, which has paid for its imports; the first must be released."""
-        self.facts = Facts(**self._call("open", factory=self._name, arguments=dict(arguments)))
+        # A worker that was here before began elsewhere: a relative path is the caller's.
+        call = {"factory": self._name, "arguments": dict(arguments), "directory": os.getcwd()}
+        self.facts = Facts(**self._call("open", **call))
 
     def release(self) -> None:
         """Free the model but keep the process, for ``open``."""
@@ -333,6 +335,7 @@ def serve(requests: int, replies: int) -> None:
         try:
             if name == "open":
                 factory = arguments["factory"]
+                os.chdir(arguments["directory"])
                 session = SessionSpec(factory).imported()(**arguments["arguments"])
                 value = asdict(session.facts) if session else None
             elif name == "release":

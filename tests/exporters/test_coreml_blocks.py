@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensors import tensor_of
 
 from tapeout.errors import MissingToolchain, PackageError, SchemeError
 from tapeout.exporters import Exact, Refused, Rounded
@@ -19,7 +19,6 @@ from tapeout.exporters.coreml.blob import Blobs, Layout, Place, bits_of
 from tapeout.exporters.coreml.blocks import Container, Lut, Shift, container_of
 from tapeout.exporters.coreml.program import chain, library, quiet
 from tapeout.quantize import SCHEMES, QuantTensor, lattice
-from tapeout.quantize.tensor import pack
 
 try:
     library()
@@ -33,18 +32,6 @@ CARRIED = [
     if scheme.bits and not isinstance(blocks.carries(scheme), Refused)
 ]
 HOW = [(name, "") for name in CARRIED] + [("int3-g64", "ios26"), ("int2-g64", "ios26")]
-
-
-def tensor_of(scheme: str, codes: np.ndarray, **parts: Any) -> QuantTensor:
-    """A tensor of these codes [out, in] and these parts (see ``lattice.layout``), as a store has it."""
-    kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
-    layout = lattice.layout(SCHEMES[scheme], *codes.shape)
-    found = {
-        name: np.asarray(part, kinds[layout[name][0]]).reshape(layout[name][1])
-        for name, part in parts.items()
-    }
-    packed = pack(codes.astype(np.uint8), SCHEMES[scheme].bits)
-    return lattice.assemble({"codes": packed, **found}, SCHEMES[scheme], codes.shape[1])
 
 
 def random_tensor(scheme: str, rows: int = 3, into: int = 256, seed: int = 0) -> QuantTensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tensors import tensor_of
 
 from tapeout.exporters.gguf import blocks
 from tapeout.exporters.gguf.layout import block_of
@@ -18,18 +18,6 @@ from tapeout.quantize import SCHEMES, QuantTensor, lattice
 from tapeout.quantize.tensor import pack
 
 BLOCKS = {name: block for name, scheme in SCHEMES.items() if (block := block_of(scheme))}
-
-
-def tensor_of(scheme: str, codes: np.ndarray, **parts: Any) -> QuantTensor:
-    """A tensor of these codes [out, in] and these parts (see ``lattice.layout``), as a store has it."""
-    kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
-    layout = lattice.layout(SCHEMES[scheme], *codes.shape)
-    found = {
-        name: np.asarray(part, kinds[layout[name][0]]).reshape(layout[name][1])
-        for name, part in parts.items()
-    }
-    packed = pack(codes.astype(np.uint8), SCHEMES[scheme].bits)
-    return lattice.assemble({"codes": packed, **found}, SCHEMES[scheme], codes.shape[1])
 
 
 # Two rows, so that a transposition shows; codes 0 … 15 each twice or more (of 8 bits: steps of 3), which is neither symmetric

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import tensor_of
 
 from tapeout.exporters import Exact, Refused
 from tapeout.exporters.onnx import blocks
 from tapeout.exporters.onnx.blocks import Bnb4, Linear, NBits, container_of
 from tapeout.quantize import SCHEMES, QuantTensor, lattice
-from tapeout.quantize.tensor import pack
 
 Parts = dict[str, np.ndarray]
 CARRIED = [
@@ -22,18 +21,6 @@ CARRIED = [
     for name, scheme in SCHEMES.items()
     if scheme.bits and not isinstance(blocks.carries(scheme), Refused)
 ]
-
-
-def tensor_of(scheme: str, codes: np.ndarray, **parts: Any) -> QuantTensor:
-    """A tensor of these codes [out, in] and these parts (see ``lattice.layout``), as a store has it."""
-    kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
-    layout = lattice.layout(SCHEMES[scheme], *codes.shape)
-    found = {
-        name: np.asarray(part, kinds[layout[name][0]]).reshape(layout[name][1])
-        for name, part in parts.items()
-    }
-    packed = pack(codes.astype(np.uint8), SCHEMES[scheme].bits)
-    return lattice.assemble({"codes": packed, **found}, SCHEMES[scheme], codes.shape[1])
 
 
 def random_tensor(scheme: str, rows: int = 3, into: int = 256, seed: int = 0) -> QuantTensor:

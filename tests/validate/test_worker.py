@@ -56,6 +56,17 @@ def test_calls_cross_exactly(start: Open) -> None:
     assert session.detokenize(list("é\0漢".encode())) == "é\0漢"
 
 
+def test_a_worker_that_is_used_again_reads_relative_paths_as_its_caller_does(
+    start: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = start("Where")
+    assert session.detokenize([]) == os.getcwd()
+    session.release()
+    monkeypatch.chdir(tmp_path)
+    session.open({})
+    assert session.detokenize([]) == str(tmp_path)
+
+
 def test_large_arrays_cross(start: Open) -> None:
     logits = start("Echo").prefill(range(50_000))
     expected = (np.arange(50_000) * 1000 + np.arange(1, 50_001)).astype(np.float32)
