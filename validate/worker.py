@@ -22,6 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
@@ -103,7 +104,7 @@ class WorkerSession:
     def open(self, arguments: Mapping[str, Any]) -> None:
         """Let the factory open another session in the same process, which has paid for its imports; the first must be released."""
         # A worker that was here before began elsewhere: a relative path is the caller's.
-        call = {"factory": self._name, "arguments": dict(arguments), "directory": os.getcwd()}
+        call = {"factory": self._name, "arguments": dict(arguments), "directory": str(Path.cwd())}
         self.facts = Facts(**self._call("open", **call))
 
     def release(self) -> None:

@@ -60,7 +60,7 @@ def test_a_worker_that_is_used_again_reads_relative_paths_as_its_caller_does(
     start: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = start("Where")
-    assert session.detokenize([]) == os.getcwd()
+    assert session.detokenize([]) == str(Path.cwd())
     session.release()
     monkeypatch.chdir(tmp_path)
     session.open({})

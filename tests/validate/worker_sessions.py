@@ -50,7 +50,7 @@ class Where(Echo):
     """Says where relative paths begin."""
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return os.getcwd()
+        return str(Path.cwd())
 
 
 class Broken(Echo):
