@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -193,3 +194,23 @@ def report(result: dict[str, Any]) -> None:
     from tapeout.validate.throughput import machine
 
     print(json.dumps(result | {"machine": machine()}))
+
+
+def report_exports(
+    facts: dict[str, Any], ran: dict[str, list[Ran]], sizes: dict[str, int], *, width: int = 12
+) -> None:
+    """Print a line for each side of an export benchmark, and the JSON line with ``facts`` in front: median time, most memory, bytes."""
+    rows = {
+        who: {
+            "wall_s": round(statistics.median(each.wall_s for each in runs), 2),
+            "peak_rss_gb": round(max(each.peak_bytes for each in runs) / 1e9, 3),
+            "bytes": sizes[who],
+        }
+        for who, runs in ran.items()
+    }
+    for who, row in rows.items():
+        ratio = row["wall_s"] / rows["tapeout"]["wall_s"]
+        print(
+            f"{who:{width}} {row['wall_s']:7.2f} s, {row['peak_rss_gb']:6.3f} GB peak, {row['bytes'] / 1e6:7.1f} MB, {ratio:.2f}× our time"
+        )
+    report({**facts, "rows": rows})

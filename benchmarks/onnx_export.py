@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -53,27 +52,8 @@ def main() -> None:
                 else:
                     ran[who].append(common.run(peers[who], _EXPORT, who, model, scratch / "out"))
                 sizes[who] = sum(path.stat().st_size for path in (scratch / "out").rglob("*"))
-    rows = {
-        who: {
-            "wall_s": round(statistics.median(each.wall_s for each in runs), 2),
-            "peak_rss_gb": round(max(each.peak_bytes for each in runs) / 1e9, 3),
-            "bytes": sizes[who],
-        }
-        for who, runs in ran.items()
-    }
-    for who, row in rows.items():
-        ratio = row["wall_s"] / rows["tapeout"]["wall_s"]
-        print(
-            f"{who:8} {row['wall_s']:7.2f} s, {row['peak_rss_gb']:6.3f} GB peak, {row['bytes'] / 1e6:7.1f} MB, {ratio:.2f}× our time"
-        )
-    common.report(
-        {
-            "benchmark": "onnx_export",
-            "shape": arguments.shape,
-            "repeats": arguments.repeats,
-            "rows": rows,
-        }
-    )
+    facts = {"benchmark": "onnx_export", "shape": arguments.shape, "repeats": arguments.repeats}
+    common.report_exports(facts, ran, sizes, width=8)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "Target",
     "check_cache",
     "check_carries",
+    "check_counts",
     "default_scheme",
     "get",
     "names",
@@ -109,6 +110,14 @@ def default_scheme(target: Target | type[Target]) -> str:
 def options(target: Target) -> dict[str, Any]:
     """The options of a target that differ from their defaults."""
     return {f.name: getattr(target, f.name) for f in fields(target) if getattr(target, f.name) != f.default}  # type: ignore[arg-type]
+
+
+def check_counts(target: Target, *names: str) -> None:
+    """TapeoutError for one of these options that counts something and is below 1; None: it is not given."""
+    for name in names:
+        value = getattr(target, name)
+        if value is not None and value < 1:
+            raise TapeoutError(f"--{name.replace('_', '-')} is {value}; what fits: 1 or more.")
 
 
 def check_carries(target: Target, schemes: set[Scheme]) -> None:

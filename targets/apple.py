@@ -11,11 +11,10 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry, Rounded, coreml
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, apple_chips, graph_width
+from tapeout.targets import Memory, Progress, apple_chips, check_counts, graph_width
 from tapeout.targets.coreml import native
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
@@ -196,10 +195,7 @@ class Apple:
 
     def __post_init__(self) -> None:
         """TapeoutError for a number that is none."""
-        for name in ("sequence_length", "batch_size", "prefill_chunk", "chunks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TapeoutError(f"--{name.replace('_', '-')} is {value}; what fits: 1 or more.")
+        check_counts(self, "sequence_length", "batch_size", "prefill_chunk", "chunks")
 
     @property
     def needs(self) -> str:

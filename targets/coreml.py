@@ -22,6 +22,7 @@ from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, Tapeout
 from tapeout.exporters import coreml
 from tapeout.validate import mil
 from tapeout.validate.encoders import check_batch
+from tapeout.validate.given import check_ids, encoded
 from tapeout.validate.primitives import save
 from tapeout.validate.session import Facts, Logits, Shown
 
@@ -164,21 +165,13 @@ class _Worded:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, and of an encoder those around it are added."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+        encoded(text)
         return list(self._tokenizer.encode(text, add_special_tokens=self._around).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept."""
-        self._check(ids)
+        check_ids(ids, self._vocab_size)
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    def _check(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            found = f"token ids from {min(ids)} to {max(ids)}"
-            raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
 
 
 class _Running(_Worded):
@@ -232,7 +225,7 @@ class CoremlDecoder(_Running):
         self._length = 0
 
     def _room(self, ids: Sequence[int]) -> None:
-        self._check(ids)
+        check_ids(ids, self._vocab_size)
         if self._length + len(ids) > self.facts.context:
             raise TapeoutError(
                 f"{self._length + len(ids)} tokens do not fit the context of {self.facts.context}."

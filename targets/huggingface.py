@@ -18,7 +18,7 @@ from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.exporters import huggingface
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
-from tapeout.validate import primitives, reference
+from tapeout.validate import pretrained, primitives, reference
 
 _EMPTY: Mapping[str, Any] = {}
 
@@ -69,14 +69,7 @@ def _loaded(path: Path, method: str | None, inputs: bool) -> reference.Reference
     before, begin = psutil.Process().memory_info().rss, perf_counter()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        network, found = pretrained.loaded(AutoModelForCausalLM, path, config)
     except ImportError as error:
         raise MissingToolchain(
             f"transformers cannot load {path}: {error}. pip install 'tapeout[rocm]'"

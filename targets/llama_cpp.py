@@ -21,6 +21,7 @@ from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, Tapeout
 from tapeout.models import gguf_header
 from tapeout.targets.llama_cpp_trace import Tracer
 from tapeout.validate.encoders import check_batch
+from tapeout.validate.given import check_ids, encoded
 from tapeout.validate.session import KV_BITS, Facts, KvCache, Logits, Shown
 
 __all__ = ["LlamaCpp", "LlamaCppEncoder", "cache_bytes", "open_session"]
@@ -97,7 +98,7 @@ class LlamaCpp:
 
         Token by token, as llama.cpp's programs print: its ``llama_detokenize`` also drops spaces before punctuation.
         """
-        self._check_ids(ids)
+        check_ids(ids, self._vocab_size)
         pieces = [
             _piece(self._vocab, token, strip=self._space_prefix and at == 0) for at, token in enumerate(ids)
         ]
@@ -124,18 +125,13 @@ class LlamaCpp:
             self._context = self._model = 0
 
     def _check(self, ids: Sequence[int]) -> None:
-        self._check_ids(ids)
+        check_ids(ids, self._vocab_size)
         length = self._length + len(ids)
         if length > self.facts.context:
             raise TapeoutError(
                 f"{length} tokens do not fit the context of {self.facts.context}; that is the package's own, or what half of "
                 "the free memory has room for."
             )
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            found = f"token ids from {min(ids)} to {max(ids)}"
-            raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
 
     def _decode(self, ids: Sequence[int], outputs: int) -> Logits:
         """Run one batch; return a view of llama.cpp's own logits of the last ``outputs`` tokens, float32."""
@@ -218,10 +214,7 @@ class LlamaCppEncoder:
 
 def _tokenized(vocab: int, text: str, *, around: bool) -> list[int]:
     """Token ids of a text, special tokens in it recognised; ``around``: with those that the file puts there."""
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as error:
-        raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
+    data = encoded(text)
     llama, room = _library(), len(data) + 16
     while True:
         buffer = (ctypes.c_int32 * room)()

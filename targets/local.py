@@ -18,7 +18,7 @@ from tapeout.exporters.onnx.genai import CONFIG as GENAI
 from tapeout.models import DecoderConfig, EncoderConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, graph_width, llama_cpp, onnxruntime
+from tapeout.targets import Memory, Progress, check_counts, graph_width, llama_cpp, onnxruntime
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
@@ -80,10 +80,7 @@ class Local:
 
     def __post_init__(self) -> None:
         """TapeoutError for a cache that there is none of, a number that is none, and flags of another format."""
-        for name in ("threads", "context", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TapeoutError(f"--{name.replace('_', '-')} is {value}; what fits: 1 or more.")
+        check_counts(self, "threads", "context", "prefill_chunk")
         if self.kv_cache is not None and self.kv_cache not in _CACHE_TYPES:
             raise TapeoutError(
                 f"'{self.kv_cache}' is not a cache of target {self.name}{nearest(self.kv_cache, _CACHE_TYPES)}."

@@ -20,6 +20,7 @@ from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, Tapeout
 from tapeout.exporters.onnx import check_size
 from tapeout.models.module import SAMPLES
 from tapeout.validate.encoders import check_batch
+from tapeout.validate.given import check_ids, encoded
 from tapeout.validate.modules import Samples, rows
 from tapeout.validate.session import Facts, Logits
 
@@ -84,12 +85,12 @@ class OnnxRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        check_text(text)
+        encoded(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        self._check_ids(ids)
+        check_ids(ids, self._vocab_size)
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def close(self) -> None:
@@ -112,17 +113,12 @@ class OnnxRuntime:
         return cache
 
     def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-        self._check_ids(ids)
+        check_ids(ids, self._vocab_size)
         length = self._length + len(ids)
         if length > self.facts.context:
             raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
         for at in range(0, len(ids), self._chunk):
             yield at, ids[at : at + self._chunk]
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            found = f"token ids from {min(ids)} to {max(ids)}"
-            raise TapeoutError(f"{found} are not all in the vocabulary of {self._vocab_size}.")
 
     def _run(self, ids: Sequence[int], logits: Logits) -> None:
         """One step; the logits of its last tokens go into ``logits`` [wanted, vocab]."""
@@ -249,7 +245,7 @@ class OnnxEncoder:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` as the model takes it, the tokens around it too."""
-        check_text(text)
+        encoded(text)
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -307,7 +303,7 @@ class OnnxSeq2Seq:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` as the model takes it, with the token that ends it."""
-        check_text(text)
+        encoded(text)
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -333,10 +329,7 @@ class OnnxSeq2Seq:
             raise TapeoutError(
                 f"{before + len(ids)} tokens do not fit the context of {self.facts.context}, or there are none."
             )
-        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            raise TapeoutError(
-                f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {self._vocab_size}."
-            )
+        check_ids(ids, self._vocab_size)
 
 
 def ran(session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
@@ -373,14 +366,6 @@ def _room(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         with contextlib.suppress(OSError):  # a kernel that has none
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.float32).reshape(shape)
-
-
-def check_text(text: str) -> None:
-    """TapeoutError for a text that no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TapeoutError(f"the text cannot be tokenized, since it is not Unicode: {error}.") from error
 
 
 def _overflows() -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from tapeout.errors import MissingToolchain, PackageError, TapeoutError
 from tapeout.exporters.onnx import check_size
 from tapeout.models.graph import inside
-from tapeout.targets.onnxruntime import check_text, load_graph, ran, tokenizer_of
+from tapeout.targets.onnxruntime import load_graph, ran, tokenizer_of
+from tapeout.validate.given import encoded
 from tapeout.validate.primitives import save
 from tapeout.validate.session import Facts, Shown
 
@@ -61,7 +62,7 @@ class TracedOnnx:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids as the deployed session gives them."""
-        check_text(text)
+        encoded(text)
         return list(self._tokenizer.encode(text, add_special_tokens=self._encodes).ids)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tapeout.errors import TapeoutError
 from tapeout.models import EncoderConfig, Model, efficient
 from tapeout.validate import pretrained
+from tapeout.validate.given import check_ids
 from tapeout.validate.session import Facts, Logits
 
 __all__ = ["EncoderReference", "check_batch", "network", "padded"]
@@ -46,10 +47,7 @@ def check_batch(
         raise TapeoutError(f"a mask is 0 at padding and 1 elsewhere; found {seen.min()} … {seen.max()}.")
     if rows.shape[1] > context:
         raise TapeoutError(f"{rows.shape[1]} tokens do not fit the context of {context}.")
-    if not 0 <= rows.min() <= rows.max() < vocab_size:
-        raise TapeoutError(
-            f"token ids from {rows.min()} to {rows.max()} are not all in the vocabulary of {vocab_size}."
-        )
+    check_ids((int(rows.min()), int(rows.max())), vocab_size)
     return rows, seen
 
 

@@ -21,9 +21,18 @@ def load(kind: Any, directory: Path, config: Any, unseen: tuple[str, ...] = ()) 
     Raises:
         ModelError: transformers would make up a weight.
     """
+    network, found = loaded(kind, directory, config)
+    names = map(str, {*found["missing_keys"], *found["mismatched_keys"]})
+    if made_up := sorted(name for name in names if not name.startswith(unseen)):
+        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {directory}.")
+    return network.eval()
+
+
+def loaded(kind: Any, directory: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The same before it was looked at: the network, and what transformers says of its loading."""
     import torch
 
-    network, found = kind.from_pretrained(
+    found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
         directory,
         config=config,
         dtype=torch.float32,
@@ -31,10 +40,7 @@ def load(kind: Any, directory: Path, config: Any, unseen: tuple[str, ...] = ()) 
         local_files_only=True,
         output_loading_info=True,
     )
-    names = map(str, {*found["missing_keys"], *found["mismatched_keys"]})
-    if made_up := sorted(name for name in names if not name.startswith(unseen)):
-        raise ModelError(f"transformers does not find {', '.join(made_up[:3])} in {directory}.")
-    return network.eval()
+    return found
 
 
 def tokenizer(directory: Path) -> Any:

@@ -26,6 +26,7 @@ from tapeout.exporters import gguf
 from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
 from tapeout.validate import encoders, modules, pretrained, seq2seq
+from tapeout.validate.given import check_ids
 from tapeout.validate.rounding import CACHES, ROUNDED, as_cached, round_q8_0
 from tapeout.validate.session import Facts, Logits
 
@@ -116,11 +117,7 @@ class Reference:
         length = self._cache.get_seq_length() + len(ids)
         if length > self.facts.context:
             raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
-        vocab = self._vocab_size
-        if ids and not 0 <= min(ids) <= max(ids) < vocab:
-            raise TapeoutError(
-                f"token ids from {min(ids)} to {max(ids)} are not all in the vocabulary of {vocab}."
-            )
+        check_ids(ids, self._vocab_size)
         for at in range(0, len(ids), _CHUNK):
             yield at, ids[at : at + _CHUNK]
 

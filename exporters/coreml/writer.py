@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,12 +191,7 @@ def resolved(quant: Quantized, options: Options) -> Options:
 def _check_states(config: DecoderConfig, options: Options) -> None:
     """ModelError for caches that are too large."""
     assert options.sequence_length
-    assert options.layers
-
-    def size(context: int) -> int:
-        assert options.layers
-        return nbytes(state_shapes(config, context, options.batch_size, range(options.layers))[0])
-
+    size = partial(cache_bytes, config, batch=options.batch_size, layers=options.layers)
     if (found := size(options.sequence_length)) <= STATES:
         return
     fits = 1 << options.sequence_length.bit_length()
@@ -207,9 +203,9 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
     )
 
 
-def cache_bytes(config: DecoderConfig, context: int, batch: int = 1) -> int:
-    """Bytes of the caches of a decoder, float16."""
-    return nbytes(state_shapes(config, context, batch, range(config.num_layers))[0])
+def cache_bytes(config: DecoderConfig, context: int, batch: int = 1, layers: int | None = None) -> int:
+    """Bytes of the caches of a decoder's first layers, float16; None: of all."""
+    return nbytes(state_shapes(config, context, batch, range(layers or config.num_layers))[0])
 
 
 def build(quant: Quantized, options: Options, part: int = 0) -> tuple[Graph, Any]:

@@ -29,7 +29,7 @@ FLOATS_ALIKE = (
 LIBRARY = "bitsandbytes"
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
-_SUFFIXES = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+SUFFIXES = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
 
 
 def carries(scheme: Scheme) -> Carry:
@@ -99,11 +99,6 @@ def statement(schemes: Mapping[str, Scheme], floats: Sequence[str]) -> dict[str,
     }
 
 
-def suffixes(base: str) -> tuple[str, ...]:
-    """Names of the tensors that may stand for the weight of module ``base``."""
-    return tuple(f"{base}.{suffix}" for suffix in _SUFFIXES)
-
-
 class Reader:
     """Reads weights back by the library's own unpacking.
 
@@ -120,7 +115,7 @@ class Reader:
         import torch
         from bitsandbytes.functional import QuantState
 
-        names = (f"{base}.{suffix}" for suffix in _SUFFIXES)
+        names = (f"{base}.{suffix}" for suffix in SUFFIXES)
         found = {name: self._tensors[name] for name in names if name in self._tensors}
         if not found:
             return None

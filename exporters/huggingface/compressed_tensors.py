@@ -28,7 +28,7 @@ FLOATS_ALIKE = False  # loaders bring every float to one type
 LIBRARY = "compressed_tensors"
 
 _VERSION = "0.20.0"  # of the library whose layout this is
-_SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale")
+SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale")
 
 
 def carries(scheme: Scheme) -> Carry:
@@ -150,11 +150,6 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     }
 
 
-def suffixes(base: str) -> tuple[str, ...]:
-    """Names of the tensors that may stand for the weight of module ``base``."""
-    return tuple(f"{base}.{suffix}" for suffix in _SUFFIXES)
-
-
 class Reader:
     """Reads weights back by the library's own unpacking.
 
@@ -175,7 +170,7 @@ class Reader:
         return next((group for group in groups if base in group.targets), groups[0])
 
     def _state(self, base: str) -> dict[str, Any]:
-        names = ("weight", *_SUFFIXES)
+        names = ("weight", *SUFFIXES)
         return {name: self._tensors[f"{base}.{name}"] for name in names if f"{base}.{name}" in self._tensors}
 
     def codes(self, base: str) -> QuantTensor | None:

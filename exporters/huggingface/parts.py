@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,11 @@ class Part:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * WIDTHS[self.dtype]
+
+
+def beside(base: str, suffixes: Iterable[str]) -> tuple[str, ...]:
+    """Names of the tensors that may stand for the weight of module ``base``, by the suffixes of a format."""
+    return tuple(f"{base}.{suffix}" for suffix in suffixes)
 
 
 def held(array: Array, dtype: str | None = None) -> Part:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tapeout.errors import MissingToolchain, PackageError
 from tapeout.exporters import Artifact
+from tapeout.exporters.huggingface.parts import beside
 from tapeout.exporters.huggingface.writer import FORMATS, INDEX
 from tapeout.quantize import Quantized, QuantTensor
 
@@ -69,7 +70,7 @@ def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, Quan
         left = set(tensors)
         for name in quant:
             base = name.removesuffix(".weight")
-            left -= {name, *(suffixes(base) if suffixes else ())}
+            left -= {name, *beside(base, suffixes)}
             if reader is not None and (codes := reader.codes(base)) is not None:
                 yield name, codes
             elif name in tensors:
@@ -88,35 +89,35 @@ def read_weights(directory: Path) -> Iterator[tuple[str, Floats]]:
     with ExitStack() as stack:
         tensors = Tensors(directory, stack)
         reader, suffixes = _reader(directory, tensors)
-        beside: set[str] = set()
+        read: set[str] = set()
         for name in tensors:
             base = name.removesuffix("_packed").removesuffix(".weight")
-            if name in beside or not name.endswith((".weight", ".weight_packed")):
+            if name in read or not name.endswith((".weight", ".weight_packed")):
                 continue
             found = reader.weight(base) if reader is not None else None
-            if found is not None and suffixes:
-                beside |= {f"{base}.weight", *suffixes(base)}
+            if found is not None:
+                read |= {f"{base}.weight", *beside(base, suffixes)}
             yield f"{base}.weight", tensors[name].float().numpy() if found is None else found
         for name in tensors:
-            if name not in beside and not name.endswith((".weight", ".weight_packed")):
+            if name not in read and not name.endswith((".weight", ".weight_packed")):
                 yield name, tensors[name].float().numpy()
 
 
-def _reader(directory: Path, tensors: Tensors) -> tuple[Any, Any]:
-    """What reads the codes of a directory, by its ``quantization_config``, and the names of their tensors; None: all are floats."""
+def _reader(directory: Path, tensors: Tensors) -> tuple[Any, tuple[str, ...]]:
+    """What reads the codes of a directory, by its ``quantization_config``, and the suffixes of their tensors; None: all are floats."""
     try:
         said = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError) as error:
         raise PackageError(f"{directory / 'config.json'} cannot be read: {error}.") from error
     if said is None:
-        return None, None
+        return None, ()
     packing = FORMATS.get(str(said.get("quant_method")))
     if packing is None:
         raise PackageError(
             f"{directory / 'config.json'} names the method {said.get('quant_method')}, which is none of these."
         )
     try:
-        return packing.Reader(said, tensors), packing.suffixes
+        return packing.Reader(said, tensors), packing.SUFFIXES
     except ImportError as error:
         raise MissingToolchain(
             f"reading the format needs {packing.LIBRARY} ({error}): pip install 'tapeout[rocm]'"

@@ -18,7 +18,7 @@ import numpy as np
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Artifact, Carry, Exact
 from tapeout.exporters.huggingface import bitsandbytes, compressed_tensors
-from tapeout.exporters.huggingface.parts import WIDTHS, Part, halves
+from tapeout.exporters.huggingface.parts import WIDTHS, Part, beside, halves
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
 from tapeout.models import DecoderConfig, Role, SourceTensor
@@ -323,7 +323,7 @@ def _bytes_per_token(quant: Quantized, packing: ModuleType, parts: Mapping[str, 
     config, total = quant.model.decoder, 0.0
     for name, spec in quant.model.specs.items():
         base = name.removesuffix(".weight")
-        own = {name, *packing.suffixes(base)}
+        own = {name, *beside(base, packing.SUFFIXES)}
         share = 1.0
         if spec.role is Role.EMBEDDING and not config.tie_word_embeddings:
             share = 1 / spec.shape[0]

@@ -205,7 +205,7 @@ def load(path: str | Path) -> Program:
     model = messages.Model()
     try:
         model.ParseFromString(model_path.read_bytes())
-    except Exception as error:
+    except Exception as error:  # protobuf's
         raise PackageError(f"{model_path} is not a Core ML model: {error}.") from error
     if model.WhichOneof("Type") != "mlProgram":
         raise PackageError(f"{model_path} is a {model.WhichOneof('Type')}, not an mlProgram.")
