@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,24 +36,33 @@ def why_not_loaded(directory: Path) -> str | None:
     return None
 
 
-def open_session(directory: str, inputs: bool = True, threads: int | None = None) -> reference.Reference:
-    """Load a directory in float32 on the CPU; called in a worker process.
+def open_session(
+    directory: str, inputs: bool = True, threads: int | None = None, device: Literal["cpu"] | None = None
+) -> Any:
+    """Load a directory, onto a GPU where torch sees one and in float32 on the CPU elsewhere; called in a worker process.
 
     Args:
         directory: with config.json, safetensors files and the tokenizer.
         inputs: whether inputs are rounded where the directory says so.
         threads: of torch; None: its own choice.
+        device: ``cpu``: there, whatever else is here.
 
     Raises:
         MissingToolchain: transformers or the format's library is absent. ModelError: the loader does not find every weight.
     """
     path = Path(directory)
+    reference.prepare(threads)
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        from tapeout.targets import gpu
+
+        return gpu.open_session(path)
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
     method = (said.get("quantization_config") or _EMPTY).get("quant_method")
     if why_not_loaded(path):
         session = reference.open_weights(path, huggingface.read_weights(path), threads=threads)
     else:
-        reference.prepare(threads)
         session = _loaded(path, method, inputs)
     facts = session.facts
     library = f", {method} {version(method)}" if method else ""

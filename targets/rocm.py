@@ -119,9 +119,8 @@ class Rocm:
             if artifact.containers[name] == "F16" and getattr(quant[name], "dtype", "") != "F16"
         )
         deployed = self.session(artifact)
-        exact = deployed
-        if any(scheme.activations for scheme in quant.schemes.values()):
-            exact = replace(deployed, arguments={**deployed.arguments, "inputs": False})
+        rounded = any(scheme.activations for scheme in quant.schemes.values())
+        exact = replace(deployed, arguments={**deployed.arguments, "inputs": not rounded, "device": "cpu"})
         return [
             Lowering("weights", exact, "max", _WEIGHTS_DERIVATION, 1e-4, values=values),
             Lowering("runtime", deployed, "kl", _RUNTIME_DERIVATION),

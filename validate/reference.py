@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tapeout.validate.rounding import Round
 
-__all__ = ["Reference", "open_session", "open_weights"]
+__all__ = ["Reference", "open_session", "open_weights", "place_of", "tensors_of"]
 
 Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
 
@@ -97,7 +97,7 @@ class Reference:
         """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
         import torch
 
-        place = _place(_tensors(self._network), name)
+        place = place_of(tensors_of(self._network), name)
         if place is None:
             raise ModelError(f"transformers has no parameter {name}.")
         tensor, part = place
@@ -232,11 +232,11 @@ def open_weights(
     network = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     left = {name: tensor.numel() for name, tensor in tensors.items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
     for name, weight in weights:
-        if place := _place(tensors, name):
+        if place := place_of(tensors, name):
             left[names[id(place[0])]] -= weight.size
             _put(place, weight)
     if missing := [name for name, count in left.items() if count]:
@@ -300,12 +300,12 @@ def _network(source: Model, layers: int | None) -> Any:
 
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     same = _same(quant)
     for name, scheme in quant.schemes.items():
         if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
-        place = _place(tensors, name)
+        place = place_of(tensors, name)
         if place is None and not cut:
             raise ModelError(
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
@@ -313,16 +313,16 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         if place is not None:
             weight = quant.float32(name)
             stored = np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
-            for other in (place, *(_place(tensors, each) for each in same.get(name, ()))):
+            for other in (place, *(place_of(tensors, each) for each in same.get(name, ()))):
                 if other is not None:
                     _put(other, stored)
 
 
 def _narrow(network: Any, quant: Quantized | None, names: Iterable[str]) -> None:
     """Let tensors be what is left of them in a file whose widest float is float16: of codes, the codebook and the scales."""
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     for name in names:
-        place = _place(tensors, name)
+        place = place_of(tensors, name)
         if place is None:
             continue
         tensor, part = place
@@ -354,7 +354,7 @@ _Place = tuple[Any, tuple[Any, ...] | None]
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(?:down_proj|w2))\.weight")
 
 
-def _tensors(network: Any) -> dict[str, Any]:
+def tensors_of(network: Any) -> dict[str, Any]:
     """All that a checkpoint holds, by transformers' names."""
     saved = network.state_dict().keys()
     buffers = {name: buffer for name, buffer in network.named_buffers() if name in saved}
@@ -369,7 +369,7 @@ def _other_names(network: Any, source: Model) -> dict[str, str]:
     """Transformers' names for tensors of a family that has no file here, where it has others than the checkpoint: by their values."""
     import torch
 
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     found: dict[str, str] = {}
     for name in source.specs:
         if name not in tensors:
@@ -385,7 +385,7 @@ def _other_names(network: Any, source: Model) -> dict[str, str]:
     return found
 
 
-def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
+def place_of(tensors: Mapping[str, Any], name: str) -> _Place | None:
     """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere."""
     name = name.replace(".block_sparse_moe.", ".mlp.")
     if name in tensors:
@@ -439,10 +439,10 @@ def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str]
     import torch
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is [in, out]
 
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     rounds: dict[tuple[int, Any], Round | None] = {}
     for name in quant.schemes:
-        if place := _place(tensors, name):
+        if place := place_of(tensors, name):
             tensor, part = place
             rounds[id(tensor), None if part is None else part[0]] = how(quant, name)
     for module in network.modules():

@@ -35,6 +35,7 @@ class Facts:
         resident_bytes: memory of the process that the model added, in bytes.
         context: most tokens that a sequence may have.
         emulated: no device of the target runs it: its numbers are the target's, its speed and memory are not.
+        bandwidth: bytes a second of the device's own memory, where that is not the machine's.
     """
 
     runtime: str
@@ -43,6 +44,7 @@ class Facts:
     resident_bytes: int
     context: int
     emulated: bool = False
+    bandwidth: float | None = None
 
 
 class Session(Protocol):
