@@ -104,13 +104,14 @@ def kernels(sweep: bool) -> Iterator[tuple[str, Any]]:
         for scheme in ("int4-g32", "int8", "nf4"):
             for out, into in MATRICES["8b"][1:]:
                 layer, x = codes(scheme, out, into), torch.randn(1, into, device="cuda").half()
-                for height, width, warps in itertools.product((4, 8, 16), (512, 1024, 2048), (2, 4, 8)):
-                    gpu_kernels._ROWS, gpu_kernels._COLUMNS, gpu_kernels._WARPS = height, width, warps
+                settings = itertools.product((1, 2, 4, 8), (512,), (2, 4), (1, 4))
+                for setting in settings:
+                    gpu_kernels._ROWS, gpu_kernels._COLUMNS, gpu_kernels._WARPS, gpu_kernels._UNROLL = setting
                     took = seconds(graphed(lambda layer=layer, x=x: layer.times(x)), 9)
-                    rows.append((scheme, out, into, height, width, warps, round(took * 1e6, 1)))
+                    rows.append((scheme, out, into, *setting, round(took * 1e6, 1)))
                 best = sorted(r for r in rows if r[:3] == (scheme, out, into))
                 best.sort(key=lambda r: r[-1])
-                print("sweep", scheme, out, into, best[:4], "worst", best[-1][-1], flush=True)
+                print("sweep", scheme, out, into, best[:8], flush=True)
         yield "sweep", rows
         return
     found = []
@@ -216,7 +217,8 @@ def checkpoint(shape: str, work: Path) -> tuple[Path, int]:
 
 def chosen_on_gpu(model: Any, scheme: str) -> dict[str, int]:
     """Codes of the first layer chosen by torch on the GPU under the CPU's scales, against the CPU's: how many differ, and how many of
-    those are no ties, where the two levels are as near."""
+    those are no ties, where the two levels are as near.
+    """
     differ = total = farther = 0
     kind = SCHEMES[scheme]
     for name, spec in model.specs.items():
@@ -399,7 +401,7 @@ def main() -> None:
         begin = time.perf_counter()
         ways = {
             "kernels": lambda: kernels(arguments.sweep),
-            "calibration": lambda: calibration(arguments.work),
+            "calibration": lambda: calibration(arguments.work, arguments.trained),
         }
         for name, found in ways.get(part, lambda part=part: shape_of(part, arguments.work))():
             result[name] = found

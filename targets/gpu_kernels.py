@@ -1,7 +1,10 @@
-"""Triton kernels that multiply with codes as they lie in a file: no float copy of a weight is made to decode a token.
+"""Triton kernels that multiply with codes: no float copy of a weight is made to decode a token.
 
 The same source runs on NVIDIA and AMD GPUs, and in Triton's interpreter on a CPU (``TRITON_INTERPRET=1``), where tests hold it to
 ``QuantTensor.dequantize``. A weight is ``(level - zero) * scale``, in float32; sums are float32.
+
+Bytes of two codes are paired anew when they are loaded: over a block of codes, a whole part of a group, byte i holds code i in its low
+nibble and in its high one the code half a block later. Both halves then lie beside one another, as their inputs do.
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ import triton.language as tl
 FEW = 4
 """Rows of inputs up to which ``times`` reads codes; for more, ``widen`` and the library's matmul are faster."""
 
-_ROWS, _COLUMNS, _WARPS = 8, 512, 4
+# As they were fastest on an H200: rows of a program, codes of a step, warps, and steps that are unrolled.
+_ROWS, _COLUMNS, _WARPS, _UNROLL = 4, 512, 4, 2
 
 
 @triton.jit
 def _levels(codes, table, KIND: tl.constexpr, LOWEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """What codes stand for, float32: a count from LOWEST, a float8, or an entry of a table."""
+    wide = codes.to(tl.int32)
     if KIND == "linear":
-        return codes.to(tl.float32) + LOWEST
+        # 2^23 and the code, as the bits of a float32: conversions of integers are slow.
+        return (wide | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - LOWEST)
     if KIND == "e4m3":
-        # Sign, exponent and fraction in the places of float16, whose bias is 8 larger: exact, subnormals too.
-        bits = ((codes.to(tl.int32) & 0x80) << 8) | ((codes.to(tl.int32) & 0x7F) << 7)
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.load(table + codes.to(tl.int32))
+        # Sign, exponent and fraction in the places of a float32, whose bias is 120 larger: exact, subnormals too.
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.load(table + wide)
 
 
 @triton.jit
@@ -46,36 +52,47 @@ def _times(  # type: ignore[no-untyped-def]
     NIBBLES: tl.constexpr,
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PART: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """One row of inputs times ROWS rows of weights; a step takes GROUPS groups, or as much of one, PART bytes of each."""
+    """One row of inputs times ROWS rows of weights; a step takes BLOCKS blocks of PART bytes. WHOLE: no row or column is left over."""
     each: tl.constexpr = 2 if NIBBLES else 1
     x += tl.program_id(0) * into
     y += tl.program_id(0) * out
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None, None]
     groups = into // group
+    nth = tl.arange(0, BLOCKS)[None, :, None]
     inside = tl.arange(0, PART)[None, None, :]
-    nth = tl.arange(0, GROUPS)[None, :, None]
-    total = tl.zeros((ROWS, GROUPS, PART), tl.float32)
-    for start in range(0, into, GROUPS * PART * each):
+    packed += row.to(tl.int64) * (into // each)
+    total = tl.zeros((ROWS, BLOCKS, PART), tl.float32)
+    for start in tl.range(0, into, BLOCKS * PART * each, loop_unroll_factor=UNROLL):
+        at = start + nth * (PART * each) + inside
+        g = row * groups + (start + nth * (PART * each)) // group
         byte = start // each + nth * PART + inside
-        at = byte * each
+        if WHOLE:
+            codes = tl.load(packed + byte)
+            step = tl.load(scale + g).to(tl.float32)
+        else:
+            real = (row < out) & (start + nth * (PART * each) < into)
+            codes = tl.load(packed + byte, mask=real, other=0)
+            step = tl.load(scale + g, mask=real, other=0.0).to(tl.float32)
         there = at < into
-        g = (start + nth * PART * each) // group
-        real = (row < out) & (g < groups)
-        codes = tl.load(packed + row.to(tl.int64) * (into // each) + byte, mask=(row < out) & there, other=0)
-        step = tl.load(scale + row * groups + g, mask=real, other=0.0).to(tl.float32)
+        if ZERO:
+            middle = tl.load(zero + g) if WHOLE else tl.load(zero + g, mask=real, other=0)
+            middle = middle.to(tl.float32)
         first = _levels(codes & 0xF if NIBBLES else codes, table, KIND, LOWEST)
         if ZERO:
-            middle = tl.load(zero + row * groups + g, mask=real, other=0).to(tl.float32)
             first -= middle
-        part = first * tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+        given = tl.load(x + at) if WHOLE else tl.load(x + at, mask=there, other=0.0)
+        part = first * given.to(tl.float32)
         if NIBBLES:
             second = _levels(codes >> 4, table, KIND, LOWEST)
             if ZERO:
                 second -= middle
-            part += second * tl.load(x + at + 1, mask=there, other=0.0).to(tl.float32)
+            given = tl.load(x + at + PART) if WHOLE else tl.load(x + at + PART, mask=there, other=0.0)
+            part += second * given.to(tl.float32)
         total += part * step
     found = tl.sum(tl.sum(total, 2), 1)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -95,31 +112,30 @@ def _widen(  # type: ignore[no-untyped-def]
     LOWEST: tl.constexpr,
     NIBBLES: tl.constexpr,
     ZERO: tl.constexpr,
-    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """BYTES bytes of a row of codes as weights."""
+    """BLOCKS blocks of a row of codes as weights."""
     each: tl.constexpr = 2 if NIBBLES else 1
     row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    at = byte * each
+    begin = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[:, None]) * PART
+    byte = begin + tl.arange(0, PART)[None, :]
+    at = begin * each + tl.arange(0, PART)[None, :]
     there = at < into
-    groups = into // group
+    g = row * (into // group) + begin * each // group
+    real = begin * each < into
     codes = tl.load(packed + row * (into // each) + byte, mask=there, other=0)
-    step = tl.load(scale + row * groups + at // group, mask=there, other=0.0).to(tl.float32)
+    step = tl.load(scale + g, mask=real, other=0.0).to(tl.float32)
     first = _levels(codes & 0xF if NIBBLES else codes, table, KIND, LOWEST)
     if ZERO:
-        middle = tl.load(zero + row * groups + at // group, mask=there, other=0).to(tl.float32)
+        middle = tl.load(zero + g, mask=real, other=0).to(tl.float32)
         first -= middle
-    first = (first * step).to(y.dtype.element_ty)
+    tl.store(y + row * into + at, (first * step).to(y.dtype.element_ty), mask=there)
     if NIBBLES:
         second = _levels(codes >> 4, table, KIND, LOWEST)
         if ZERO:
             second -= middle
-        both = tl.join(first, (second * step).to(y.dtype.element_ty))
-        place = at[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(y + row * into + place, both, mask=place < into)
-    else:
-        tl.store(y + row * into + at, first, mask=there)
+        tl.store(y + row * into + at + PART, (second * step).to(y.dtype.element_ty), mask=there)
 
 
 class Codes(torch.nn.Module):
@@ -149,7 +165,9 @@ class Codes(torch.nn.Module):
         self.out_features, self.in_features = len(packed), packed.shape[1] * 8 // bits
         self.group = self.in_features // scale.shape[1]
         self.kind, self.lowest = _kind(levels)
-        self.register_buffer("packed", packed.contiguous())
+        block = min(self.group, _COLUMNS)
+        self.part = (block & -block) * bits // 8  # bytes of a block: a power of two that divides the group
+        self.register_buffer("packed", self._paired(packed) if bits == 4 else packed.contiguous())
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("zero", zero)
         self.bias = bias
@@ -168,11 +186,7 @@ class Codes(torch.nn.Module):
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] to [rows, out], reading codes once for each row."""
         y = torch.empty((len(x), self.out_features), dtype=x.dtype, device=x.device)
-        each = 8 // self.bits
-        part = min(self.group, _COLUMNS)
-        part &= -part  # a power of two that divides the group
-        grid = (len(x), triton.cdiv(self.out_features, _ROWS))
-        _times[grid](
+        _times[len(x), triton.cdiv(self.out_features, _ROWS)](
             x.contiguous(),
             *self._given(),
             y,
@@ -181,8 +195,9 @@ class Codes(torch.nn.Module):
             self.group,
             **self._what(),
             ROWS=_ROWS,
-            GROUPS=_COLUMNS // part,
-            PART=part // each,
+            BLOCKS=_COLUMNS * self.bits // 8 // self.part,
+            WHOLE=self.out_features % _ROWS == 0 and self.in_features % _COLUMNS == 0,
+            UNROLL=_UNROLL,
             num_warps=_WARPS,
         )
         return y
@@ -190,9 +205,15 @@ class Codes(torch.nn.Module):
     def widen(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in floats, [out, in]."""
         y = torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.packed.device)
+        blocks = 1024 // self.part
         grid = (self.out_features, triton.cdiv(self.packed.shape[1], 1024))
-        _widen[grid](*self._given(), y, self.in_features, self.group, **self._what(), BYTES=1024)
+        _widen[grid](*self._given(), y, self.in_features, self.group, **self._what(), BLOCKS=blocks)
         return y
+
+    def _paired(self, packed: torch.Tensor) -> torch.Tensor:
+        """Bytes that pair neighbours as bytes that pair a block's halves."""
+        codes = torch.stack((packed & 0xF, packed >> 4), -1).reshape(len(packed), -1, 2, self.part)
+        return (codes[:, :, 0] | (codes[:, :, 1] << 4)).reshape(packed.shape)
 
     def _given(self) -> tuple[torch.Tensor, ...]:
         zero = self.scale if self.zero is None else self.zero
@@ -204,6 +225,7 @@ class Codes(torch.nn.Module):
             "LOWEST": self.lowest,
             "NIBBLES": self.bits == 4,
             "ZERO": self.zero is not None,
+            "PART": self.part,
         }
 
 

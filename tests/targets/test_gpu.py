@@ -51,7 +51,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def widen(self: Any, dtype: Any) -> Any:
         codes = self.packed
         if self.bits == 4:
-            codes = torch.stack((codes & 0xF, codes >> 4), -1).reshape(len(codes), -1)
+            halves = codes.reshape(len(codes), -1, self.part)
+            codes = torch.cat((halves & 0xF, halves >> 4), -1).reshape(len(codes), -1)
         weight = self.levels[codes.int()].reshape(len(codes), -1, self.group)
         if self.zero is not None:
             weight = weight - self.zero[:, :, None].float()
