@@ -158,7 +158,7 @@ def peers(wide: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
     return found
 
 
-def calibration(work: Path, trained: str) -> Iterator[tuple[str, Any]]:
+def calibration(work: Path, trained: str, text: Path | None) -> Iterator[tuple[str, Any]]:
     """Rounding with data, on the CPU and on the GPU: codes that differ, and seconds."""
     fields = {
         "hidden_size": 1024,
@@ -175,6 +175,7 @@ def calibration(work: Path, trained: str) -> Iterator[tuple[str, Any]]:
     found = []
     for name, path in models.items():
         model = load(path)
+        heldout = text if path == trained else None
         for rounding, scheme in (("gptq", "int4-g128"), ("awq", "int4-g128"), ("smoothquant", "w8a8")):
             took, stores = {}, {}
             for device in ("cpu", "cuda", "cuda"):  # the first on the GPU makes its workspaces
@@ -205,9 +206,29 @@ def calibration(work: Path, trained: str) -> Iterator[tuple[str, Any]]:
                 "cpu_s": round(took["cpu"], 2),
                 "gpu_s": round(took["cuda"], 2),
             }
+            if heldout:
+                row |= {f"kl_{device}": round(kl, 5) for device, kl in losses(model, stores, heldout).items()}
             found.append(row)
             print("calibration:", row, flush=True)
     yield "calibration", found
+
+
+def losses(model: Any, stores: dict[str, Any], text: Path) -> dict[str, float]:
+    """Mean KL of each store's codes to the original, over 16 windows of 256 tokens."""
+    original = reference.open_session(str(model.directory))
+    ids = original.tokenize(text.read_text(encoding="utf-8")[:40000])[: 16 * 256]
+    found = {}
+    for device, quant in stores.items():
+        other = reference.open_session(str(model.directory), str(quant.directory))
+        each = []
+        for at in range(0, len(ids), 256):
+            pair = []
+            for session in (original, other):
+                session.reset()
+                pair.append(session.prefill(ids[at : at + 256]).astype(np.float64))
+            each.append(kl_divergence(*pair).mean())
+        found[device] = float(np.mean(each))
+    return found
 
 
 def checkpoint(shape: str, work: Path) -> tuple[Path, int]:
@@ -389,6 +410,7 @@ def main() -> None:
     parser.add_argument(
         "--trained", default="text2sql", help="a model whose weights are no noise, for calibration"
     )
+    parser.add_argument("--heldout", type=Path, help="a text of its kind that calibration does not see")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -401,7 +423,7 @@ def main() -> None:
         begin = time.perf_counter()
         ways = {
             "kernels": lambda: kernels(arguments.sweep),
-            "calibration": lambda: calibration(arguments.work, arguments.trained),
+            "calibration": lambda: calibration(arguments.work, arguments.trained, arguments.heldout),
         }
         for name, found in ways.get(part, lambda part=part: shape_of(part, arguments.work))():
             result[name] = found

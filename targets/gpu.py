@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -91,6 +92,9 @@ def load(
     network.tie_weights()
     if missing := sorted(name for name, each in network.named_parameters() if each.is_meta):
         raise ModelError(f"{path} holds no {', '.join(missing[:3])}.")
+    for module in network.modules():
+        if hasattr(module, "variance_epsilon"):  # Llama's norm and its like, as one kernel in place of eight
+            module.forward = partial(_norm, module)
     for module in network.modules():  # what is not in the files: RoPE's frequencies
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -137,6 +141,10 @@ def _fill(
             tensors = reference.tensors_of(network)
             stacked, part = cast(Any, reference.place_of(tensors, name))
         stacked.data[part] = value
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _set(network: Any, old: torch.Tensor, value: torch.Tensor) -> None:
@@ -265,7 +273,7 @@ def _cache_kind() -> Any:
     """Keys and values at fixed places, written where ``place`` says; transformers' kind, made where it is imported."""
     from transformers.cache_utils import Cache
 
-    class Fixed(Cache):  # type: ignore[misc]
+    class Fixed(Cache):
         def __init__(self) -> None:
             super().__init__(layers=[])
             self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -274,7 +282,7 @@ def _cache_kind() -> Any:
 
         def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
             if layer not in self.kept:
-                self.kept[layer] = tuple(  # type: ignore[assignment]
+                self.kept[layer] = tuple(
                     each.new_zeros((*each.shape[:2], self.size, each.shape[3])) for each in (key, value)
                 )
             keys, values = self.kept[layer]
@@ -287,7 +295,7 @@ def _cache_kind() -> Any:
                 wider = tuple(each.new_zeros((*each.shape[:2], size, each.shape[3])) for each in pair)
                 for old, new in zip(pair, wider, strict=True):
                     new[:, :, : self.size] = old
-                self.kept[layer] = wider  # type: ignore[assignment]
+                self.kept[layer] = wider
             self.size = size
 
         def get_seq_length(self, *_: Any, **__: Any) -> int:

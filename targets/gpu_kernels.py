@@ -19,7 +19,7 @@ FEW = 4
 """Rows of inputs up to which ``times`` reads codes; for more, ``widen`` and the library's matmul are faster."""
 
 # As they were fastest on an H200: rows of a program, codes of a step, warps, and steps that are unrolled.
-_ROWS, _COLUMNS, _WARPS, _UNROLL = 4, 512, 4, 2
+_ROWS, _COLUMNS, _WARPS, _UNROLL = 4, 512, 2, 4
 
 
 @triton.jit
