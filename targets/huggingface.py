@@ -39,7 +39,10 @@ def why_not_loaded(directory: Path) -> str | None:
 def open_session(
     directory: str, inputs: bool = True, threads: int | None = None, device: Literal["cpu"] | None = None
 ) -> Any:
-    """Load a directory, onto a GPU where torch sees one and in float32 on the CPU elsewhere; called in a worker process.
+    """Load a directory; called in a worker process.
+
+    Where torch sees a GPU, onto it: by vLLM or TensorRT-LLM if one is installed, else by transformers with kernels of ours.
+    Elsewhere in float32 on the CPU.
 
     Args:
         directory: with config.json, safetensors files and the tokenizer.
@@ -55,9 +58,10 @@ def open_session(
     import torch
 
     if device is None and torch.cuda.is_available():
-        from tapeout.targets import gpu
+        from tapeout.targets import gpu, served
 
-        return gpu.open_session(path)
+        server = served.installed()
+        return served.open_session(path, server) if server else gpu.open_session(path)
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
     method = (said.get("quantization_config") or _EMPTY).get("quant_method")
     if why_not_loaded(path):
