@@ -131,14 +131,14 @@ class ModelOpt:
         """How to serve it."""
         loaders = _loaders(artifact)
         how = serving.Served.of(artifact, kv_cache=device.kv_cache)
-        ways = [serving.WAYS[name](how) for name in serving.WAYS if name in loaders]
+        ways = [serving.server(name, how) for name in loaders]
         if not loaders:
             ways = [
                 "No server loads these matrices as one package: TensorRT-LLM's PyTorch backend, vLLM and SGLang have no kernel for "
                 f"{', '.join(_algos(artifact))} of this format. For integers with inputs of int8 on NVIDIA GPUs, vLLM loads what "
                 "`tapeout export rocm --scheme w8a8` writes."
             ]
-        elif any(name in serving.SERVERS for name in loaders):
+        else:
             ways += [serving.unit(how, loaders[0]), serving.container(how, loaders[0])]
         return "\n\n".join([*ways, f"This package was {_CHECKED}."])
 

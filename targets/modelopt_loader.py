@@ -60,7 +60,7 @@ class Reader:
     def algo(self, base: str) -> str | None:
         """What the statement says of a module; None: its weight is a float."""
         if self._layers is not None:
-            said = self._layers.get(base, {}).get("quant_algo")
+            said: str | None = self._layers.get(base, {}).get("quant_algo")
         elif any(fnmatchcase(base, pattern) for pattern in self._said.get("ignore", ())):
             return None
         else:

@@ -125,6 +125,10 @@ class Rocm:
         packages = f"transformers accelerate {self.format}"
         ways = [serving.transformers(how, packages)]
         if self.format != "bitsandbytes":
-            served = [serving.WAYS["vLLM"](how)]
-            ways = [*served, *ways, serving.unit(how, "vLLM"), serving.container(how, "vLLM", rocm=True)]
+            ways = [
+                serving.server("vLLM", how),
+                *ways,
+                serving.unit(how, "vLLM"),
+                serving.container(how, "vLLM", rocm=True),
+            ]
         return "\n\n".join([*ways, f"This package was {_CHECKED}."])

@@ -7,7 +7,6 @@ SGLang's ``server_args.py``); their values come from the artifact.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +100,8 @@ def _command(server: str, how: Served, directory: str = "./artifact") -> str:
 _PORTS = {"TensorRT-LLM": 8000, "vLLM": 8000, "SGLang": 30000}
 
 
-def _server(name: str, how: Served) -> str:
+def server(name: str, how: Served) -> str:
+    """How one of SERVERS is started and asked."""
     return (
         f"With {name}:\n\n```\n{_command(name, how)}\n"
         f"curl localhost:{_PORTS[name]}/v1/completions -H 'Content-Type: application/json' "
@@ -159,8 +159,5 @@ def container(how: Served, server: str, *, rocm: bool = False) -> str:
     )
 
 
-WAYS: Mapping[str, Callable[[Served], str]] = {
-    name: lambda how, name=name: _server(name, how)
-    for name in _PORTS  # type: ignore[misc]
-}
-SERVERS = tuple(WAYS)
+SERVERS = tuple(_PORTS)
+"""Their names, the one that is named first first."""
