@@ -24,7 +24,6 @@ from tapeout.validate import corpus
 from tapeout.validate.divergence import Divergence, added_rounding, against_graph
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
-from tapeout.validate.rounding import ROUNDED
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
 from tapeout.validate.worker import WorkerSession, borrow, borrowed, give_back
 
@@ -123,8 +122,11 @@ class Evidence:
 
     @cached_property
     def _rounded(self) -> list[Logits]:
-        how = ROUNDED.get(self.device.arithmetic)
-        if how is None or not any(how(self.quant, name) for name in self.quant):
+        arithmetic = self.device.arithmetic
+        float8 = arithmetic == "modelopt" and any(s.levels == "e4m3" for s in self.quant.schemes.values())
+        if arithmetic == "float32" or (
+            arithmetic in ("scheme", "modelopt") and not self._rounds_inputs and not float8
+        ):
             return self._cached
         spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)
         return self.record("rounded", spec, [*self.sequences, self.probe])
