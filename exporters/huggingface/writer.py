@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -100,7 +100,7 @@ def write(
             "What fits: compressed-tensors."
         )
     _check_fused(quant, packing)
-    parts, containers = _parts(quant, packing, kv_cache)
+    parts, of, containers = _parts(quant, packing, kv_cache)
     shards = _shards(parts, max_shard_bytes)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,8 @@ def write(
                 with (directory / shard.name).open("wb") as file:
                     write_at(file.fileno(), np.frombuffer(shard.header, np.uint8), 0)
                     for name, at in shard.places.items():
-                        _write_part(file.fileno(), parts[name], at, pool)
+                        part = _made(quant, of[name], packing, kv_cache)[name]
+                        _write_part(file.fileno(), part, at, pool)
                         done += parts[name].nbytes
                         if progress:
                             progress("export", done, total)
@@ -153,30 +154,46 @@ def _packed(quant: Quantized, name: str, packing: ModuleType) -> bool:
 
 def _parts(
     quant: Quantized, packing: ModuleType, kv_cache: str | None
-) -> tuple[dict[str, Part], dict[str, str]]:
-    """The tensors of the files by name, in the checkpoint's order, and the container of each tensor of the model."""
+) -> tuple[dict[str, Part], dict[str, str], dict[str, str]]:
+    """The tensors of the files by name, in the checkpoint's order; which tensor of the model each is of; and the container of that.
+
+    They are known by their types and shapes here, and made once more when they are written: a map of a tensor's codes that
+    stays open keeps the pages that were read of it.
+    """
     parts: dict[str, Part] = {}
+    of: dict[str, str] = {}
     containers: dict[str, str] = {}
-    alike = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
+    halved = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
     for name in quant:
-        tensor, scheme = quant[name], quant.schemes[name]
-        if kv_cache:
-            parts |= packing.cache_parts(name.removesuffix(".weight"))
-        if isinstance(tensor, QuantTensor) and _packed(quant, name, packing):
-            parts |= packing.parts(name.removesuffix(".weight"), tensor, scheme)
-            containers[name] = packing.carries(scheme).container
-            continue
-        if isinstance(tensor, QuantTensor):
-            largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
-            _check_half(name, largest)
-            parts[name] = halves(tensor)
-        elif alike and tensor.dtype != "F16":
+        tensor, packed = quant[name], _packed(quant, name, packing)
+        if isinstance(tensor, QuantTensor) and not packed:
+            _check_half(
+                name, float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+            )
+        elif halved and isinstance(tensor, SourceTensor) and tensor.dtype != "F16":
             _check_half(name, float(np.abs(tensor.float32()).max(initial=0)))
-            parts[name] = _float(tensor, "F16")
-        else:
-            parts[name] = _float(tensor, tensor.dtype if tensor.dtype in FLOATS else "F32")
-        containers[name] = parts[name].dtype
-    return parts, containers
+        for each, part in _made(quant, name, packing, kv_cache).items():
+            parts[each], of[each] = replace(part, rows=_unmade), name
+        coded = packed and isinstance(tensor, QuantTensor)
+        containers[name] = packing.carries(quant.schemes[name]).container if coded else parts[name].dtype
+    return parts, of, containers
+
+
+def _made(quant: Quantized, name: str, packing: ModuleType, kv_cache: str | None) -> dict[str, Part]:
+    """The tensors of the files that stand for a tensor of the model."""
+    tensor, base = quant[name], name.removesuffix(".weight")
+    made: dict[str, Part] = packing.cache_parts(base) if kv_cache else {}
+    if isinstance(tensor, QuantTensor):
+        packed = _packed(quant, name, packing)
+        return made | (packing.parts(base, tensor, quant.schemes[name]) if packed else {name: halves(tensor)})
+    halved = packing.FLOATS_ALIKE and any(_packed(quant, each, packing) for each in quant)
+    return made | {
+        name: _float(tensor, "F16" if halved else tensor.dtype if tensor.dtype in FLOATS else "F32")
+    }
+
+
+def _unmade(rows: slice) -> Any:
+    raise AssertionError("a tensor is made again before it is written")
 
 
 def _float(tensor: SourceTensor, dtype: str) -> Part:
