@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
+from tapeout.exporters.huggingface import kernels
 from tapeout.exporters.huggingface.parts import Array, Part, held
 from tapeout.models.decoder import FUSED
 from tapeout.quantize import QuantTensor, Scheme
@@ -155,12 +156,9 @@ def _twice(rows: slice, out: int) -> slice:
 
 def _rows_together(packed: npt.NDArray[np.uint8]) -> Array:
     """Nibbles of two columns a byte, the code plus 8, as two rows a byte, two's complement: [2 n, in / 2] to [n, in]."""
-    signed = packed ^ np.uint8(0x88)
-    even, odd = signed[0::2], signed[1::2]
-    together = np.empty((len(even), even.shape[1], 2), np.uint8)
-    np.bitwise_or(even & np.uint8(0x0F), odd << np.uint8(4), out=together[:, :, 0])
-    np.bitwise_or(even >> np.uint8(4), odd & np.uint8(0xF0), out=together[:, :, 1])
-    return together.reshape(len(even), -1)
+    together = np.empty((len(packed) // 2, packed.shape[1]), "<u2")
+    kernels.rows_together(np.ascontiguousarray(packed), together)
+    return together.view(np.uint8)
 
 
 def cache_parts(base: str) -> dict[str, Part]:
