@@ -7,9 +7,9 @@ model's own code asks the host in mid-pass (routed experts, RoPE that looks at t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -20,13 +20,13 @@ import numpy.typing as npt
 import torch
 
 from tapeout.errors import ModelError, TapeoutError
-from tapeout.exporters.huggingface.reader import Tensors
+from tapeout.exporters.huggingface import Tensors, compressed_tensors, modelopt
 from tapeout.models import DecoderConfig
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.quantize import QuantTensor
 from tapeout.quantize.scheme import E4M3
-from tapeout.targets import gpu_kernels
+from tapeout.targets import gpu_kernels, modelopt_loader
 from tapeout.validate import pretrained, reference
 from tapeout.validate.given import check_ids
 from tapeout.validate.session import Facts, Logits
@@ -46,11 +46,11 @@ class Weight:
     scale: torch.Tensor
     levels: torch.Tensor
     zero: torch.Tensor | None = None
-    step: float | None = None
+    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def open_session(path: Path) -> GpuSession:
-    """Load a directory of compressed-tensors or bitsandbytes, or of floats, onto the first GPU.
+    """Load a directory of compressed-tensors, bitsandbytes or ModelOpt, or of floats, onto the first GPU.
 
     Raises:
         ModelError: a weight is missing. PackageError: a file is truncated.
@@ -166,7 +166,7 @@ def _layer(weight: Weight, device: str) -> gpu_kernels.Codes:
         weight.scale.to(device),
         weight.levels.to(device),
         zero,
-        step=weight.step,
+        inputs=weight.inputs,
     )
 
 
@@ -180,15 +180,18 @@ def weights(
         tensors: of the files.
     """
     method = str(said.get("quant_method", ""))
-    beside = ("weight_scale", "weight_shape", "weight_zero_point", "input_scale")
+    beside = {*compressed_tensors.SUFFIXES, *modelopt.SUFFIXES}
+    reader = modelopt_loader.Reader(said, tensors)
     for name in tensors:
         base, _, last = name.rpartition(".")
         packed = method == "compressed-tensors" and f"{base}.weight_scale" in tensors
         if packed and last in ("weight_packed", "weight"):
             yield f"{base}.weight", _compressed(said, base, tensors)
+        elif method == "modelopt" and last == "weight" and (codes := reader.codes(base)) is not None:
+            yield name, replace(of(codes), inputs=reader.inputs(base))
         elif f"{name}.quant_map" in tensors:
             yield name, _nf4(name, tensors)
-        elif not (packed and last in beside) and ".weight." not in name:
+        elif last not in beside and ".weight." not in name:
             yield name, tensors[name]
 
 
@@ -206,7 +209,6 @@ def of(tensor: QuantTensor) -> Weight:
         torch.from_numpy(np.array(tensor.scale)),
         torch.from_numpy(tensor.codebook.astype(np.float32)),
         None if tensor.zero_point is None else torch.from_numpy(np.array(tensor.zero_point)),
-        None if tensor.input_scale is None else float(tensor.input_scale),
     )
 
 
@@ -217,13 +219,14 @@ def _compressed(said: Mapping[str, Any], base: str, tensors: Mapping[str, torch.
     how, inputs = group["weights"], group["input_activations"]
     bits = int(how["num_bits"])
     scale = tensors[f"{base}.weight_scale"]
-    step = None if inputs is None else 0.0
-    if inputs is not None and not inputs["dynamic"]:
-        step = float(tensors[f"{base}.input_scale"])
+    rounding = None
+    if inputs is not None:
+        step = None if inputs["dynamic"] else float(tensors[f"{base}.input_scale"])
+        rounding = partial(_int8, step=step)
     lowest = -(2.0 ** (bits - 1))
     if how["type"] == "float":
         return Weight(
-            tensors[f"{base}.weight"].view(torch.uint8), bits, scale, torch.from_numpy(E4M3), step=step
+            tensors[f"{base}.weight"].view(torch.uint8), bits, scale, torch.from_numpy(E4M3), inputs=rounding
         )
     if f"{base}.weight_packed" not in tensors:
         packed = tensors[f"{base}.weight"].view(torch.uint8) ^ 0x80
@@ -236,7 +239,13 @@ def _compressed(said: Mapping[str, Any], base: str, tensors: Mapping[str, torch.
         if bits == 4:
             words = torch.stack((words & 0xF, words >> 4), -1).reshape(len(words), -1)
         zero, lowest = words[:, : len(scale)].T.contiguous(), 0.0
-    return Weight(packed, bits, scale, torch.arange(2.0**bits) + lowest, zero, step)
+    return Weight(packed, bits, scale, torch.arange(2.0**bits) + lowest, zero, rounding)
+
+
+def _int8(x: torch.Tensor, step: float | None) -> torch.Tensor:
+    """By one step, or each row by its own."""
+    size: Any = step or x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
+    return torch.round(x / size).clamp(-128, 127) * size
 
 
 def _nf4(name: str, tensors: Mapping[str, torch.Tensor]) -> Weight:

@@ -9,6 +9,7 @@ nibble and in its high one the code half a block later. Both halves then lie bes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ class Codes(torch.nn.Module):
         scale: float16 or float32 [out, groups]. zero: uint8 [out, groups], or None.
         levels: float32 [2**bits], what codes stand for.
         bias: [out], or None.
-        step: of inputs that are rounded to 8 bits: None: they are not; 0: each row has its own; else the one of all.
+        inputs: what is done to inputs before they are multiplied, float32 [..., in]; None: nothing.
     """
 
     def __init__(
@@ -158,10 +159,10 @@ class Codes(torch.nn.Module):
         levels: torch.Tensor,
         zero: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-        step: float | None = None,
+        inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.step = bits, step
+        self.bits, self.inputs = bits, inputs
         self.out_features, self.in_features = len(packed), packed.shape[1] * 8 // bits
         self.group = self.in_features // scale.shape[1]
         self.kind, self.lowest = _kind(levels)
@@ -175,8 +176,8 @@ class Codes(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out], in the type of ``x``."""
-        if self.step is not None:
-            x = rounded(x, self.step)
+        if self.inputs is not None:
+            x = self.inputs(x.float()).to(x.dtype)
         flat = x.reshape(-1, self.in_features)
         y = self.times(flat) if len(flat) <= FEW else torch.nn.functional.linear(flat, self.widen(x.dtype))
         if self.bias is not None:
@@ -240,10 +241,3 @@ def _kind(levels: torch.Tensor) -> tuple[str, float]:
         if bool(same.all()):
             return "e4m3", 0.0
     return "table", 0.0
-
-
-def rounded(x: torch.Tensor, step: float) -> torch.Tensor:
-    """Inputs rounded to 8 bits, by the one step or by each row's own (``step`` 0), as floats again."""
-    wide = x.float()
-    size: Any = step or wide.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
-    return (torch.round(wide / size).clamp(-128, 127) * size).to(x.dtype)

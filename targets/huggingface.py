@@ -18,6 +18,7 @@ from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.exporters import huggingface
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
+from tapeout.targets import served
 from tapeout.validate import pretrained, primitives, reference
 
 _EMPTY: Mapping[str, Any] = {}
@@ -41,7 +42,7 @@ def open_session(
 ) -> Any:
     """Load a directory; called in a worker process.
 
-    Where torch sees a GPU, onto it: by vLLM or TensorRT-LLM if one is installed, else by transformers with kernels of ours.
+    Where torch sees a GPU, onto it: by vLLM if it is installed and the format is its own, else by transformers with kernels of ours.
     Elsewhere in float32 on the CPU.
 
     Args:
@@ -55,15 +56,10 @@ def open_session(
     """
     path = Path(directory)
     reference.prepare(threads)
-    import torch
-
-    if device is None and torch.cuda.is_available():
-        from tapeout.targets import gpu, served
-
-        server = served.installed()
-        return served.open_session(path, server) if server else gpu.open_session(path)
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
     method = (said.get("quantization_config") or _EMPTY).get("quant_method")
+    if device is None and (there := served.on_gpu(path, () if method == "bitsandbytes" else ("vllm",))):
+        return there
     if why_not_loaded(path):
         session = reference.open_weights(path, huggingface.read_weights(path), threads=threads)
     else:

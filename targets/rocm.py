@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,13 @@ import numpy.typing as npt
 from tapeout.exporters import Artifact, Carry, huggingface
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, graph_width
+from tapeout.targets import Memory, Progress, serving
 from tapeout.targets.huggingface import why_not_loaded
 from tapeout.targets.local import parse_size
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _OPEN = "tapeout.targets.huggingface:open_session"
 _TRACED = "tapeout.targets.huggingface:open_traced"
-
-# No bars of the libraries' own, no look at the hub.
-_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 
 _CHECKED = "checked on transformers in float32 on a CPU; not run on AMD hardware, nor by vLLM"
 _WEIGHTS_DERIVATION = (
@@ -45,7 +42,7 @@ class Rocm:
         max_shard_size: Split the weights into files of at most this size (500M, 2G).
     """
 
-    format: huggingface.Format = "compressed-tensors"
+    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     max_shard_size: str = "5G"
 
     name: ClassVar[str] = "rocm"
@@ -72,13 +69,8 @@ class Rocm:
         return ("kv-f16",)
 
     def memory(self, config: DecoderConfig, context: int) -> Memory:
-        """Keys and values of every token in half floats, in windows those of the window; of work a chunk of 2048 tokens, vLLM's own."""
-        width = config.num_kv_heads * (config.head_dim + config.value_dim)
-        if config.mla:
-            width = config.mla.kv_rank + config.mla.rope_dim
-        tokens = sum(min(context, config.window(layer) or context) for layer in range(config.num_layers))
-        chunk = min(2048, context)
-        return Memory(2 * width * tokens, 2 * chunk * graph_width(config) + 4 * config.vocab_size)
+        """Keys and values of every token in half floats, and a chunk's work."""
+        return serving.memory(config, context, 16)
 
     def missing(self) -> str | None:
         """Whether the format's library and transformers are here."""
@@ -103,7 +95,7 @@ class Rocm:
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The directory on transformers, on a CPU."""
-        return SessionSpec(_OPEN, {"directory": str(artifact.directory)}, environment=_QUIET)
+        return SessionSpec(_OPEN, {"directory": str(artifact.directory)}, environment=serving.QUIET)
 
     def read_codes(
         self, artifact: Artifact, quant: Quantized
@@ -113,11 +105,7 @@ class Rocm:
 
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The directory with inputs left alone, and as it is deployed."""
-        values = tuple(
-            name
-            for name in quant
-            if artifact.containers[name] == "F16" and getattr(quant[name], "dtype", "") != "F16"
-        )
+        values = serving.float_values(artifact, quant)
         deployed = self.session(artifact)
         rounded = any(scheme.activations for scheme in quant.schemes.values())
         exact = replace(deployed, arguments={**deployed.arguments, "inputs": not rounded, "device": "cpu"})
@@ -128,21 +116,18 @@ class Rocm:
 
     def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec:
         """What the files mean, in our own graph."""
-        return SessionSpec(_TRACED, {"directory": str(artifact.directory)}, environment=_QUIET)
+        return SessionSpec(_TRACED, {"directory": str(artifact.directory)}, environment=serving.QUIET)
 
     def card(self, artifact: Artifact) -> str:
         """How to serve it."""
-        transformers = (
-            f"With transformers (`pip install transformers accelerate {self.format}` beside PyTorch for ROCm):\n\n```python\n"
-            "from transformers import pipeline\n\n"
-            'generate = pipeline("text-generation", "artifact", device_map="auto")\n'
-            'print(generate("TEXT", max_new_tokens=64)[0]["generated_text"])\n```'
-        )
-        serve = (
-            "With vLLM's build for ROCm:\n\n```\n"
-            f"vllm serve ./artifact --max-model-len {artifact.context}\n"
-            "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
-            '-d \'{"model": "./artifact", "prompt": "TEXT", "max_tokens": 64}\'\n```'
-        )
-        ways = transformers if self.format == "bitsandbytes" else f"{serve}\n\n{transformers}"
-        return f"{ways}\n\nThis package was {_CHECKED}."
+        how = serving.Served.of(artifact)
+        packages = f"transformers accelerate {self.format}"
+        ways = [serving.transformers(how, packages)]
+        if self.format != "bitsandbytes":
+            ways = [
+                serving.server("vLLM", how),
+                *ways,
+                serving.unit(how, "vLLM"),
+                serving.container(how, "vLLM", rocm=True),
+            ]
+        return "\n\n".join([*ways, f"This package was {_CHECKED}."])

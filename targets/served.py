@@ -21,17 +21,27 @@ from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.validate import pretrained
 from tapeout.validate.given import check_ids
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.session import Facts, Logits, Session
 
 Server = Literal["vllm", "tensorrt_llm"]
-SERVERS: tuple[Server, ...] = ("vllm", "tensorrt_llm")
 
 _NAMES: Mapping[Server, str] = {"vllm": "vLLM", "tensorrt_llm": "TensorRT-LLM"}
 
 
-def installed() -> Server | None:
-    """The first of the servers that is installed here."""
-    return next((name for name in SERVERS if importlib.util.find_spec(name)), None)
+def on_gpu(path: Path, servers: Sequence[Server]) -> Session | None:
+    """The directory on this machine's GPU: by the first of these servers that is installed, else by transformers with kernels of ours.
+
+    None: torch sees no GPU. Called in a worker process.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    if server := next((name for name in servers if importlib.util.find_spec(name)), None):
+        return open_session(path, server)
+    from tapeout.targets import gpu
+
+    return gpu.open_session(path)
 
 
 def open_session(path: Path, server: Server) -> Served:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "open_session", "open_weights", "place_of", "tensors_of"]
 
-Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
+Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme", "modelopt"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -145,7 +145,7 @@ def open_session(
     arithmetic: Arithmetic = "float32",
     layers: int | None = None,
     threads: int | None = None,
-    kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
+    kv_cache: Literal["kv-fp8", "kv-int8", "kv-int4"] | None = None,
     halves: Sequence[str] = (),
     values: Sequence[str] = (),
 ) -> Reference | encoders.EncoderReference | modules.ModuleReference | seq2seq.Seq2SeqReference:
@@ -158,11 +158,11 @@ def open_session(
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head
             included) are rounded as ``round_q8_0`` and ``round_q8_k`` of ``rounding`` do; ``mlas``: as ``round_mlas`` does. ``scheme``: the inputs
             of those whose scheme says so (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of
-            them.
+            them. ``modelopt``: as kernels for ModelOpt's checkpoints do, see ``rounding``.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
-        kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
-            them.
+        kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``, or keys and
+            values to float8; None: leave them.
         halves: tensors by their Hugging Face names that are as a file has them whose widest float is float16, see ``_narrow``.
         values: tensors of codes that a file has as their values in float16.
 
@@ -202,7 +202,8 @@ def open_session(
     if quant is not None and arithmetic in ROUNDED:
         _round_inputs(network, quant, ROUNDED[arithmetic])
     if kv_cache is not None:
-        _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
+        neighbours = kv_cache != "kv-fp8" and gguf.turns_neighbours(source.decoder)
+        round_cache(network, kv_cache, neighbours=neighbours)
     told = facts(before, begin, source.config.max_position_embeddings)
     words = cache(partial(pretrained.tokenizer, source.directory))
     if isinstance(source.config, EncoderConfig):
@@ -217,8 +218,11 @@ def open_weights(
     weights: Iterable[tuple[str, npt.NDArray[np.float32]]],
     *,
     threads: int | None = None,
+    then: Callable[[Any], None] | None = None,
 ) -> Reference:
     """Load the architecture that ``directory/config.json`` names with weights by their Hugging Face names.
+
+    ``then`` is called with the network that has them, before it is run.
 
     Raises:
         MissingToolchain: torch or transformers is not installed. ModelError: a weight is missing.
@@ -241,6 +245,8 @@ def open_weights(
             _put(place, weight)
     if missing := [name for name, count in left.items() if count]:
         raise ModelError(f"{directory} holds no {', '.join(sorted(missing)[:3])}.")
+    if then:
+        then(network)
     return Reference(directory, network, facts(before, begin, int(config.max_position_embeddings)))
 
 
@@ -475,23 +481,30 @@ def _rounded_experts(module: Any, rounds: Mapping[tuple[int, Any], Round | None]
     return forward
 
 
-def _round_cache(network: Any, kv_cache: str, *, neighbours: bool) -> None:
+def round_cache(network: Any, kv_cache: str, *, neighbours: bool = False) -> None:
     """Let attention see what a rounded cache gives back.
 
-    A query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that.
+    Of integers a query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that. float8 keys
+    and values are rounded as they are, under a step of 1.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    stored = CACHES[kv_cache]
+    def integers(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        query, key = (
+            as_cached(x, rounded, rotary=True, neighbours=neighbours)
+            for x, rounded in ((query, round_q8_0), (key, CACHES[kv_cache]))
+        )
+        return query, key, as_cached(value, CACHES[kv_cache], rotary=False)
+
+    def floats(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        return query, CACHES[kv_cache](key), CACHES[kv_cache](value)
+
+    cached = floats if kv_cache == "kv-fp8" else integers
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        query, key = (
-            as_cached(x, rounded, rotary=True, neighbours=neighbours)
-            for x, rounded in ((query, round_q8_0), (key, stored))
-        )
-        return eager(module, query, key, as_cached(value, stored, rotary=False), mask, **settings)
+        return eager(module, *cached(query, key, value), mask, **settings)
 
     AttentionInterface.register(kv_cache, attend)
     AttentionMaskInterface.register(kv_cache, eager_mask)

@@ -13,7 +13,7 @@ import pytest
 
 from tapeout.errors import TapeoutError
 from tapeout.generated import write_model
-from tapeout.targets import huggingface, served
+from tapeout.targets import huggingface, modelopt_loader, served
 from tapeout.validate import reference
 from tapeout.validate.metrics import log_softmax
 
@@ -83,7 +83,8 @@ def install(patch: pytest.MonkeyPatch, name: str, kind: type) -> None:
 def test_session(gpu: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: type, runtime: str) -> None:
     model = write_model(tmp_path, "llama", {}, dtype="F32")
     install(gpu, name, kind)
-    session = huggingface.open_session(str(model))
+    opened = huggingface.open_session if name == "vllm" else modelopt_loader.open_session
+    session = opened(str(model))
     assert session.facts.runtime == runtime
     assert (session.facts.device, session.facts.resident_bytes, session.facts.emulated) == (
         "a GPU",

@@ -1,17 +1,18 @@
-"""Exports a Llama checkpoint to Core ML with tapeout: ``python coreml_ours.py MODEL OUT [LAYERS]``; quantizes and exports, no gates.
+"""Quantizes and exports a Llama checkpoint with tapeout, no gates: ``python ours.py TARGET SCHEME MODEL OUT [LAYERS [OVERRIDES]]``.
 
 With LAYERS the model has so many, and its checkpoint fewer, which stand for the others in turn: every layer is read, quantized and written
-as any other, and a disk need not hold all of them.
+as any other, and a disk need not hold all of them. OVERRIDES: schemes by glob, JSON.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tapeout import Model, Quantized, load, quantize, target
+from tapeout import Model, load, quantize, target
 from tapeout.models import Checkpoint
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
@@ -32,19 +33,16 @@ def unfolded(model: Model, layers: int) -> Model:
     return replace(model, raw_config=raw, config=config, specs=specs, checkpoint=checkpoint)
 
 
-def quantized(model: Model) -> Quantized:
-    """INT4 in groups of 32, the head too where it is a matrix of its own; embeddings are int8."""
-    head = {"lm_head": "int4-g32"} if "lm_head.weight" in model.specs else {}
-    return quantize(model, "int4-g32", overrides=head)
-
-
-def main(source: Path, out: Path, layers: int) -> None:
+def main(device: str, scheme: str, source: Path, out: Path, layers: int, overrides: dict[str, str]) -> None:
     model = load(source)
     if layers:
         model = unfolded(model, layers)
     out.mkdir(parents=True)
-    target("apple").export(quantized(model), out)
+    known = {name: each for name, each in overrides.items() if f"{name}.weight" in model.specs}
+    target(device).export(quantize(model, scheme, overrides=known), out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    words = sys.argv[1:]
+    layers, overrides = (*words[4:], *("0", "{}")[len(words) - 4 :])
+    main(words[0], words[1], Path(words[2]), Path(words[3]), int(layers), json.loads(overrides))
