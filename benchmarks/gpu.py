@@ -33,14 +33,17 @@ from tapeout.targets import gpu, gpu_kernels
 from tapeout.validate import reference
 from tapeout.validate.metrics import kl_divergence
 
-FORMATS = {
-    "none": "compressed-tensors",
-    "int8": "compressed-tensors",
-    "int4-g32": "compressed-tensors",
-    "int4-g128": "compressed-tensors",
-    "fp8": "compressed-tensors",
-    "nf4": "bitsandbytes",
-}
+FORMATS = (
+    ("none", "rocm", "compressed-tensors"),
+    ("int8", "rocm", "compressed-tensors"),
+    ("int4-g32", "rocm", "compressed-tensors"),
+    ("int4-g128", "rocm", "compressed-tensors"),
+    ("nf4", "rocm", "bitsandbytes"),
+    ("int8", "nvidia", "modelopt"),
+    ("int4-g128", "nvidia", "modelopt"),
+    ("fp8", "nvidia", "modelopt"),
+    ("nvfp4", "nvidia", "modelopt"),
+)
 MATRICES = {
     "1b": [(2048, 2048), (5632, 2048), (2048, 5632)],
     "8b": [(4096, 4096), (14336, 4096), (4096, 14336)],
@@ -274,13 +277,13 @@ def shape_of(shape: str, work: Path) -> Iterator[tuple[str, Any]]:
     """Every scheme of one shape: export, load, parity in float32, prefill, decode."""
     directory, layers = checkpoint(shape, work)
     rows = []
-    for scheme, form in FORMATS.items():
+    for scheme, name, form in FORMATS:
         begin = time.perf_counter()
         model = load(str(directory))
         quant = quantize(model, scheme, out=work / "codes", force=True)
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        artifact = build.target("rocm", format=form).export(quant, out)
+        artifact = build.target(name, format=form).export(quant, out)
         row: dict[str, Any] = {
             "scheme": scheme,
             "format": form,
@@ -292,7 +295,7 @@ def shape_of(shape: str, work: Path) -> Iterator[tuple[str, Any]]:
         (out / "config.json").write_text(json.dumps(config))
         said = config.get("quantization_config") or {}
         row["equal_on_gpu"] = equal(quant) if scheme != "none" else None
-        if scheme in ("int8", "int4-g32", "nf4"):
+        if scheme in ("int8", "int4-g32", "nf4") and name == "rocm":
             row["chosen_on_gpu"] = chosen_on_gpu(model, scheme)
 
         def every(
