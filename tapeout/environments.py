@@ -195,14 +195,15 @@ def worker_of(target: str) -> tuple[Environment, str] | None:
     environment = ENVIRONMENTS.get(target)
     if environment is None or environment.library is None or os.environ.get(_WITHIN) == target:
         return None
+    if not environment.installed:  # the import takes a second, which only those pay who may go elsewhere
+        return None
     log = logging.getLogger(environment.library)
     level = log.level
     log.setLevel(logging.ERROR)  # its remarks on versions
     try:
         importlib.import_module(environment.library)
     except Exception as error:  # of versions that it does not bear: any kind
-        why = f"{environment.library} cannot be imported here ({type(error).__name__}: {error})"
-        return (environment, why) if environment.installed else None
+        return environment, f"{environment.library} cannot be imported here ({type(error).__name__}: {error})"
     finally:
         log.setLevel(level)
     return None
