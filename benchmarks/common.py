@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import venv
 from dataclasses import dataclass
@@ -19,7 +21,16 @@ from typing import Any
 from tapeout.files import cache_directory
 from tapeout.generated import LLAMA_1B, LLAMA_7B, LLAMA_8B
 
-SHAPES = {"1b": LLAMA_1B, "7b": LLAMA_7B, "8b": LLAMA_8B}
+# Of SmolLM2 1.7B, with a head of its own, and of OpenLLaMA 3B: 1.8 and 3.4 billion weights.
+_SMOL_1_7B = {"vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+_OPEN_3B = {"vocab_size": 32000, "hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+SHAPES = {
+    "1b": LLAMA_1B,
+    "1.7b": LLAMA_1B | _SMOL_1_7B,
+    "3b": LLAMA_1B | _OPEN_3B,
+    "7b": LLAMA_7B,
+    "8b": LLAMA_8B,
+}
 _HERE = Path(__file__).resolve().parent
 
 
@@ -31,8 +42,17 @@ class Ran:
     peak_bytes: int
 
 
-def run(*command: str | Path, environment: dict[str, str] | None = None) -> Ran:
-    """Run a command to its end and measure it; its output is shown only when it fails."""
+class TooLargeError(Exception):
+    """A child took more memory than it may."""
+
+
+def run(
+    *command: str | Path, environment: dict[str, str] | None = None, most_bytes: int | None = None
+) -> Ran:
+    """Run a command to its end and measure it; its output is shown only when it fails.
+
+    With ``most_bytes`` a child that has more resident bytes is killed: TooLargeError.
+    """
     begin = time.perf_counter()
     child = subprocess.Popen(
         [str(word) for word in command],
@@ -41,13 +61,27 @@ def run(*command: str | Path, environment: dict[str, str] | None = None) -> Ran:
         env=os.environ | {"PYTHONSAFEPATH": "1"} | (environment or {}),
     )
     assert child.stdout
+    grown: list[float] = []
+    if most_bytes:
+        threading.Thread(target=_watch, args=(child, most_bytes, grown), daemon=True).start()
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - begin
     child.returncode = os.waitstatus_to_exitcode(status)
+    if grown:
+        raise TooLargeError(f"more than {grown[0] / 1e9:.1f} GB resident after {wall:.0f} s")
     if child.returncode:
         sys.exit(f"{command[0]} failed with {child.returncode}:\n{output.decode(errors='replace')[-4000:]}")
     return Ran(wall, usage.ru_maxrss * 1024)
+
+
+def _watch(child: subprocess.Popen[bytes], most_bytes: int, grown: list[float]) -> None:
+    status = Path(f"/proc/{child.pid}/statm")
+    with contextlib.suppress(OSError, IndexError):  # it has ended
+        while (resident := int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")) <= most_bytes:
+            time.sleep(0.05)
+        grown.append(resident)
+        child.kill()
 
 
 def checkpoint(shape: str, work: Path) -> Path:

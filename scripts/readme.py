@@ -161,15 +161,16 @@ def figures() -> str:
         rows.append(
             f"| 1.1B checkpoint to ONNX in INT4 | {ours} peak | {theirs} (onnxruntime-genai's builder) | {speedup} |"
         )
-    if one := found.get("coreml_export", {}).get("rows"):
-        ours, theirs = (
-            f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB"
-            for who in ("tapeout", "coremltools")
-        )
-        speedup = _times(one["coremltools"]["wall_s"] / one["tapeout"]["wall_s"])
-        rows.append(
-            f"| 1.1B checkpoint to Core ML in INT4 | {ours} peak | {theirs} (coremltools: traced, converted, quantized) | {speedup} |"
-        )
+    for name, title in (("coreml_export", "1.1B"), ("coreml_export_1.7b", "1.8B")):
+        if one := found.get(name, {}).get("rows"):
+            ours, theirs = (
+                f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB"
+                for who in ("tapeout", "coremltools")
+            )
+            speedup = _times(one["coremltools"]["wall_s"] / one["tapeout"]["wall_s"])
+            rows.append(
+                f"| {title} checkpoint to Core ML in INT4 | {ours} peak | {theirs} (coremltools: traced, converted, quantized) | {speedup} |"
+            )
     if one := found.get("coreml_export_8b", {}).get("rows"):
         ours = f"{one['tapeout']['wall_s']:.1f} s, {one['tapeout']['peak_rss_gb']:.2f} GB"
         rows.append(f"| 8B shape to Core ML in INT4 | {ours} peak | | |")

@@ -91,6 +91,7 @@ def _register_export(kind: type[targets.Target]) -> None:
         """
         from tapeout.build import export as run
 
+        _where_it_runs(kind.name)
         settings = _recipe(recipe, calibration, scheme=scheme, rounding=rounding)
         usual = settings.with_default(targets.default_scheme(options or kind())).scheme
         called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
@@ -259,8 +260,10 @@ def validate(
         report: A directory to write report.json, report.html and report.xml to.
         json: Print the report to stdout.
     """
+    from tapeout.pack import Package
     from tapeout.replay import revalidate
 
+    _where_it_runs(Package.open(package).manifest["target"]["name"])
     with _progress() as progress:
         found = revalidate(
             package,
@@ -294,9 +297,11 @@ def bench(
         contexts: Context length to measure at, in tokens. May be given several times.
         json: Print the figures to stdout.
     """
+    from tapeout.pack import Package
     from tapeout.replay import bench as run
     from tapeout.validate.report import throughput_table
 
+    _where_it_runs(Package.open(package).manifest["target"]["name"])
     with _progress() as progress:
         figures = run(package, tuple(contexts or ()), progress)
     if json:
@@ -339,6 +344,7 @@ def run(
     from tapeout.replay import generate
 
     opened = Package.open(package)
+    _where_it_runs(opened.manifest["target"]["name"])
     if not opened.passed:
         stderr.print(f"[yellow]warning: {package} failed its gates; see {package / 'report.html'}[/]")
     if opened.encoder_output:
@@ -578,6 +584,16 @@ def list_environments(*, json: Json = False) -> int:
         table.add_row(each.name, each.purpose, state, size)
     stderr.print(table)
     return 0
+
+
+def _where_it_runs(target: str) -> None:
+    """Leave a command to the target's worker environment, where there is one and the target's library does not work here."""
+    from tapeout import environments
+
+    if found := environments.worker_of(target):
+        environment, why = found
+        stderr.print(Text(f"{why}: going on in the worker environment '{environment.name}'."), soft_wrap=True)
+        environments.run_there(environment, sys.argv[1:])
 
 
 def _recipe(path: Path | None, text: Path | None, **given: Any) -> Recipe:

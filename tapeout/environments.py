@@ -1,5 +1,7 @@
 """Worker environments: tools whose pins conflict with ours, each in a Python environment of its own.
 
+Those of a target hold this same tapeout as well: where the target's library cannot be imported, the whole command line runs there.
+
 An environment counts as there when its ``tapeout.json`` says that the probe ran with these very requirements; the file is written
 last, so that what was interrupted is taken up again and never looks whole.
 """
@@ -7,25 +9,29 @@ last, so that what was interrupted is taken up again and never looks whole.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import platformdirs
 
+from tapeout import own_wheel
 from tapeout.errors import MissingToolchain, TapeoutError, nearest
 from tapeout.files import canonical_json, lock, writing
 
-__all__ = ["ENVIRONMENTS", "Environment", "create", "get", "python"]
+__all__ = ["ENVIRONMENTS", "Environment", "create", "get", "python", "run_there", "worker_of"]
 
 _MARK = "tapeout.json"
+_WITHIN = "TAPEOUT_WITHIN"  # names the worker environment that a command line runs in
 _logger = logging.getLogger(__name__)
 
 
@@ -37,12 +43,14 @@ class Environment:
         purpose: what it is for, half a sentence.
         requirements: as pip takes them, pinned.
         probe: Python that must run in it; what it prints is kept as the versions.
+        library: of the target of this name: where it cannot be imported, commands run in the environment, which holds this tapeout, too.
     """
 
     name: str
     purpose: str
     requirements: tuple[str, ...]
     probe: str
+    library: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -53,8 +61,17 @@ class Environment:
 
     @property
     def installed(self) -> bool:
-        """Whether it is whole."""
-        return (self.directory / _MARK).exists()
+        """Whether it is whole, and the tapeout in it, if any, this one."""
+        try:
+            said = json.loads((self.directory / _MARK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        same: bool = said.get("tapeout") == self._own
+        return same
+
+    @property
+    def _own(self) -> str | None:
+        return own_wheel.digest() if self.library else None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -102,6 +119,14 @@ ENVIRONMENTS: dict[str, Environment] = {
             ),
             "import optimum.exporters.onnx; " + _versions("optimum-onnx", "transformers", "torch"),
         ),
+        # coremltools 9.0 names torch 2.7.0 as the newest that it was tested with; its conversions break from numpy 2.4 on.
+        Environment(
+            "apple",
+            "the target apple, where coremltools is absent or does not bear the versions of numpy and torch",
+            ("coremltools==9.0", "torch==2.7.0", "numpy==2.3.5", "transformers==5.23.0"),
+            "import coremltools, tapeout.cli; " + _versions("tapeout", "coremltools", "torch", "numpy"),
+            library="coremltools",
+        ),
     )
 }
 """By name."""
@@ -143,13 +168,57 @@ def create(environment: Environment, say: Callable[[str], None] = _logger.info) 
             return place
         if not _runs(place):
             venv.create(place, with_pip=True, clear=True)
-        _run(environment, say, "-m", "pip", "install", *environment.requirements)
-        versions = json.loads(_run(environment, say, "-c", environment.probe)[-1])
+        with tempfile.TemporaryDirectory() as scratch:
+            own = own_wheel.requirement(Path(scratch)) if environment.library else ()
+            install = ("-m", "pip", "install")
+            _run(environment, say, *install, *environment.requirements, *own)
+            if own:  # another one of the same version may stand there
+                _run(environment, say, *install, "--force-reinstall", "--no-deps", *own)
+        versions = json.loads(_run(environment, say, "-P", "-c", environment.probe)[-1])
         partial = place / f".{_MARK}.partial"
-        facts = {"name": environment.name, "requirements": environment.requirements, "versions": versions}
+        facts = {
+            "name": environment.name,
+            "requirements": environment.requirements,
+            "versions": versions,
+            "tapeout": environment._own,
+        }
         partial.write_text(canonical_json(facts), encoding="utf-8")
         partial.rename(place / _MARK)
     return place
+
+
+def worker_of(target: str) -> tuple[Environment, str] | None:
+    """The environment that commands of a target run in here, and why; None: they run in this one.
+
+    That is so where the target's library can be imported, and where there is no such environment: then whoever needs the library says so.
+    """
+    environment = ENVIRONMENTS.get(target)
+    if environment is None or environment.library is None or os.environ.get(_WITHIN) == target:
+        return None
+    if not environment.installed:  # the import takes a second, which only those pay who may go elsewhere
+        return None
+    log = logging.getLogger(environment.library)
+    level = log.level
+    log.setLevel(logging.ERROR)  # its remarks on versions
+    try:
+        importlib.import_module(environment.library)
+    except Exception as error:  # of versions that it does not bear: any kind
+        return environment, f"{environment.library} cannot be imported here ({type(error).__name__}: {error})"
+    finally:
+        log.setLevel(level)
+    return None
+
+
+def run_there(environment: Environment, arguments: Sequence[str]) -> NoReturn:
+    """Go on as the same command line in an environment that holds tapeout: this process becomes that one."""
+    interpreter = str(_interpreter(environment.directory))
+    command = [interpreter, "-P", str(environment.directory / "bin" / "tapeout"), *arguments]
+    os.execve(interpreter, command, _variables() | {_WITHIN: environment.name})
+
+
+def _variables() -> dict[str, str]:
+    """This process's, without what points its Python elsewhere: that must not point another one there."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
 def _interpreter(place: Path) -> Path:
@@ -166,8 +235,6 @@ def _runs(place: Path) -> bool:
 
 def _run(environment: Environment, say: Callable[[str], None], *arguments: str) -> list[str]:
     """Run the environment's Python; its output, by lines."""
-    # What points this process's Python elsewhere must not point that one there.
-    given = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     lines: list[str] = []
     with subprocess.Popen(
         [_interpreter(environment.directory), *arguments],
@@ -175,7 +242,7 @@ def _run(environment: Environment, say: Callable[[str], None], *arguments: str) 
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=given,
+        env=_variables(),
     ) as process:
         assert process.stdout
         for line in process.stdout:

@@ -225,7 +225,7 @@ class Apple:
         """Whether the format's library is here."""
         if importlib.util.find_spec("coremltools"):
             return None
-        return "coremltools is not installed: pip install 'tapeout[apple]'."
+        return "coremltools is not installed: pip install 'tapeout[apple]', or tapeout env create apple."
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
         """Write ``model.mlpackage``, the tokenizer's files, and the script that checks them on a Mac."""

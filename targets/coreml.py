@@ -31,6 +31,7 @@ __all__ = ["CoremlDecoder", "CoremlEncoder", "TracedCoreml", "native", "open_ses
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 _UNITS = {"all": "ALL", "cpu-and-gpu": "CPU_AND_GPU", "cpu-and-ne": "CPU_AND_NE", "cpu-only": "CPU_ONLY"}
+_INPUTS = ("inputIds", "attentionMask", "fullAttentionMask", "hiddenStates")
 
 
 def native() -> bool:
@@ -308,6 +309,13 @@ def _loaded(directory: str) -> tuple[list[Path], list[mil.Program], dict[str, in
         raise PackageError(f"{words} is absent; there is nothing to tokenize with.")
     paths = coreml.packages_in(Path(directory))
     programs = [mil.load(path) for path in paths]
+    for path, program in zip(paths, programs, strict=True):
+        for name, function in program.functions.items():
+            if other := sorted(set(function.inputs) - set(_INPUTS)):
+                raise PackageError(
+                    f"{path} wants {', '.join(other)} in {name}; what tapeout gives is {', '.join(_INPUTS)}. A package from before the mask "
+                    "causalMask was named fullAttentionMask must be exported again: tapeout export apple."
+                )
     keys = ("context", "batch", "chunk", "vocab_size")
     said = {key: programs[0].metadata.get(f"co.tapeout.{key}", "0") for key in keys}
     if not all(value.isdecimal() for value in said.values()) or said["context"] == "0":

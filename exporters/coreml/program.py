@@ -45,8 +45,11 @@ def library() -> ModuleType:
     try:
         with quiet():
             import coremltools
-    except ImportError:
-        raise MissingToolchain("Core ML packages need coremltools: pip install 'tapeout[apple]'.") from None
+    except Exception as error:  # of versions of numpy or torch that it does not bear: any kind
+        raise MissingToolchain(
+            f"Core ML packages need coremltools ({type(error).__name__}: {error}): pip install 'tapeout[apple]', or tapeout env create "
+            "apple, an environment with the versions that it was tested with."
+        ) from error
     found: ModuleType = coremltools
     return found
 

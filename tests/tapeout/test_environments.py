@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from commands import process
 
-from tapeout import environments
+from tapeout import environments, own_wheel
 from tapeout.environments import ENVIRONMENTS, Environment
 from tapeout.errors import MissingToolchain, TapeoutError
 
@@ -112,3 +115,65 @@ def test_the_command_line_lists_them(tmp_path: Path) -> None:
     place.mkdir()
     (place / "tapeout.json").write_text("{}")
     assert "installed" in tapeout("env", "list").stderr
+
+
+def test_another_environment_gets_this_very_tapeout(tmp_path: Path) -> None:
+    """By a wheel alone: no index, no sources."""
+    place = tmp_path / "other"
+    venv.create(place, with_pip=True)
+    python = place / "bin" / "python"
+    wheel = own_wheel.requirement(tmp_path)
+    install = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *wheel]
+    subprocess.run(install, check=True, cwd=tmp_path, timeout=120)
+    probe = (
+        "import importlib.metadata, json, tapeout; from tapeout.own_wheel import digest\n"
+        "print(json.dumps([tapeout.__file__, importlib.metadata.version('tapeout'), digest()]))"
+    )
+    done = subprocess.run([python, "-P", "-c", probe], capture_output=True, text=True, check=True, timeout=60)
+    file, version, digest = json.loads(done.stdout)
+    assert Path(file).is_relative_to(place)
+    assert version == distribution("tapeout").version
+    assert digest == own_wheel.digest()
+    assert (place / "bin" / "tapeout").exists()
+
+
+@pytest.fixture
+def stand_in() -> Environment:
+    """An environment 'apple' whose Python says what it was called with."""
+    apple = ENVIRONMENTS["apple"]
+    (apple.directory / "bin").mkdir(parents=True)
+    python = apple.directory / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "within $TAPEOUT_WITHIN: $*; $PYTHONPATH"\nexit 7\n')
+    python.chmod(0o755)
+    (apple.directory / "tapeout.json").write_text(json.dumps({"tapeout": own_wheel.digest()}))
+    return apple
+
+
+def test_a_command_goes_on_where_its_library_works(tmp_path: Path, stand_in: Environment) -> None:
+    (tmp_path / "coremltools.py").write_text("raise AttributeError('numpy 9 is not borne')\n")
+    words = ("export", "apple", "arithmetic", "--scheme", "int4-g32")
+    done = process(*words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 7
+    script = stand_in.directory / "bin" / "tapeout"
+    assert done.stdout == f"within apple: -P {script} {' '.join(words)}; \n"
+    assert "cannot be imported here (AttributeError: numpy 9 is not borne): going on in" in done.stderr
+
+
+def test_who_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch, stand_in: Environment) -> None:
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    found = environments.worker_of("apple")
+    assert found is not None
+    assert found[0] == stand_in
+    assert environments.worker_of("cpu") is environments.worker_of("optimum") is None
+    with monkeypatch.context() as context:  # what runs there already
+        context.setenv("TAPEOUT_WITHIN", "apple")
+        assert environments.worker_of("apple") is None
+    (stand_in.directory / "tapeout.json").write_text(json.dumps({"tapeout": "an older one"}))
+    assert not stand_in.installed
+    assert environments.worker_of("apple") is None
+    from tapeout.exporters.coreml.program import library
+
+    with pytest.raises(
+        MissingToolchain, match=r"pip install 'tapeout\[apple\]', or tapeout env create apple"
+    ):
+        library()

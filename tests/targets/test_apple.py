@@ -216,6 +216,23 @@ def test_a_package_that_is_not_whole(make: Make, name: str, damage: Callable[[Pa
         made.open().prefill(IDS)
 
 
+def test_a_package_of_the_masks_old_name(make: Make) -> None:
+    from coremltools.proto import Model_pb2
+    from google.protobuf import text_format
+
+    made = make()
+    path = next(made.artifact.directory.rglob("model.mlmodel"))
+    words = text_format.MessageToString(Model_pb2.Model.FromString(path.read_bytes()))
+    assert words.count('"fullAttentionMask"') > 3
+    old = text_format.Parse(words.replace('"fullAttentionMask"', '"causalMask"'), Model_pb2.Model())
+    path.write_bytes(old.SerializeToString())
+    for opened in (made.open, lambda: open_traced(str(made.artifact.directory))):
+        with pytest.raises(
+            PackageError, match=r"wants causalMask in .* causalMask was named fullAttentionMask"
+        ):
+            opened()
+
+
 def test_an_altered_code_is_one_tensor(make: Make) -> None:
     """Numbers that could be right load; the codes gate has them all in sight."""
     made = make()

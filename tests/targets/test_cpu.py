@@ -54,3 +54,13 @@ def test_a_cache_of_codes_is_refused_for_latent_attention(make_model: MakeModel)
         TapeoutError, match=r"as kv-int8: what that costs latent attention.*What fits: kv-f16"
     ):
         check_cache(Cpu(kv_cache="kv-int8"), model)
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_sessions_read_weights_from_huge_pages(tmp_path: Path, monkeypatch: Any, format: Any) -> None:  # noqa: A002
+    artifact = Artifact(format, tmp_path, ("m",), 128, 0, {}, ())
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    asked = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert Cpu(format=format).session(artifact).environment == asked
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")  # a user's own
+    assert Cpu(format=format).session(artifact).environment == {}

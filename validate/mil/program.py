@@ -261,9 +261,10 @@ def _messages(name: str) -> ModuleType:
     log.setLevel(logging.ERROR)
     try:
         return import_module(f"coremltools.proto.{name}")
-    except ImportError as error:
+    except Exception as error:  # of versions of numpy or torch that it does not bear: any kind
         raise MissingToolchain(
-            f"Core ML packages are read with coremltools ({error}): pip install 'tapeout[apple]'"
+            f"Core ML packages are read with coremltools ({type(error).__name__}: {error}): pip install 'tapeout[apple]', or tapeout env "
+            "create apple, an environment with the versions that it was tested with."
         ) from error
     finally:
         log.setLevel(level)
