@@ -309,7 +309,10 @@ class Evidence:
         if codes not in _references:
             _references.clear()
         answers = _references.setdefault(codes, {})
-        asked = (canonical_json(spec.to_json()), tuple(map(tuple, sequences)))
+        # Where model and codes lie says nothing: their bytes do.
+        arguments = {key: value for key, value in spec.arguments.items() if key not in ("model", "store")}
+        how = replace(spec, arguments=arguments | {"codes": spec.arguments.get("store") is not None})
+        asked = (canonical_json(how.to_json()), tuple(map(tuple, sequences)))
         if asked not in answers:
             answers[asked] = self.record(name, spec, sequences)
         return answers[asked]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -343,6 +344,9 @@ def serve(requests: int, replies: int) -> None:
                 if session:
                     session.close()
                 session = None
+                # What is left is the runtime's own and stays: no later collection need look through it.
+                gc.collect()
+                gc.freeze()
             elif name == "append":
                 one = cast(Session, session)
                 value = getattr(one, name, one.prefill)(**arguments)[-1:]
