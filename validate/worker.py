@@ -283,8 +283,8 @@ def borrow(spec: SessionSpec) -> WorkerSession:
         return open_session(spec)
     try:
         worker.open(spec.arguments)
-    except BaseException:
-        worker.close()
+    except BaseException as error:
+        _after(error, worker)
         raise
     return worker
 
@@ -306,14 +306,22 @@ def give_back(worker: WorkerSession) -> None:
 
 @contextlib.contextmanager
 def borrowed(spec: SessionSpec) -> Iterator[WorkerSession]:
-    """``borrow``, and ``give_back`` at the end; after an error the worker is closed."""
+    """``borrow``, and ``give_back`` at the end; after a crash the worker is closed."""
     session = borrow(spec)
     try:
         yield session
-    except BaseException:
-        session.close()
+    except BaseException as error:
+        _after(error, session)
         raise
     give_back(session)
+
+
+def _after(error: BaseException, worker: WorkerSession) -> None:
+    """Keep a worker whose caller met an error that is about what it was given; one that a runtime crashed in is closed."""
+    if isinstance(error, TapeoutError) and not isinstance(error, RuntimeCrash):
+        give_back(worker)
+    else:
+        worker.close()
 
 
 def _dismiss() -> None:
