@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from tapeout.conformance import lowered
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Refused
 from tapeout.generated import ENCODERS, write_model
-from tapeout.models import DecoderConfig, load
-from tapeout.quantize import SCHEMES, quantize
+from tapeout.models import DecoderConfig, Model, load
+from tapeout.quantize import SCHEMES, Quantized, quantize
 
 FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes")
 _TARGETS = {"coreml": "apple", "compressed-tensors": "rocm", "bitsandbytes": "rocm"}  # the others are cpu's
@@ -88,6 +89,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"dim": 128, "hidden_dim": 256} if name == "distilbert" else _WIDE) for name in ENCODERS},
 }
 """Rows of the table: a family, and fields of its config."""
+# Those of the same codes behind one another: what the reference says of them is asked once.
+CELLS = [(row, form, scheme) for row in MODELS for scheme in SHOWN for form in FORMATS]
 
 # Past the sliding window; a prompt of one token; an odd length.
 SEQUENCES = [
@@ -107,18 +110,34 @@ hardware; `rocm`'s directories on transformers on a CPU, not on AMD hardware. Bo
 """
 
 
-def cell(row: str, form: str, scheme: str, work: Path) -> str:
-    """What the gates say of one cell; ``work`` is an empty directory."""
+@cache
+def _model(row: str, shared: Path) -> Model:
     family, fields = MODELS[row]
-    model = load(write_model(work / "model", family, fields, dtype="F32"))
+    return load(write_model(shared / row / "model", family, fields, dtype="F32"))
+
+
+@cache
+def _codes(row: str, scheme: str, shared: Path) -> Quantized:
+    return quantize(_model(row, shared), scheme, out=shared / row / scheme)
+
+
+def cell(row: str, form: str, scheme: str, work: Path, shared: Path) -> str:
+    """What the gates say of one cell.
+
+    Args:
+        work: an empty directory.
+        shared: a directory for models and their codes, the same for every cell: all formats are given the same codes.
+    """
     name, options = _TARGETS.get(form, "cpu"), {} if form == "coreml" else {"format": form}
     # One thread: a model so small is done before two have met.
     device = target(name, **options, **({"threads": 1} if name == "cpu" else {}))
     if isinstance(carry := device.carries(SCHEMES[scheme]), Refused):
         return f"refused: {carry.reason}"
-    quant = quantize(model, scheme, out=work / "codes")
+    quant = _codes(row, scheme, shared)
     try:
-        return lowered(device, quant, work, SEQUENCES if isinstance(model.config, DecoderConfig) else None)
+        return lowered(
+            device, quant, work, SEQUENCES if isinstance(quant.model.config, DecoderConfig) else None
+        )
     except (ModelError, SchemeError) as error:
         return f"refused: {error}"
 
@@ -165,12 +184,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/families.md"))
     arguments = parser.parse_args()
     cells = {}
-    for row in MODELS:
-        for form in FORMATS:
-            for scheme in SHOWN:
-                with tempfile.TemporaryDirectory(prefix="tapeout-") as work:
-                    cells[row, form, scheme] = cell(row, form, scheme, Path(work))
-                print(f"{row}, {form} {scheme}: {cells[row, form, scheme]}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="tapeout-") as shared:
+        for row, form, scheme in CELLS:
+            with tempfile.TemporaryDirectory(prefix="tapeout-") as work:
+                cells[row, form, scheme] = cell(row, form, scheme, Path(work), Path(shared))
+            print(f"{row}, {form} {scheme}: {cells[row, form, scheme]}", flush=True)
     arguments.out.write_text(HEAD + table(cells), encoding="utf-8")
     sys.exit(any("**" in said for said in cells.values()))
 

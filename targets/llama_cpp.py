@@ -50,6 +50,7 @@ class LlamaCpp:
             llama.LLAMA_VOCAB_TYPE_SPM,
             llama.LLAMA_VOCAB_TYPE_UGM,
         ) and (_metadata(model, b"tokenizer.ggml.add_space_prefix") != "false")
+        self._pieces: dict[tuple[int, bool], bytes] = {}
         self._length = 0
         self._batch_size = batch_size
         self._batch = llama.llama_batch_init(batch_size, 0, 1)
@@ -99,9 +100,12 @@ class LlamaCpp:
         Token by token, as llama.cpp's programs print: its ``llama_detokenize`` also drops spaces before punctuation.
         """
         check_ids(ids, self._vocab_size)
-        pieces = [
-            _piece(self._vocab, token, strip=self._space_prefix and at == 0) for at, token in enumerate(ids)
-        ]
+        pieces = []
+        for at, token in enumerate(ids):
+            strip = self._space_prefix and at == 0
+            if (token, strip) not in self._pieces:
+                self._pieces[token, strip] = _piece(self._vocab, token, strip=strip)
+            pieces.append(self._pieces[token, strip])
         return b"".join(pieces).decode("utf-8", "replace")
 
     def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:

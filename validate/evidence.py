@@ -17,7 +17,7 @@ import numpy as np
 
 from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
-from tapeout.files import file_sha256
+from tapeout.files import canonical_json, file_sha256
 from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
@@ -39,7 +39,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Evidence:
-    """Everything that a validation gathers, each piece when a gate first asks for it."""
+    """Everything that a validation gathers, each piece when a gate first asks for it.
+
+    Attributes:
+        probed_too: the decode gate will look, so that a reference runs its probe with the sequences: each is opened once.
+    """
 
     artifact: Artifact
     model: Model
@@ -49,7 +53,9 @@ class Evidence:
     text: Path | None = None
     tokens: int = 4096
     progress: Progress | None = None
+    probed_too: bool = True
     _deployed: WorkerSession | None = None
+    _lowered: list[Logits] | None = None
     _walks: dict[int, Divergence | None] = field(default_factory=dict)
 
     @cached_property
@@ -70,13 +76,13 @@ class Evidence:
     @cached_property
     def dequantized(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are."""
-        return self._dequantized[:-1]
+        return self._dequantized[: len(self.sequences)]
 
     def narrowed(self, names: Sequence[str], values: Sequence[str] = ()) -> list[Logits]:
         """The same with some tensors' floats rounded to float16, and of others the values."""
         if not names and not values:
             return self.dequantized
-        return self.record("narrowed", self.reference(halves=names, values=values), self.sequences)
+        return self.ask("narrowed", self.reference(halves=names, values=values), self.sequences)
 
     @property
     def _routes(self) -> bool:
@@ -100,25 +106,29 @@ class Evidence:
         """The same, with the inputs rounded to int8 where a scheme says so: what the user chose, on no device yet."""
         if not self._rounds_inputs:
             return self.dequantized
-        return self.record("quantized", self.reference(arithmetic="scheme"), self.sequences)
+        return self.ask("quantized", self.reference(arithmetic="scheme"), self.sequences)
 
     @cached_property
     def predicted(self) -> Distance:
         """What the runtime's rounding of matmul inputs does to the reference when it rounds the same; both with its cache."""
-        return self._predict(slice(None, -1))
+        return self._predict(slice(len(self.sequences)))
 
     @cached_property
     def predicted_probe(self) -> Distance:
         """The same on the probe of the decode gate."""
-        return self._predict(slice(-1, None))
+        return self._predict(slice(len(self.sequences), None))
 
     def _predict(self, which: slice) -> Distance:
         return Distance.between(self._cached[which], self._rounded[which])
 
     @cached_property
     def _dequantized(self) -> list[Logits]:
-        """With the probe last, so that one session serves all."""
-        return self.record("dequantized", self.reference(), [*self.sequences, self.probe])
+        return self.ask("dequantized", self.reference(), self._with_probe)
+
+    @property
+    def _with_probe(self) -> list[list[int]]:
+        """The sequences, and the probe last, so that one session serves all."""
+        return [*self.sequences, self.probe] if self.probed_too else self.sequences
 
     @cached_property
     def _rounded(self) -> list[Logits]:
@@ -129,7 +139,7 @@ class Evidence:
         ):
             return self._cached
         spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)
-        return self.record("rounded", spec, [*self.sequences, self.probe])
+        return self.ask("rounded", spec, self._with_probe)
 
     @property
     def _rounds_inputs(self) -> bool:
@@ -147,18 +157,18 @@ class Evidence:
     @property
     def cached(self) -> list[Logits]:
         """The reference's logits with the weights that the codes are, and its cache rounded as the deployed one is."""
-        return self._cached[:-1]
+        return self._cached[: len(self.sequences)]
 
     @cached_property
     def _cached(self) -> list[Logits]:
         if not self.rounds_cache:
             return self._dequantized
-        return self.record("cache", self.reference(rounded_cache=True), [*self.sequences, self.probe])
+        return self.ask("cache", self.reference(rounded_cache=True), self._with_probe)
 
     @cached_property
     def float_noise(self) -> float:
         """How far float32 itself takes the reference from float64: largest logit difference / std."""
-        exact = self.record("float64", self.reference(arithmetic="float64"), self.sequences)
+        exact = self.ask("float64", self.reference(arithmetic="float64"), self.sequences)
         return Distance.between(exact, self.dequantized).max
 
     @property
@@ -289,6 +299,26 @@ class Evidence:
         arguments |= {key: names for key, names in narrowed.items() if names}
         return SessionSpec(_REFERENCE, arguments)
 
+    def lowered(self, name: str) -> list[Logits]:
+        """What the artifact gives of the sequences as it is deployed; run once."""
+        if self._lowered is None:
+            self._lowered = self.run(name, self.deployed, self.sequences)
+        return self._lowered
+
+    def ask(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
+        """``record`` of a reference, whose answers are the same whichever device is held against it: once for codes that many get."""
+        codes = (self._bytes, self.quant.digest)
+        if codes not in _references:
+            _references.clear()
+        answers = _references.setdefault(codes, {})
+        # Where model and codes lie says nothing: their bytes do.
+        arguments = {key: value for key, value in spec.arguments.items() if key not in ("model", "store")}
+        how = replace(spec, arguments=arguments | {"codes": spec.arguments.get("store") is not None})
+        asked = (canonical_json(how.to_json()), tuple(map(tuple, sequences)))
+        if asked not in answers:
+            answers[asked] = self.record(name, spec, sequences)
+        return answers[asked]
+
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
         with borrowed(spec) as session:
@@ -304,6 +334,7 @@ class Evidence:
     def run(self, name: str, session: Any, sequences: Iterable[Sequence[int]]) -> list[Logits]:
         """Run sequences through an open session; logits in a mapped file, float32 [tokens, vocab] each."""
         path = self.scratch / f"{name}.f32"
+        path.unlink(missing_ok=True)  # what is mapped of another one stays as it is
         wanted = list(sequences)
         shapes: list[tuple[int, ...]] = []
         with path.open("wb") as file:
@@ -348,12 +379,22 @@ class Evidence:
     @property
     def _asked(self) -> tuple[object, ...]:
         """All that the original's answers hang on: the model's bytes, and what it is asked."""
+        text = None if self.text is None else file_sha256(self.text)
+        return self._bytes, text, self.tokens, self.artifact.context
+
+    @cached_property
+    def _bytes(self) -> tuple[object, ...]:
+        """The model's bytes, and how it is asked."""
         beside = [path for path in self.model.directory.iterdir() if path.is_file()]
-        files = {path.name: file_sha256(path) for path in beside if path.suffix != ".safetensors"}
+        weighty = {tensor.file for tensor in self.model.checkpoint.values()}
+        files = {
+            path.name: file_sha256(path)
+            for path in beside
+            if path.suffix != ".safetensors" or path not in weighty
+        }
         # A quantized checkpoint is run from the store of its codes.
         weights = self.quant.directory if self.model.quantization else self.quant.source_sha256
-        text = None if self.text is None else file_sha256(self.text)
-        return type(self), weights, tuple(sorted(files.items())), text, self.tokens, self.artifact.context
+        return type(self), weights, tuple(sorted(files.items()))
 
     def _sequences(self, session: Session) -> list[list[int]]:
         most = min(_WINDOW, self.artifact.context, session.facts.context)
@@ -382,3 +423,5 @@ class Evidence:
 
 _originals: dict[object, tuple[list[list[int]], list[Logits], Said]] = {}
 """What the last model said with its own weights: its next scheme or target is held against the same."""
+_references: dict[object, dict[object, list[Logits]]] = {}
+"""What the references of the last codes said: those codes on the next target are held against the same."""

@@ -198,7 +198,7 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> list[GateResult
     if check.peaks:
         logits, peaks = evidence.record_peaks(f"lowering-{check.check}", check.session, evidence.sequences)
     elif check.session == evidence.device.session(evidence.artifact):
-        logits = evidence.run(f"lowering-{check.check}", evidence.deployed, evidence.sequences)
+        logits = evidence.lowered(f"lowering-{check.check}")
     else:
         logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
     distance = _distance(reference, logits)

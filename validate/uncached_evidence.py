@@ -24,7 +24,7 @@ class UncachedEvidence(Evidence):
     @cached_property
     def dequantized(self) -> list[Logits]:
         """What the reference gives with the weights that the codes are."""
-        return self.record("dequantized", self.reference(), self.sequences)
+        return self.ask("dequantized", self.reference(), self.sequences)
 
     @property
     def cached(self) -> list[Logits]:
@@ -38,5 +38,5 @@ class UncachedEvidence(Evidence):
         quantized = any(scheme.kind != "none" for scheme in self.quant.schemes.values())
         if quantized and self.device.arithmetic != "float32":
             spec = self.reference(arithmetic=self.device.arithmetic)
-            rounded = self.record("rounded", spec, self.sequences)
+            rounded = self.ask("rounded", spec, self.sequences)
         return Distance.between(self.dequantized, rounded)

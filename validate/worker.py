@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -282,8 +283,8 @@ def borrow(spec: SessionSpec) -> WorkerSession:
         return open_session(spec)
     try:
         worker.open(spec.arguments)
-    except BaseException:
-        worker.close()
+    except BaseException as error:
+        _after(error, worker)
         raise
     return worker
 
@@ -305,14 +306,22 @@ def give_back(worker: WorkerSession) -> None:
 
 @contextlib.contextmanager
 def borrowed(spec: SessionSpec) -> Iterator[WorkerSession]:
-    """``borrow``, and ``give_back`` at the end; after an error the worker is closed."""
+    """``borrow``, and ``give_back`` at the end; after a crash the worker is closed."""
     session = borrow(spec)
     try:
         yield session
-    except BaseException:
-        session.close()
+    except BaseException as error:
+        _after(error, session)
         raise
     give_back(session)
+
+
+def _after(error: BaseException, worker: WorkerSession) -> None:
+    """Keep a worker whose caller met an error that is about what it was given; one that a runtime crashed in is closed."""
+    if isinstance(error, TapeoutError) and not isinstance(error, RuntimeCrash):
+        give_back(worker)
+    else:
+        worker.close()
 
 
 def _dismiss() -> None:
@@ -343,6 +352,9 @@ def serve(requests: int, replies: int) -> None:
                 if session:
                     session.close()
                 session = None
+                # What is left is the runtime's own and stays: no later collection need look through it.
+                gc.collect()
+                gc.freeze()
             elif name == "append":
                 one = cast(Session, session)
                 value = getattr(one, name, one.prefill)(**arguments)[-1:]

@@ -310,6 +310,7 @@ class Graph:
             setattr(said.metadata, key, value)
         for key, value in metadata.items():
             said.metadata.userDefined[key] = value
+        self._functions, self._made = {}, {}  # the operators are large, and in the specification now
         return spec
 
     def place(self, name: str, values: npt.NDArray[Any]) -> Place | None:

@@ -106,11 +106,13 @@ def write(
     options = resolved(quant, options or Options())
     files = side_files(quant)
     graphs = []
+    _written.clear()
     with writing(directory):
         for part, name in enumerate(packages(options)):
             graph, spec = build(quant, options, part)
             _write_package(directory / name, graph, spec, threads, progress)
             graphs.append(graph)
+            _written[part] = quant, options_of(spec), graph, spec
         for file in files:
             shutil.copyfile(file, directory / file.name)
     names = [f"{package}/{name}" for package in packages(options) for name in (MANIFEST, SPEC, WEIGHTS)]
@@ -206,6 +208,18 @@ def _check_states(config: DecoderConfig, options: Options) -> None:
 def cache_bytes(config: DecoderConfig, context: int, batch: int = 1, layers: int | None = None) -> int:
     """Bytes of the caches of a decoder's first layers, float16; None: of all."""
     return nbytes(state_shapes(config, context, batch, range(layers or config.num_layers))[0])
+
+
+_written: dict[int, tuple[Quantized, Options, Graph, Any]] = {}
+"""Of the last artifact, by part, from what its program was made, and the program: its reader needs not make it again."""
+
+
+def expected(quant: Quantized, options: Options, part: int) -> tuple[Graph, Any]:
+    """What ``build`` gives: of these very codes if they were the last ones that were written, else built anew."""
+    of, how, graph, spec = _written.get(part, (None, None, None, None))
+    if of is quant and how == options and graph is not None:
+        return graph, spec
+    return build(quant, options, part)
 
 
 def build(quant: Quantized, options: Options, part: int = 0) -> tuple[Graph, Any]:

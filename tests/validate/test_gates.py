@@ -134,6 +134,29 @@ def look(sound: Sound, tmp_path: Path) -> Iterator[Look]:
         evidence.close()
 
 
+def test_the_reference_is_asked_once_about_the_same_codes(
+    look: Look, sound: Sound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    record = Evidence.record
+
+    def recorded(self: Evidence, name: str, *rest: Any) -> list[npt.NDArray[np.float32]]:
+        asked.append(name)
+        return record(self, name, *rest)
+
+    monkeypatch.setattr("tapeout.validate.evidence._references", {})
+    monkeypatch.setattr(Evidence, "record", recorded)
+    first, again = look().dequantized, look().dequantized
+    assert asked == ["dequantized"]
+    assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
+    half = look().narrowed(["lm_head.weight"])
+    assert asked == ["dequantized", "narrowed"]
+    other = look(quant=quantize(sound.model, "int8", out=tmp_path / "other")).dequantized
+    assert asked == ["dequantized", "narrowed", "dequantized"]
+    assert not np.array_equal(first[0], other[0])
+    assert half[0].shape == first[0].shape
+
+
 @pytest.fixture
 def copied(sound: Sound, tmp_path: Path) -> Artifact:
     """The artifact's files, to be damaged."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -456,3 +458,12 @@ def test_what_its_maker_said(save: Save) -> None:
     assert (program.author, program.licence, program.description) == ("Ada", "MIT", "a norm")
     assert program.metadata["co.tapeout.scheme"] == "int4-g32"
     assert program.features["x"] == "what is normed"
+
+
+def test_a_program_is_read_without_torch_and_all_of_coremltools_is_there_for_who_asks(save: Save) -> None:
+    code = (
+        "import sys; from tapeout.validate import mil; mil.load(sys.argv[1]); assert 'torch' not in sys.modules\n"
+        "import coremltools; coremltools.utils.load_spec(sys.argv[1]); mil.load(sys.argv[1])"
+    )
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, str(_plain(save))]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)

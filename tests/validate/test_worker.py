@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tapeout.errors import MissingToolchain, RuntimeCrash
+from tapeout.errors import MissingToolchain, ModelError, RuntimeCrash
 from tapeout.validate.session import Facts, SessionSpec
-from tapeout.validate.worker import WorkerSession, open_session
+from tapeout.validate.worker import WorkerSession, borrow, borrowed, open_session
 
 HERE = str(Path(__file__).parent)
 PATH = {"PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
@@ -65,6 +65,19 @@ def test_a_worker_that_is_used_again_reads_relative_paths_as_its_caller_does(
     monkeypatch.chdir(tmp_path)
     session.open({})
     assert session.detokenize([]) == str(tmp_path)
+
+
+def test_a_worker_outlives_an_error_about_what_it_was_given_but_no_crash() -> None:
+    spec = SessionSpec("worker_sessions:Echo", {"context": 51}, environment=PATH)
+    with pytest.raises(ModelError), borrowed(spec) as session:
+        number = pid(session)
+        raise ModelError("a bad model")
+    with pytest.raises(RuntimeCrash), borrowed(spec) as session:
+        assert pid(session) == number
+        raise RuntimeCrash("a bad runtime")
+    with borrowed(spec) as session:
+        assert pid(session) != number
+    borrow(spec).close()
 
 
 def test_large_arrays_cross(start: Open) -> None:

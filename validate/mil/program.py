@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -255,19 +257,30 @@ def _model(directory: Path) -> Path:
 
 
 def _messages(name: str) -> ModuleType:
-    """The messages that coremltools generates; its own remarks (a torch that it has not tested, libraries of macOS) are left out."""
-    log = logging.getLogger("coremltools")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """The messages that coremltools generates; MissingToolchain where it is absent."""
     try:
-        return import_module(f"coremltools.proto.{name}")
+        return import_module(f"coremltools.proto.{name}") if "coremltools" in sys.modules else _alone(name)
     except Exception as error:  # of versions of numpy or torch that it does not bear: any kind
         raise MissingToolchain(
             f"Core ML packages are read with coremltools ({type(error).__name__}: {error}): pip install 'tapeout[apple]', or tapeout env "
             "create apple, an environment with the versions that it was tested with."
         ) from error
+
+
+@cache
+def _alone(name: str) -> ModuleType:
+    """Messages without the rest of coremltools, which imports torch and takes seconds; who asks for the rest later gets it."""
+    found = find_spec("coremltools")
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError("No module named 'coremltools'")
+    bare = ModuleType("coremltools")
+    bare.__path__ = list(found.submodule_search_locations)
+    sys.modules["coremltools"] = bare
+    try:
+        return import_module(f"coremltools.proto.{name}")
     finally:
-        log.setLevel(level)
+        for each in [key for key in sys.modules if key.partition(".")[0] == "coremltools"]:
+            del sys.modules[each]
 
 
 class _Reader:
