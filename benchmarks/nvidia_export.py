@@ -95,7 +95,7 @@ def main() -> None:
     share = statistics.median(plain) / statistics.median(whole)
     speed = written / statistics.median(plain) / 1e6
     print(
-        f"codes and artifact are {written / 1e6:.0f} MB; the disk takes {speed:.0f} MB/s: {share:.0%} of our time"
+        f"codes and artifact are {written / 1e6:.0f} MB; the disk takes {speed:.0f} MB/s: {share:.0%} of our time with sync"
     )
     facts = {
         "benchmark": "nvidia_export",
