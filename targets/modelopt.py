@@ -45,7 +45,6 @@ _LOADED_BY = {
     "W8A8_SQ_PER_CHANNEL": (),
     "FP8_PER_CHANNEL_PER_TOKEN": ("TensorRT-LLM", "vLLM"),
     "W4A16_NVFP4": ("TensorRT-LLM", "vLLM"),
-    "NVFP4": ("TensorRT-LLM", "vLLM", "SGLang"),
     "float": ("TensorRT-LLM", "vLLM", "SGLang"),
 }
 

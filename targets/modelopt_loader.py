@@ -34,13 +34,11 @@ if TYPE_CHECKING:
 
     Inputs = Callable[[torch.Tensor], torch.Tensor]
 
-_ALGOS = (
-    "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_NVFP4", "NVFP4",
-)  # fmt: skip
-_ROUNDING = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
+_ALGOS = ("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_NVFP4")
+_ROUNDING = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN")
 # TensorRT-LLM loads these as one matrix and asks them for no pre_quant_scale; of any other it is read whatever the file has.
 _JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+_E4M3_MAX = 448.0
 
 
 class Reader:
@@ -137,7 +135,7 @@ class Reader:
         """The scale of each group, float32 [out, groups]."""
         if algo == "W4A16_AWQ":
             return self._part(base, "weight_scale", "float32", out, into // self._group(base, into))
-        if algo.endswith("NVFP4"):
+        if algo == "W4A16_NVFP4":
             whole = self._part(base, "weight_scale_2", "float32")
             group = self._group(base, into)
             return self._part(base, "weight_scale", "float8_e4m3fn", out, into // group).float() * whole
@@ -168,17 +166,11 @@ class Reader:
         if found is None or found[0] not in _ROUNDING:
             return None
         algo, stored = found
-        into = stored.shape[1] * (2 if algo == "NVFP4" else 1)
-        step = None
-        if algo != "FP8_PER_CHANNEL_PER_TOKEN":
-            step = self._part(base, "input_scale", "float32").item()
-        pre_scale = self._pre_scale(algo, base, into)
-        how = {
-            "W8A8_SQ_PER_CHANNEL": _int8,
-            "FP8_PER_CHANNEL_PER_TOKEN": _float8_a_token,
-            "NVFP4": _float4,
-        }[algo]
-        return partial(_prepared, how=how, step=step, pre_scale=pre_scale)
+        pre_scale = self._pre_scale(algo, base, stored.shape[1])
+        if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+            return partial(_float8_a_token, pre_scale=pre_scale)
+        step = self._part(base, "input_scale", "float32").item()
+        return partial(_int8, step=step, pre_scale=pre_scale)
 
     def codes(self, base: str) -> QuantTensor | None:
         """The codes of a module's weight as a store has them; None: it is a float."""
@@ -187,12 +179,12 @@ class Reader:
             return None
         algo, stored = found
         step, kept = None, None
-        if algo in ("W8A8_SQ_PER_CHANNEL", "NVFP4"):
+        if algo == "W8A8_SQ_PER_CHANNEL":
             step = np.float32(self._part(base, "input_scale", "float32").item())
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
             bits, codebook = 8, E4M3
             codes = self._bytes(stored)
-        elif algo.endswith("NVFP4"):
+        elif algo == "W4A16_NVFP4":
             bits, codebook, pairs = 4, E2M1, self._bytes(stored)
             codes = np.stack((pairs & 15, pairs >> 4), 2).reshape(len(pairs), -1)
         elif algo == "W4A16_AWQ":
@@ -204,7 +196,7 @@ class Reader:
             codes = self._bytes(stored) ^ np.uint8(128)
         out, into = codes.shape
         scale = self._scale(algo, base, out, into).numpy()
-        if algo.endswith("NVFP4"):
+        if algo == "W4A16_NVFP4":
             block = np.array([self._tensors[f"{base}.weight_scale_2"].item()], np.float32)
             kept = ScaleCodes(self._bytes(self._tensors[f"{base}.weight_scale"]), E4M3, block, scale.size)
         elif np.array_equal(half := scale.astype(np.float16), scale):
@@ -233,41 +225,19 @@ class Reader:
         return raw
 
 
-def _prepared(
-    x: torch.Tensor,
-    how: Callable[[torch.Tensor, float | None], torch.Tensor],
-    step: float | None,
-    pre_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    return how(x if pre_scale is None else x * pre_scale, step)
-
-
-def _int8(x: torch.Tensor, step: float | None) -> torch.Tensor:
+def _int8(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
     """By the one step of the file."""
-    assert step is not None
+    x = x if pre_scale is None else x * pre_scale
     return (x / step).round().clip(-128, 127) * step
 
 
-def _float8_a_token(x: torch.Tensor, step: float | None) -> torch.Tensor:
+def _float8_a_token(x: torch.Tensor, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Each token by its own step, the largest magnitude / 448 and no less than 1 / (448 · 512), to nearest even."""
     import torch
 
+    x = x if pre_scale is None else x * pre_scale
     own = x.abs().amax(-1, keepdim=True).div(_E4M3_MAX).clamp(min=1 / (_E4M3_MAX * 512))
     return (x / own).clip(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * own
-
-
-def _float4(x: torch.Tensor, step: float | None) -> torch.Tensor:
-    """Blocks of 16: a float8 scale under the one step of the file, then the nearest of 0, ½, 1, 1½, 2, 3, 4, 6, ties to the even one."""
-    import torch
-
-    assert step is not None
-    blocks = x.unflatten(-1, (-1, 16))
-    scale = blocks.abs().amax(-1, keepdim=True) / _E2M1_MAX / step
-    scale = scale.clip(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * step
-    size = torch.where(scale > 0, blocks / scale, 0.0).abs().clip(max=_E2M1_MAX)
-    # The spacing of levels is ½ below 2, 1 below 4, 2 above; round() takes ties to even, as the levels' last bit does.
-    spacing = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return ((size / spacing).round() * spacing * scale * blocks.sign()).flatten(-2)
 
 
 def open_session(

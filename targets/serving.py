@@ -152,6 +152,8 @@ def container(how: Served, server: str, *, rocm: bool = False) -> str:
         image, devices = "rocm/vllm:latest", "--device /dev/kfd --device /dev/dri --group-add video"
         entry = ""
     command = _command(server, how, "/model/artifact").removeprefix(entry)
+    if server != "vLLM":  # which listens to all by itself
+        command += " --host 0.0.0.0"
     port = _PORTS[server]
     return (
         "In a container:\n\n```\n"

@@ -7,7 +7,6 @@
     FP8_PER_CHANNEL_PER_TOKEN  weight F8_E4M3 [out, in]    weight_scale F32 [out]
     W4A16_NVFP4                weight U8 [out, in / 2]     weight_scale F8_E4M3 [out, in / 16], weight_scale_2 F32 []
                                low nibble: the even column
-    NVFP4                      the same                    input_scale F32 []
 
 ``hf_quant_config.json`` and ``quantization_config`` say the same in two ways (ModelOpt's ``convert_hf_config``).
 """
@@ -42,7 +41,7 @@ SUFFIXES = (
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 # A matrix that TensorRT-LLM puts together with others takes no pre_quant_scale; any other must have one.
 _TOGETHER = {name for names in FUSED[:2] for name in names}
-_OF_EXPERTS = ("W8A16", "W4A16_NVFP4", "NVFP4")
+_OF_EXPERTS = ("W8A16", "W4A16_NVFP4")
 
 
 def carries(scheme: Scheme) -> Carry:
@@ -52,7 +51,7 @@ def carries(scheme: Scheme) -> Carry:
     if scheme.levels == "e4m3" and scheme.group is None and scheme.activations is None:
         return Exact("FP8_PER_CHANNEL_PER_TOKEN")
     if scheme.levels == "e2m1" and scheme.scales == "e4m3":
-        return Exact("NVFP4" if scheme.activations else "W4A16_NVFP4")
+        return Exact("W4A16_NVFP4")
     if scheme.levels == "e2m1":
         return Refused(
             "TensorRT-LLM takes MXFP4 with inputs that it rounds by the largest of a whole batch, which is not written.",
