@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -150,8 +150,12 @@ def _cut_heads(graph: Any) -> None:
         graph.node.append(node)
 
 
-def observed(model: Path) -> tuple[bytes, dict[str, str]]:
+def observed(model: Path, change: Callable[[Any], None] = lambda _: None) -> tuple[bytes, dict[str, str]]:
     """A file's graph with every named value in sight, and these values' names in order with the operator that makes each.
+
+    Args:
+        model: the file.
+        change: what makes its graph one that onnxruntime runs.
 
     Raises:
         MissingToolchain: onnx is not installed. PackageError: no such file, or no ONNX model.
@@ -167,6 +171,7 @@ def observed(model: Path) -> tuple[bytes, dict[str, str]]:
         graph = onnx.load(model, load_external_data=False)
     except Exception as error:  # protobuf's
         raise PackageError(f"{model} is not an ONNX model: {error}.") from error
+    change(graph.graph)
     operators = _observed(graph)
     return graph.SerializeToString(), operators
 

@@ -14,6 +14,7 @@ import psutil
 
 from tapeout.errors import PackageError, RuntimeCrash
 from tapeout.exporters.onnx import check_size
+from tapeout.quantize.scheme import E2M1
 from tapeout.targets.onnxruntime import OnnxRuntime, load_graph, tokenizer_of
 from tapeout.targets.onnxruntime_trace import TracedOnnx, named_values, observed
 from tapeout.validate.divergence import HALF
@@ -136,7 +137,7 @@ def open_session(
     check_size(model)
     tokenizer = tokenizer_of(directory)
     before, begin = psutil.Process().memory_info().rss, perf_counter()
-    content = _with_peaks(model, Path(peaks)) if peaks else model.read_bytes()
+    content = _runnable(model, Path(peaks) if peaks else None)
     loaded, version, device = load_graph(directory, model, content, threads, _SETTINGS)
     load_s = perf_counter() - begin
     facts = Facts(version, device, load_s, 0, context, emulated=True)
@@ -149,25 +150,83 @@ def open_session(
     return session
 
 
-def _with_peaks(graph: Path, shipped: Path) -> bytes:
-    """A graph that gives, of each value that the shipped one has in float16, the largest magnitude too."""
+def _runnable(path: Path, shipped: Path | None) -> bytes:
+    """A graph as onnxruntime runs it on a CPU, and with the peaks of what the shipped one has in float16."""
     import onnx
 
-    model = onnx.load(graph, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's
+        raise PackageError(f"{path} is not an ONNX model: {error}.") from error
+    if shipped:
+        _add_peaks(model, shipped)
+    _replace_e2m1(model.graph)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _add_peaks(model: Any, shipped: Path) -> None:
+    import onnx
+
     typed = onnx.shape_inference.infer_shapes(onnx.load(shipped, load_external_data=False))
     values = (*typed.graph.value_info, *typed.graph.output)
     half = {each.name for each in values if each.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
     half |= {name.removesuffix(".float16") for name in half}
     nodes = []
     for name in named_values(model):
-        if name in half or name.startswith("present."):
+        if name in half:
             absolute, peak = f"{name}.abs", f"{name}{_PEAK}"
             nodes.append(onnx.helper.make_node("Abs", [name], [absolute]))
             nodes.append(onnx.helper.make_node("ReduceMax", [absolute], [peak], keepdims=0))
             model.graph.output.append(onnx.helper.make_tensor_value_info(peak, onnx.TensorProto.FLOAT, []))
     model.graph.node.extend(nodes)
-    content: bytes = model.SerializeToString()
-    return content
+
+
+def _replace_e2m1(graph: Any) -> None:
+    """E2M1, of which onnxruntime has no kernels: the same bytes as integers choose the levels."""
+    import onnx
+
+    make, kinds = onnx.helper.make_node, onnx.TensorProto
+    narrow = {each.name: each for each in graph.initializer if each.data_type == kinds.FLOAT4E2M1}
+    if not narrow:
+        return
+    nodes, constants = list(graph.node), {each.name: each for each in graph.initializer}
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in narrow:
+            graph.node.append(node)
+            continue
+        name, codes = node.output[0], narrow[node.input[0]]
+        codes.data_type = kinds.UINT4
+        axis, block = (
+            next(each.i for each in node.attribute if each.name == key) for key in ("axis", "block_size")
+        )
+        shape = list(codes.dims)
+        blocks = [*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :]]
+        given = {
+            "levels": E2M1,
+            "whole": np.array(shape),
+            "blocks": np.array(blocks),
+            "axes": np.array([axis + 1]),
+        }
+        for part, values in given.items():
+            if f"e2m1.{name}.{part}" not in constants:
+                graph.initializer.append(onnx.numpy_helper.from_array(values, f"e2m1.{name}.{part}"))
+
+        def at(part: str, name: str = name) -> str:
+            return f"e2m1.{name}.{part}"
+
+        graph.node.extend(
+            [
+                make("Cast", [codes.name], [at("index")], to=kinds.INT32),
+                make("Gather", [at("levels"), at("index")], [at("gathered")]),
+                make("CastLike", [at("gathered"), node.input[1]], [at("typed")]),
+                make("Reshape", [at("typed"), at("blocks")], [at("blocked")]),
+                make("Unsqueeze", [node.input[1], at("axes")], [at("scales")]),
+                make("Mul", [at("blocked"), at("scales")], [at("scaled")]),
+                make("Reshape", [at("scaled"), at("whole")], [name]),
+            ]
+        )
 
 
 class TracedTyped(TracedOnnx):
@@ -188,7 +247,7 @@ def open_traced(directory: str, context: int, threads: int | None = None) -> Tra
         RuntimeCrash: onnxruntime refuses the model; in its own words.
     """
     model = Path(directory) / "model.onnx"
-    graph, operators = observed(model)
+    graph, operators = observed(model, _replace_e2m1)
     begin = perf_counter()
     session, version, device = load_graph(directory, model, graph, threads, _SETTINGS)
     facts = Facts(version, device, perf_counter() - begin, 0, context, emulated=True)

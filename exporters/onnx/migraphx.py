@@ -2,7 +2,7 @@
 
 MIGraphX compiles a program for each set of shapes, and the provider leaves a graph alone that has more than ten nodes it does not
 know; so norms, RoPE, attention and GELU are written out, and the cache has room for the whole context from the start: a step puts its
-keys and values where ``cache_position`` says. Every expert is computed for every token.
+keys and values where ``cache_position`` says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from tapeout.exporters import Carry, Exact, Refused
 from tapeout.exporters.onnx.blocks import FLOAT8, NONE, Bnb4, Container, Floats, Linear
-from tapeout.exporters.onnx.emitter import Routing, Run, Value
+from tapeout.exporters.onnx.emitter import Value
 from tapeout.exporters.onnx.graph import DOMAIN, library
 from tapeout.exporters.onnx.typed import LOGITS_AT, TypedOps
 from tapeout.models.rope import Rope
@@ -197,24 +197,6 @@ class MiGraphXOps(TypedOps):
             "MatMulBnb4", [x, parts["codes"], parts["scales"]], name, domain=DOMAIN,
             K=into, N=out, block_size=container.block, quant_type=1, transB=1,
         )  # fmt: skip
-
-    def _summed(self, name: str, x: str, routing: Routing, runs: list[Run], act: str) -> str:
-        """Every expert on every token, times its weight, which is mostly zero."""
-        g, hidden = self.graph, self.graph.quant.model.config.hidden_size
-        g.note("every expert is computed for every token: MIGraphX's shapes do not depend on values")
-        rows = g.node("Reshape", [x, g.constant("rows.hidden", np.array([-1, hidden]))], f"{name}.rows")
-        out = ""
-        for expert, run in enumerate(runs):
-            at = f"{name}.{expert}"
-            share = g.node(
-                "Gather",
-                [routing.weights, g.constant(f"column.{expert}", np.array([expert]))],
-                f"{at}.share",
-                axis=1,
-            )
-            mine = g.node("Mul", [self._float(run(at, rows, act)), share], f"{at}.weighted")
-            out = g.node("Add", [out, mine], f"{at}.sum") if out else mine
-        return g.node("Reshape", [out, g.node("Shape", [x], f"{name}.whole")], name)
 
 
 def held(scheme: Scheme, *, turned: bool) -> Container | Refused:

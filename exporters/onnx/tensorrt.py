@@ -1,19 +1,15 @@
 """The graph as TensorRT's ONNX parser takes it, for a strongly typed network.
 
 What the parser knows was seen with that of TensorRT-RTX 1.7.1: DequantizeLinear of INT4 in blocks, INT8 and E4M3 by rows, and E2M1
-under E4M3; Attention with one output and neither a cache, a soft cap nor values of another width; no ScatterND that adds. The cache
-grows by Concat: past keys and values go in, past and present ones come out.
+under E4M3; Attention with one output and neither a cache, a soft cap nor values of another width. The cache grows by Concat: past keys and values go in, past and present ones come out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tapeout.exporters import Carry, Exact, Refused
 from tapeout.exporters.onnx.blocks import FLOAT4, FLOAT8, NONE, Container, Floats, Linear
-from tapeout.exporters.onnx.emitter import Routing, Run
 from tapeout.exporters.onnx.graph import library
 from tapeout.exporters.onnx.typed import TypedOps
 from tapeout.models.decoder import Attention
@@ -58,32 +54,6 @@ class TensorRtOps(TypedOps):
     def _mask(self, window: int | None) -> str:
         self._total()
         return super()._mask(window)
-
-    def _summed(self, name: str, x: str, routing: Routing, runs: list[Run], act: str) -> str:
-        """Each expert on the tokens that take it, put among zeros and added."""
-        g, hidden = self.graph, self.graph.quant.model.config.hidden_size
-        rows = g.node("Reshape", [x, g.constant("rows.hidden", np.array([-1, hidden]))], f"{name}.rows")
-        zero = g.constant("zero", np.zeros(1, np.float32))
-        none = g.node("Expand", [zero, g.node("Shape", [rows], f"{name}.shape")], f"{name}.none")
-        out, last = none, g.constant("last", np.array([-1]))
-        for expert, run in enumerate(runs):
-            at = f"{name}.{expert}"
-            share = g.node(
-                "Gather",
-                [routing.weights, g.constant(f"index.{expert}", np.array(expert))],
-                f"{at}.shares",
-                axis=1,
-            )
-            taken = g.node("NonZero", [share], f"{at}.nonzero")
-            taken = g.node("Squeeze", [taken, g.constant("first", np.array([0]))], f"{at}.tokens")
-            mine = run(at, g.node("Gather", [rows, taken], f"{at}.rows"), act)
-            weight = g.node("Gather", [share, taken], f"{at}.share")
-            weight = g.node("Unsqueeze", [weight, last], f"{at}.weight")
-            mine = g.node("Mul", [self._float(mine), weight], f"{at}.weighted")
-            where = g.node("Unsqueeze", [taken, last], f"{at}.at")
-            mine = g.node("ScatterND", [none, where, mine], f"{at}.placed")
-            out = g.node("Add", [out, mine], f"{at}.sum")
-        return g.node("Reshape", [out, g.node("Shape", [x], f"{name}.whole")], name)
 
 
 def held(scheme: Scheme, *, turned: bool) -> Container | Refused:

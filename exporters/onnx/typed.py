@@ -14,13 +14,12 @@ import numpy as np
 from tapeout.errors import SchemeError
 from tapeout.exporters import Refused
 from tapeout.exporters.onnx.blocks import Bnb4, Container, Floats, Linear, as_held
-from tapeout.exporters.onnx.emitter import Routing, Run, Sum, Value
+from tapeout.exporters.onnx.emitter import Routing, Sum, Value
 from tapeout.exporters.onnx.graph import library
 from tapeout.exporters.onnx.standard import StandardOps
 from tapeout.models.decoder import Attention, Mla, Moe, Role
 from tapeout.models.rope import Rope
 from tapeout.quantize import QuantTensor, Scheme
-from tapeout.quantize.scheme import E2M1
 
 LOGITS_AT = "logits_at"
 _LOW = (
@@ -78,6 +77,10 @@ class TypedOps(StandardOps):
         last = name if scale == 1.0 else f"{name}.plain"
         rows = self.graph.node("Gather", [table, self._use(ids)], last if self.exact else f"{name}.rows")
         y = self._float(rows, last)
+        container = self._container(weight, turned=False)
+        if isinstance(container, Floats) and container.bits == 4:
+            last = f"{last}.scaled"
+            y = self._mark(self.graph.node("Mul", [y, self._rest_of_scale(weight)], last))
         return y if scale == 1.0 else self._mark(self._times(name, y, scale))
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
@@ -86,7 +89,8 @@ class TypedOps(StandardOps):
         router = g.quant.model.specs[weight].role is Role.ROUTER
         container = None if router else self._container(weight, turned=not self._tied(weight))
         rounded = isinstance(container, Linear) and container.static
-        computed = router or rounded or isinstance(container, Bnb4)
+        scaled = isinstance(container, Floats) and container.bits == 4
+        computed = router or rounded or scaled or isinstance(container, Bnb4)
         wanted = router or name in ("logits", "head")
         last = name if computed == wanted or self.exact else f"{name}.{'wide' if computed else 'narrow'}"
         at = f"{last}.product" if bias else last
@@ -99,7 +103,10 @@ class TypedOps(StandardOps):
         elif isinstance(container, Bnb4):
             y = self._bnb4(at, self._float(x), weight, container)
         else:
-            y = g.node("MatMul", [self._narrow(x), self._weight(weight, lookup=False)], at)
+            product = f"{at}.unscaled" if scaled else at
+            y = g.node("MatMul", [self._narrow(x), self._weight(weight, lookup=False)], product)
+        if scaled:
+            y = g.node("Mul", [self._float(y), self._rest_of_scale(weight)], at)
         if bias:
             vector = g.vector(bias)
             y = g.node("Add", [y, vector if computed else self._narrow(vector)], last)
@@ -287,7 +294,7 @@ class TypedOps(StandardOps):
             return name
         parts = self._parts_of(weight, container, out, into)
         if isinstance(container, Floats) and container.bits == 4:
-            return self._float4(name, parts, container, (into, out) if container.turned else (out, into))
+            return self._float4(weight, name, parts, container)
         parts.pop("input_scale", None)
         parts["scales"] = self._as_scales(weight, parts["scales"])
         blocks = {"block_size": container.block} if isinstance(container, Linear) and container.block else {}
@@ -298,28 +305,26 @@ class TypedOps(StandardOps):
         narrow = self.graph.initializers[scales].kind == ("FLOAT" if self.exact else "FLOAT16")
         return scales if narrow else self._cast(scales, f"{weight}.scales.as", self._half)
 
-    def _float4(self, name: str, parts: dict[str, str], container: Floats, shape: tuple[int, int]) -> str:
-        """E2M1 under E4M3 under one float32."""
-        g = self.graph
-        if not self.exact:
-            scales = g.node("DequantizeLinear", [parts["scales"], parts["scale"]], f"{name}.scales")
-            given = [parts["codes"], scales]
-            half = {"output_dtype": self._half}
-            return g.node(
-                "DequantizeLinear", given, name, axis=container.axis, block_size=container.block, **half
-            )
-        # onnxruntime has no kernel of E2M1: the same bytes as integers choose a level.
-        codes = g.view(f"{parts['codes']}.integers", parts["codes"], shape, kind="UINT4")
-        levels = g.node("Gather", [g.constant("e2m1", E2M1), g.node("Cast", [codes], f"{name}.codes", to=library().TensorProto.INT32)], f"{name}.levels")  # fmt: skip
-        steps = self._float32(parts["scales"], f"{name}.steps")
-        steps = g.node("Mul", [steps, parts["scale"]], f"{name}.scales")
-        axis = container.axis
-        blocks = [shape[0] // 16, 16, shape[1]] if axis == 0 else [shape[0], shape[1] // 16, 16]
-        levels = self._shaped(levels, blocks, f"{name}.blocks")
-        steps = g.node(
-            "Unsqueeze", [steps, g.constant(f"axis.{axis + 1}", np.array([axis + 1]))], f"{name}.each"
+    def _float4(self, weight: str, name: str, parts: dict[str, str], container: Floats) -> str:
+        """E2M1 under E4M3, without the rest of the tensor's scale: what float16 holds exactly."""
+        step = self.graph.constant(f"{weight}.step", np.array(self._step(weight), np.float32))
+        scales = [parts["scales"], self._narrow(step)]
+        scales = [parts["codes"], self.graph.node("DequantizeLinear", scales, f"{name}.scales")]
+        return self.graph.node(
+            "DequantizeLinear", scales, name, axis=container.axis, block_size=container.block
         )
-        return self._shaped(g.node("Mul", [levels, steps], f"{name}.scaled"), shape, name)
+
+    def _step(self, weight: str) -> np.float32:
+        """The power of two below the one scale of a tensor; float16 would round the scale itself, or lose it."""
+        tensor = self.graph.quant[weight]
+        assert isinstance(tensor, QuantTensor)
+        assert tensor.scale_codes is not None
+        (scale,) = tensor.scale_codes.block.reshape(-1)
+        return np.float32(2.0 ** np.clip(np.floor(np.log2(float(scale))), -14, 15))
+
+    def _rest_of_scale(self, weight: str) -> str:
+        """What is left of the tensor's scale, float32 and mostly between 1 and 2, for what was multiplied."""
+        return self._once("Div", [f"{weight}.scale", f"{weight}.step"], f"{weight}.rest")
 
     def _integers(self, name: str, x: str, weight: str, container: Linear) -> str:
         """Int8 with int8: QuantizeLinear and DequantizeLinear around the inputs, all under float32 scales."""
@@ -343,18 +348,21 @@ class TypedOps(StandardOps):
         raise NotImplementedError
 
     def experts(self, name: str, x: Value, routing: Value, layer: int, act: str, moe: Moe) -> str:
-        """As the compiler can have them."""
+        """Every expert on every token, times its weight, which is mostly zero: shapes do not depend on values."""
         assert isinstance(routing, Routing)
-        runs = [self._apart(moe.weights(layer, expert)) for expert in range(moe.experts)]
-        return self._mark(self._summed(name, self._use(x), routing, runs, act))
-
-    @abstractmethod
-    def _summed(self, name: str, x: str, routing: Routing, runs: list[Run], act: str) -> str:
-        """The experts' sum, float32 [batch, tokens, hidden]."""
-
-    def _share(self, at: str, routing: Routing, expert: int) -> str:
-        index = self.graph.constant(f"index.{expert}", np.array([expert]))
-        return self.graph.node("Gather", [routing.weights, index], f"{at}.shares", axis=1)
+        g, x, hidden = self.graph, self._use(x), self.graph.quant.model.config.hidden_size
+        g.note(
+            f"every one of {moe.experts} experts is computed for every token: a compiled graph's shapes do not depend on values"
+        )
+        rows = g.node("Reshape", [x, g.constant("rows.hidden", np.array([-1, hidden]))], f"{name}.rows")
+        out = ""
+        for expert in range(moe.experts):
+            at, column = f"{name}.{expert}", g.constant(f"column.{expert}", np.array([expert]))
+            share = g.node("Gather", [routing.weights, column], f"{at}.share", axis=1)
+            mine = self._apart(moe.weights(layer, expert))(at, rows, act)
+            mine = g.node("Mul", [self._float(mine), share], f"{at}.weighted")
+            out = g.node("Add", [out, mine], f"{at}.sum") if out else mine
+        return self._mark(g.node("Reshape", [out, g.node("Shape", [x], f"{name}.whole")], name))
 
     def _mark(self, name: str) -> str:
         """Remember that a value is float32."""
