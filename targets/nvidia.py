@@ -13,7 +13,7 @@ from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress
+from tapeout.targets import Memory, Progress, check_counts, tensorrt
 from tapeout.targets.local import parse_size
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
@@ -64,7 +64,7 @@ class Road(Protocol):
     def card(device: "Nvidia", artifact: Artifact) -> str: ...
 
 
-_ROADS: dict[str, type[Road]] = {}
+_ROADS: dict[str, type[Road]] = {"onnx-trt": tensorrt.OnnxTrt}
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,27 @@ class Nvidia:
     """NVIDIA GPUs.
 
     Attributes:
-        format: What is written: modelopt, the directory that TensorRT-LLM, vLLM and SGLang load; trtllm, rank checkpoints for
-            trtllm-build; onnx-trt, a graph for TensorRT.
+        format: What is written: onnx-trt, a graph for TensorRT, with an engine of it.
         max_shard_size: Of modelopt: split the weights into files of at most this size (500M, 2G).
+        context: Of onnx-trt: longest context in tokens. Default: the model's own.
+        max_batch: Of onnx-trt: most sequences at once.
+        prefill_chunk: Of onnx-trt: most tokens of a prompt that are computed at once.
+        engine: Of onnx-trt: who builds an engine beside the graph: tensorrt, which needs a GPU, tensorrt-rtx, which needs none, none, or
+            auto, the first of them that is here.
+        workspace: Of onnx-trt: most memory that a kernel may take for its work (500M, 4G). Default: TensorRT's own.
+        builder_level: Of onnx-trt: how long the builder looks for fast kernels, 0 … 5. Default: TensorRT's own.
+        timing_cache: Of onnx-trt: a file that keeps the times of kernels from one build to the next; made when absent.
     """
 
-    format: Literal["modelopt", "trtllm", "onnx-trt"] = "modelopt"
+    format: Literal["onnx-trt"] = "onnx-trt"
     max_shard_size: str = "5G"
+    context: int | None = None
+    max_batch: int = 1
+    prefill_chunk: int = 512
+    engine: Literal["auto", "tensorrt", "tensorrt-rtx", "none"] = "auto"
+    workspace: str | None = None
+    builder_level: int | None = None
+    timing_cache: str | None = None
 
     name: ClassVar[str] = "nvidia"
     summary: ClassVar[str] = "NVIDIA GPUs, through TensorRT-LLM, vLLM, SGLang or TensorRT."
@@ -92,6 +106,8 @@ class Nvidia:
                     f"It is of: {', '.join(name for name, road in _ROADS.items() if flag in road.flags)}."
                 )
         parse_size(self.max_shard_size)
+        check_counts(self, "context", "max_batch", "prefill_chunk")
+        tensorrt.check(self)
 
     @property
     def _road(self) -> type[Road]:

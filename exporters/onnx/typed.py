@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -297,7 +298,9 @@ class TypedOps(StandardOps):
             return self._float4(weight, name, parts, container)
         parts.pop("input_scale", None)
         parts["scales"] = self._as_scales(weight, parts["scales"])
-        blocks = {"block_size": container.block} if isinstance(container, Linear) and container.block else {}
+        blocks: dict[str, Any] = (
+            {"block_size": container.block} if isinstance(container, Linear) and container.block else {}
+        )
         return self.graph.node("DequantizeLinear", list(parts.values()), name, axis=container.axis, **blocks)
 
     def _as_scales(self, weight: str, scales: str) -> str:
