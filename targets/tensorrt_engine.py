@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import mmap
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tapeout import environments
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash
@@ -28,7 +28,10 @@ SETTINGS, SCRIPT, PLAN, FOUND = "engine.json", "build_engine.py", "model.plan", 
 Wanted = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
 _TIMEOUT_S = 4 * 3600  # of a large model at the highest level, with every kernel timed
-_PROBE = 64  # bytes of a tensor that are looked for before it is compared whole
+_WORD = 8  # bytes of a row that are looked for before rows are compared
+_JOINED = 64  # rows of a joined matrix are at most so many of one of its parts
+_ROWS = 1024  # that are compared at once
+_CHUNK = 1 << 22  # words that are looked at at once
 _logger = logging.getLogger(__name__)
 
 
@@ -176,7 +179,12 @@ def build(
     facts = json.loads(done.stdout.strip().splitlines()[-1])
     places, matrices = _places(directory)
     _logger.info("%s built %s: %s", who.name, PLAN, facts)
-    record = {"format_version": 1, "builder": who.name, "bindings": facts["bindings"], "codes": places}
+    record = {
+        "format_version": 1,
+        "builder": who.name,
+        "bindings": facts["bindings"],
+        "codes": {name: asdict(place) for name, place in places.items()},
+    }
     (directory / FOUND).write_text(canonical_json(record), encoding="utf-8")
     return (
         f"{who.name} built {PLAN} ({facts['bytes'] / 1e6:.1f} MB): the codes of {len(places)} of {matrices} matrices stand in it "
@@ -192,73 +200,138 @@ def _failure(who: Builder, how: str, said: str) -> str:
     )
 
 
-def _codes(directory: Path) -> dict[str, tuple[int, int]]:
-    """Offset and length of the codes of each matrix in the data file, by the name of the initializer."""
+@dataclass(frozen=True)
+class _Codes:
+    """The codes of a matrix [in, out] as the data file has them: ``data`` uint8 [in, out · bits / 8], two a byte where bits are 4."""
+
+    data: npt.NDArray[np.uint8]
+    bits: int
+
+    def rows(self, begin: int, end: int, *, turned: bool) -> npt.NDArray[np.uint8]:
+        """Some rows as bytes, of [in, out] or, turned, of [out, in]."""
+        if not turned:
+            return self.data[begin:end]
+        if self.bits == 8:
+            return self.data[:, begin:end].T
+        nibbles = self.data[:, begin // 2 : -(-end // 2)].T
+        both = np.stack([nibbles & 15, nibbles >> 4], axis=1).reshape(-1, nibbles.shape[1])
+        kept = both[begin % 2 :][: end - begin]
+        return kept[:, 0::2] | kept[:, 1::2] << 4
+
+    def shape(self, *, turned: bool) -> tuple[int, int]:
+        """Rows, and bytes of one."""
+        into, width = self.data.shape
+        return (width * 8 // self.bits, into * self.bits // 8) if turned else (into, width)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a matrix stand in a plan: the first one's byte, the bytes from one to the next, and which rows they are.
+
+    TensorRT joins matrices that multiply the same inputs, and turns those that kernels want the other way.
+    """
+
+    at: int
+    stride: int
+    turned: bool
+
+    def holds(self, plan: npt.NDArray[np.uint8], codes: _Codes) -> bool:
+        """Whether all rows of the codes stand there."""
+        rows, width = codes.shape(turned=self.turned)
+        if self.at < 0 or self.stride < width or self.at + (rows - 1) * self.stride + width > len(plan):
+            return False
+        there = np.lib.stride_tricks.as_strided(
+            plan[self.at :], (rows, width), (self.stride, 1), writeable=False
+        )
+        return all(
+            np.array_equal(there[at : at + _ROWS], codes.rows(at, min(at + _ROWS, rows), turned=self.turned))
+            for at in range(0, rows, _ROWS)
+        )
+
+
+def _codes(directory: Path) -> dict[str, _Codes]:
+    """Of each matrix of the data file, by the name of its initializer."""
     import onnx
 
     kinds = onnx.TensorProto
-    narrow = {kinds.INT4, kinds.INT8, kinds.FLOAT8E4M3FN, kinds.FLOAT4E2M1}
-    found = {}
+    bits = {kinds.INT4: 4, kinds.INT8: 8, kinds.FLOAT8E4M3FN: 8, kinds.FLOAT4E2M1: 4}
+    data, found = np.memmap(directory / "model.onnx.data", np.uint8, "r"), {}
     for each in onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer:
-        if each.data_type in narrow and each.name.endswith(".codes"):
+        if each.data_type in bits and each.name.endswith(".codes"):
             said = {entry.key: entry.value for entry in each.external_data}
-            found[each.name] = int(said["offset"]), int(said["length"])
+            begin, length = int(said["offset"]), int(said["length"])
+            rows = data[begin : begin + length].reshape(each.dims[0], -1)
+            found[each.name] = _Codes(rows, bits[each.data_type])
     return found
 
 
-def _places(directory: Path) -> tuple[dict[str, int], int]:
-    """Where in the plan the codes of matrices stand, by initializers, and how many matrices there are."""
-    codes, found, at = _codes(directory), {}, 0
-    if not codes:
-        return {}, 0
-    data = np.memmap(directory / "model.onnx.data", np.uint8, "r")
-    with (directory / PLAN).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        for name, (offset, length) in codes.items():
-            place = _find(plan, data[offset : offset + length], at)
-            if place is None:
-                place = _find(plan, data[offset : offset + length], 0)
-            if place is not None:
-                found[name], at = place, place + length  # the next is mostly behind it
+def _places(directory: Path) -> tuple[dict[str, _Place], int]:
+    """Where in the plan the codes of matrices stand, and how many matrices there are."""
+    codes, found = _codes(directory), {}
+    plan: npt.NDArray[np.uint8] = np.memmap(directory / PLAN, np.uint8, "r")
+    for shift in range(_WORD):  # the first is where compilers put weights
+        probes: dict[int, list[tuple[str, bool]]] = {}
+        for name, each in codes.items():
+            for turned in (False, True) if name not in found else ():
+                rows, width = each.shape(turned=turned)
+                if width >= _WORD:
+                    row = each.rows(rows // 2, rows // 2 + 1, turned=turned)
+                    word = int(np.ascontiguousarray(row[0, :_WORD]).view(np.uint64)[0])
+                    probes.setdefault(word, []).append((name, turned))
+        for at, word in _hits(plan, shift, probes):
+            for name, turned in probes[word]:
+                if name not in found and (place := _place(plan, at, codes[name], turned)):
+                    found[name] = place
+        if len(found) == len(codes):
+            break
     return found, len(codes)
 
 
-def _find(plan: mmap.mmap, wanted: np.ndarray[Any, np.dtype[np.uint8]], begin: int) -> int | None:
-    """Where all of ``wanted`` stands at or behind ``begin``."""
-    middle = len(wanted) // 2  # where a tensor is less likely to be like another than at its begin
-    probe = wanted[middle : middle + _PROBE].tobytes()
-    at = plan.find(probe, begin + middle)
-    while at >= 0:
-        place = at - middle
-        if place >= 0 and _same(plan, wanted, place):
-            return place
-        at = plan.find(probe, at + 1)
-    return None
+def _hits(plan: npt.NDArray[np.uint8], shift: int, words: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Bytes of a plan at which one of the words stands, of those that are ``shift`` behind a multiple of 8; and which."""
+    if not words:
+        return
+    wanted = np.array(sorted(words), np.uint64)
+    known = np.zeros(1 << 16, bool)
+    known[_hash(wanted)] = True
+    whole = plan[shift : shift + (len(plan) - shift) // _WORD * _WORD].view(np.uint64)
+    for begin in range(0, len(whole), _CHUNK):
+        chunk = whole[begin : begin + _CHUNK]
+        near = np.flatnonzero(known[_hash(chunk)])
+        for index in near[np.isin(chunk[near], wanted)]:
+            yield shift + _WORD * (begin + int(index)), int(chunk[index])
 
 
-def _same(plan: mmap.mmap, wanted: np.ndarray[Any, np.dtype[np.uint8]], place: int) -> bool:
-    if place + len(wanted) > len(plan):
-        return False
-    there = np.frombuffer(plan, np.uint8, len(wanted), place)
-    same = np.array_equal(there, wanted)
-    del there  # or the map could not be closed
-    return bool(same)
+def _hash(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return words * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(48)
+
+
+def _place(plan: npt.NDArray[np.uint8], at: int, codes: _Codes, turned: bool) -> _Place | None:
+    """The place of codes whose middle row may stand at that byte."""
+    rows, width = codes.shape(turned=turned)
+    middle, stride = rows // 2, width
+    if middle + 1 < rows:
+        following = codes.rows(middle + 1, middle + 2, turned=turned).tobytes()
+        behind = plan[at + width : at + (_JOINED + 1) * width].tobytes().find(following)
+        if behind < 0:
+            return None
+        stride += behind
+    place = _Place(at - middle * stride, stride, turned)
+    return place if place.holds(plan, codes) else None
 
 
 def check_plan(directory: Path) -> None:
     """PackageError where codes do not stand in the plan as they did when it was built."""
     path = directory / FOUND
     try:
-        places: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["codes"]
-    except (OSError, ValueError, KeyError) as error:
+        said = json.loads(path.read_text(encoding="utf-8"))["codes"]
+        places = {name: _Place(**place) for name, place in said.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(f"{path} is not what tapeout writes beside an engine: {error!r}.") from error
-    codes = _codes(directory)
-    data = np.memmap(directory / "model.onnx.data", np.uint8, "r")
-    wrong = []
-    with (directory / PLAN).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        for name, place in places.items():
-            offset, length = codes.get(name, (0, 0))
-            if not length or not _same(plan, data[offset : offset + length], place):
-                wrong.append(name)
+    codes, plan = _codes(directory), np.memmap(directory / PLAN, np.uint8, "r")
+    wrong = [
+        name for name, place in places.items() if name not in codes or not place.holds(plan, codes[name])
+    ]
     if wrong:
         raise PackageError(
             f"{directory / PLAN} does not hold the codes of {', '.join(wrong[:3])}"

@@ -17,6 +17,7 @@ from tapeout.models.rope import Rope
 from tapeout.quantize import Scheme
 
 _GROUPS = range(16, 257)  # weights in a block of INT4
+_HEADS = range(16, 257, 8)  # elements of a head that kernels for Attention are there for
 
 
 @dataclass
@@ -43,7 +44,7 @@ class TensorRtOps(TypedOps):
         )  # fmt: skip
 
     def _attended(self, name: str, inputs: tuple[str, str, str], spec: Attention, window: int | None) -> str:
-        if spec.softcap:
+        if spec.softcap or spec.head_dim not in _HEADS:
             return self._composed(name, inputs, spec, window)
         q = self._split_heads(f"{name}.query", inputs[0], spec.heads, spec.head_dim)
         given = [q, *inputs[1:], self._mask(window)]
