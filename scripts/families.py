@@ -1,4 +1,4 @@
-"""Every family × format × scheme on targets ``cpu``, ``apple`` and ``rocm``: are the codes in the file, and does the runtime compute the model?
+"""Every family × format × scheme on targets ``cpu``, ``apple``, ``nvidia`` and ``rocm``: are the codes in the file, and does the runtime compute the model?
 
     .venv/bin/python scripts/families.py [--out docs/families.md]
 
@@ -22,8 +22,14 @@ from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
 
-FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes")
-_TARGETS = {"coreml": "apple", "compressed-tensors": "rocm", "bitsandbytes": "rocm"}  # the others are cpu's
+FORMATS = ("gguf", "onnx", "coreml", "onnx-trt", "compressed-tensors", "bitsandbytes", "migraphx")
+_TARGETS = {
+    "coreml": "apple",
+    "onnx-trt": "nvidia",
+    "compressed-tensors": "rocm",
+    "bitsandbytes": "rocm",
+    "migraphx": "rocm",
+}  # fmt: skip - the others are cpu's
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
 # Every row of a weight is whole groups of 128.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -95,14 +101,14 @@ SEQUENCES = [
     for j, length in enumerate((61, 1, 64, 64, 64))
 ]
 HEAD = """\
-# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `rocm` through compressed-tensors and bitsandbytes
+# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `nvidia` through a graph for TensorRT, `rocm` through compressed-tensors, bitsandbytes and a graph for MIGraphX
 
 Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
 (rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
 format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
 `transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
 the runtime's own rounding costs as a share of its limit. Core ML packages run on our interpreter of the saved program, not on Apple
-hardware; `rocm`'s directories on transformers on a CPU, not on AMD hardware. Bounds: [gates](gates.md).
+hardware; the graphs for TensorRT and MIGraphX on onnxruntime and `rocm`'s directories on transformers on a CPU, not on NVIDIA or AMD hardware. Bounds: [gates](gates.md).
 
 """
 

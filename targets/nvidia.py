@@ -77,8 +77,8 @@ class Nvidia:
         context: Of onnx-trt: longest context in tokens. Default: the model's own.
         max_batch: Of onnx-trt: most sequences at once.
         prefill_chunk: Of onnx-trt: most tokens of a prompt that are computed at once.
-        engine: Of onnx-trt: who builds an engine beside the graph: tensorrt, which needs a GPU, tensorrt-rtx, which needs none, none, or
-            auto, the first of them that is here.
+        engine: Of onnx-trt: who builds an engine beside the graph: tensorrt, which needs a GPU, tensorrt-rtx, which needs none, auto, the
+            first of them that is here, or none: builders do not give the same bytes twice.
         workspace: Of onnx-trt: most memory that a kernel may take for its work (500M, 4G). Default: TensorRT's own.
         builder_level: Of onnx-trt: how long the builder looks for fast kernels, 0 … 5. Default: TensorRT's own.
         timing_cache: Of onnx-trt: a file that keeps the times of kernels from one build to the next; made when absent.
@@ -89,7 +89,7 @@ class Nvidia:
     context: int | None = None
     max_batch: int = 1
     prefill_chunk: int = 512
-    engine: Literal["auto", "tensorrt", "tensorrt-rtx", "none"] = "auto"
+    engine: Literal["none", "auto", "tensorrt", "tensorrt-rtx"] = "none"
     workspace: str | None = None
     builder_level: int | None = None
     timing_cache: str | None = None

@@ -1,21 +1,23 @@
-"""AMD GPUs under ROCm: directories that vLLM and transformers load."""
+"""AMD GPUs under ROCm: directories that vLLM and transformers load, or a graph that MIGraphX compiles."""
 
 # Annotations are values here: the fields are the target's flags.
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry, huggingface
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, graph_width
+from tapeout.targets import Memory, Progress, check_counts, graph_width
 from tapeout.targets.huggingface import why_not_loaded
 from tapeout.targets.local import parse_size
+from tapeout.targets.migraphx import MiGraphX
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _OPEN = "tapeout.targets.huggingface:open_session"
@@ -35,37 +37,69 @@ _RUNTIME_DERIVATION = (
     "floor of 5e-5 nats is made for."
 )
 
+# Formats that are no directories of Hugging Face's.
+_ROADS = {"migraphx": MiGraphX}
+
 
 @dataclass(frozen=True)
 class Rocm:
     """AMD GPUs with vLLM or transformers on ROCm.
 
     Attributes:
-        format: How codes are packed: compressed-tensors, which vLLM and transformers load, or bitsandbytes (NF4).
-        max_shard_size: Split the weights into files of at most this size (500M, 2G).
+        format: How codes are packed: compressed-tensors, which vLLM and transformers load, bitsandbytes (NF4), or migraphx, a graph.
+        max_shard_size: Of directories: split the weights into files of at most this size (500M, 2G).
+        context: Of migraphx: tokens that its caches have room for. Default: the model's own, 4096 at most.
+        prefill_chunk: Of migraphx: tokens of a prompt that are computed at once.
     """
 
-    format: huggingface.Format = "compressed-tensors"
+    format: Literal["compressed-tensors", "bitsandbytes", "migraphx"] = "compressed-tensors"
     max_shard_size: str = "5G"
+    context: int | None = None
+    prefill_chunk: int = 512
 
     name: ClassVar[str] = "rocm"
-    summary: ClassVar[str] = "AMD GPUs, through a directory that vLLM and transformers load."
+    summary: ClassVar[str] = (
+        "AMD GPUs, through a directory that vLLM and transformers load, or a graph for MIGraphX."
+    )
     arithmetic: ClassVar[Arithmetic] = "scheme"
     cache: ClassVar[KvCache] = "kv-f16"
-    needs: ClassVar[str] = "ROCm, with vLLM or transformers"
 
     def __post_init__(self) -> None:
-        """TapeoutError for a size that is none."""
+        """TapeoutError for a size or a number that is none, and flags of another format."""
         parse_size(self.max_shard_size)
+        check_counts(self, "context", "prefill_chunk")
+        others = ("max_shard_size",) if self._road else ("context", "prefill_chunk")
+        for flag in others:
+            if getattr(self, flag) != type(self).__dataclass_fields__[flag].default:
+                raise TapeoutError(f"--{flag.replace('_', '-')} is not of the format {self.format}.")
+
+    @property
+    def _road(self) -> type[MiGraphX] | None:
+        """What answers for a format that is no directory of Hugging Face's."""
+        return _ROADS.get(self.format)
+
+    @property
+    def _directory(self) -> huggingface.Format:
+        assert self.format in get_args(huggingface.Format)
+        return cast(huggingface.Format, self.format)
+
+    @property
+    def needs(self) -> str:
+        """The format's runtime."""
+        return self._road.needs if self._road else "ROCm, with vLLM or transformers"
 
     @property
     def default_scheme(self) -> str:
         """What a model is quantized as where nobody says."""
+        if self._road:
+            return self._road.default_scheme
         return "nf4" if self.format == "bitsandbytes" else "int4-g32"
 
     def carries(self, scheme: Scheme) -> Carry:
         """As the format holds it, and its loaders take it."""
-        return huggingface.carries(self.format, scheme)
+        if self._road:
+            return self._road.carries(scheme)
+        return huggingface.carries(self._directory, scheme)
 
     def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
         """Half floats."""
@@ -73,6 +107,8 @@ class Rocm:
 
     def memory(self, config: DecoderConfig, context: int) -> Memory:
         """Keys and values of every token in half floats, in windows those of the window; of work a chunk of 2048 tokens, vLLM's own."""
+        if self._road:
+            return self._road.memory(self, config, context)
         width = config.num_kv_heads * (config.head_dim + config.value_dim)
         if config.mla:
             width = config.mla.kv_rank + config.mla.rope_dim
@@ -82,6 +118,8 @@ class Rocm:
 
     def missing(self) -> str | None:
         """Whether the format's library and transformers are here."""
+        if self._road:
+            return self._road.missing()
         library = self.format.replace("-", "_")
         absent = [
             name for name in ("torch", "transformers", library) if importlib.util.find_spec(name) is None
@@ -90,8 +128,10 @@ class Rocm:
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
         """Write the directory."""
+        if self._road:
+            return self._road.export(self, quant, out, progress)
         size = parse_size(self.max_shard_size)
-        artifact = huggingface.write(quant, out, self.format, max_shard_bytes=size, progress=progress)
+        artifact = huggingface.write(quant, out, self._directory, max_shard_bytes=size, progress=progress)
         why = why_not_loaded(out)
         unseen = (
             f"{why}: its weights were unpacked by {self.format} and put into transformers" if why else None
@@ -103,16 +143,22 @@ class Rocm:
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """The directory on transformers, on a CPU."""
+        if self._road:
+            return self._road.session(self, artifact)
         return SessionSpec(_OPEN, {"directory": str(artifact.directory)}, environment=_QUIET)
 
     def read_codes(
         self, artifact: Artifact, quant: Quantized
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
         """Through safetensors, and unpacked by the format's library."""
+        if self._road:
+            return self._road.read_codes(artifact, quant)
         return huggingface.read_codes(artifact, quant)
 
     def lowerings(self, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         """The directory with inputs left alone, and as it is deployed."""
+        if self._road:
+            return self._road.lowerings(self, artifact, quant, scratch)
         values = tuple(
             name
             for name in quant
@@ -129,10 +175,14 @@ class Rocm:
 
     def traced(self, artifact: Artifact, scratch: Path) -> SessionSpec:
         """What the files mean, in our own graph."""
+        if self._road:
+            return self._road.traced(artifact)
         return SessionSpec(_TRACED, {"directory": str(artifact.directory)}, environment=_QUIET)
 
     def card(self, artifact: Artifact) -> str:
         """How to serve it."""
+        if self._road:
+            return self._road.card(artifact)
         transformers = (
             f"With transformers (`pip install transformers accelerate {self.format}` beside PyTorch for ROCm):\n\n```python\n"
             "from transformers import pipeline\n\n"

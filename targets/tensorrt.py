@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from tapeout.exporters import Artifact, Carry, onnx
 from tapeout.exporters.onnx import tensorrt as dialect
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, graph_width
+from tapeout.targets import Memory, Progress, graph_width, onnx_typed
 from tapeout.targets import tensorrt_engine as engines
 from tapeout.targets.local import parse_size
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
@@ -24,19 +23,8 @@ from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 if TYPE_CHECKING:
     from tapeout.targets.nvidia import Nvidia
 
-_OPEN = "tapeout.targets.onnxruntime_typed:open_session"
-_TRACED = "tapeout.targets.onnxruntime_typed:open_traced"
 _RUN = "tapeout.targets.tensorrt_run:open_session"
 _CHECKED = "checked on onnxruntime on a CPU; not run on NVIDIA hardware"
-
-WEIGHTS_DERIVATION = (
-    "The shipped data under the same graph in float32: sums of K products taken in another order differ by about sqrt(K) 2^-24 of their "
-    "size, below 1e-5 for K = 16384; ten times that for the layers they pass through."
-)
-RUNTIME_DERIVATION = (
-    "Matmuls, their inputs, and keys and values are float16: off by 2^-12 of themselves where they are rounded, an eighth of "
-    "bfloat16's, which the floor of 5e-5 nats is made for. Hidden states, norms and softmax are float32."
-)
 
 
 class OnnxTrt:
@@ -62,7 +50,7 @@ class OnnxTrt:
 
     @staticmethod
     def missing() -> str | None:
-        return missing("nvidia")
+        return onnx_typed.missing("nvidia")
 
     @staticmethod
     def memory(device: Nvidia, config: DecoderConfig, context: int) -> Memory:
@@ -71,7 +59,7 @@ class OnnxTrt:
         written = config.mla is not None or config.attention_softcap is not None
         scores = 6 * config.num_heads * chunk * context if written else 0
         work = 4 * chunk * graph_width(config) + scores + 4 * config.vocab_size
-        return Memory(2 * cache_bytes(config, context), work)
+        return Memory(2 * onnx_typed.cache_bytes(config, context), work)
 
     @staticmethod
     def export(device: Nvidia, quant: Quantized, out: Path, progress: Progress | None) -> Artifact:
@@ -91,7 +79,7 @@ class OnnxTrt:
             builder_level=device.builder_level,
         )
         if isinstance(who, str):
-            said = f"skipped: no engine beside the graph: {who}"
+            said = f"skipped: an engine beside the graph: {who}"
         else:
             cache = Path(device.timing_cache) if device.timing_cache else None
             said = engines.build(who, out, cache)
@@ -101,14 +89,10 @@ class OnnxTrt:
     @staticmethod
     def session(device: Nvidia, artifact: Artifact) -> SessionSpec:
         """The engine where TensorRT runs it; elsewhere the graph on onnxruntime."""
-        given = {
-            "directory": str(artifact.directory),
-            "context": artifact.context,
-            "chunk": device.prefill_chunk,
-        }
+        spec = onnx_typed.opened(artifact, device.prefill_chunk)
         if engines.PLAN in artifact.files and engines.runs(artifact.directory):
-            return SessionSpec(_RUN, given)
-        return SessionSpec(_OPEN, given)
+            return replace(spec, factory=_RUN)
+        return spec
 
     @staticmethod
     def read_codes(
@@ -122,11 +106,11 @@ class OnnxTrt:
     @staticmethod
     def lowerings(device: Nvidia, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
         deployed = OnnxTrt.session(device, artifact)
-        return lowerings(artifact, quant, scratch, deployed, "tensorrt", device.prefill_chunk)
+        return onnx_typed.lowerings(artifact, quant, scratch, deployed, "tensorrt", device.prefill_chunk)
 
     @staticmethod
     def traced(device: Nvidia, artifact: Artifact, scratch: Path) -> SessionSpec:
-        return SessionSpec(_TRACED, {"directory": str(artifact.directory), "context": artifact.context})
+        return onnx_typed.traced(artifact)
 
     @staticmethod
     def card(device: Nvidia, artifact: Artifact) -> str:
@@ -153,44 +137,3 @@ def check(device: Nvidia) -> None:
         parse_size(device.workspace)
     if device.builder_level is not None and not 0 <= device.builder_level <= 5:
         raise TapeoutError(f"--builder-level is {device.builder_level}; what fits: 0 … 5.")
-
-
-def missing(extra: str) -> str | None:
-    """What checks ONNX and is not here."""
-    absent = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
-    return f"{', '.join(absent)} is not installed: pip install 'tapeout[{extra}]'." if absent else None
-
-
-def cache_bytes(config: DecoderConfig, context: int) -> int:
-    """Bytes of the keys and values of a full context in float16; a window drops nothing, and latents are kept once."""
-    width = config.num_kv_heads * (config.head_dim + config.value_dim)
-    if config.mla:
-        width = config.mla.kv_rank + config.mla.rope_dim
-    return 2 * width * config.num_layers * context
-
-
-def lowerings(
-    artifact: Artifact,
-    quant: Quantized,
-    scratch: Path,
-    deployed: SessionSpec,
-    written: onnx.Dialect,
-    chunk: int,
-) -> list[Lowering]:
-    """The shipped data under the same graph in float32, with the peaks of what is float16 in the other; and the graph as it is deployed."""
-    graph = scratch / "exact.onnx"
-    graph.write_bytes(onnx.exact_graph(quant, artifact.context, written))
-    exact = SessionSpec(
-        _OPEN,
-        {
-            "directory": str(artifact.directory),
-            "context": artifact.context,
-            "graph": str(graph),
-            "peaks": str(artifact.directory / "model.onnx"),
-            "chunk": chunk,
-        },
-    )
-    return [
-        Lowering("weights", exact, "max", WEIGHTS_DERIVATION, 1e-4, peaks=True),
-        Lowering("runtime", deployed, "kl", RUNTIME_DERIVATION),
-    ]

@@ -25,7 +25,7 @@ from tapeout.files import canonical_json
 __all__ = ["Builder", "Profile", "build", "builder", "check_plan", "prepare", "profiles", "runs"]
 
 SETTINGS, SCRIPT, PLAN, FOUND = "engine.json", "build_engine.py", "model.plan", "model.plan.json"
-Wanted = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
+Wanted = Literal["none", "auto", "tensorrt", "tensorrt-rtx"]
 
 _TIMEOUT_S = 4 * 3600  # of a large model at the highest level, with every kernel timed
 _WORD = 8  # bytes of a row that are looked for before rows are compared
@@ -108,7 +108,7 @@ def builder(wanted: Wanted) -> Builder | str:
         MissingToolchain: the one that is asked for by name is not here.
     """
     if wanted == "none":
-        return "no engine was asked for"
+        return "none was asked for (--engine)"
     gpu = _tensorrt()
     if wanted != "tensorrt-rtx" and gpu is None:
         return Builder("tensorrt", sys.executable)
@@ -303,7 +303,8 @@ def _hits(plan: npt.NDArray[np.uint8], shift: int, words: Collection[int]) -> It
 
 
 def _hash(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    return words * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(48)
+    hashed: npt.NDArray[np.uint64] = words * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(48)
+    return hashed
 
 
 def _place(plan: npt.NDArray[np.uint8], at: int, codes: _Codes, turned: bool) -> _Place | None:
