@@ -22,7 +22,7 @@ from tapeout import environments
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash
 from tapeout.files import canonical_json
 
-__all__ = ["Builder", "Profile", "build", "builder", "check_plan", "prepare", "profiles", "runs"]
+__all__ = ["Builder", "Profile", "build", "builder", "check_plan", "places", "prepare", "profiles", "runs"]
 
 SETTINGS, SCRIPT, PLAN, FOUND = "engine.json", "build_engine.py", "model.plan", "model.plan.json"
 Wanted = Literal["none", "auto", "tensorrt", "tensorrt-rtx"]
@@ -177,17 +177,17 @@ def build(
         how = f"died of signal {-done.returncode}" if done.returncode < 0 else "failed"
         raise RuntimeCrash(_failure(who, how, done.stderr))
     facts = json.loads(done.stdout.strip().splitlines()[-1])
-    places, matrices = _places(directory)
+    found, matrices = places(directory)
     _logger.info("%s built %s: %s", who.name, PLAN, facts)
     record = {
         "format_version": 1,
         "builder": who.name,
         "bindings": facts["bindings"],
-        "codes": {name: asdict(place) for name, place in places.items()},
+        "codes": {name: asdict(place) for name, place in found.items()},
     }
     (directory / FOUND).write_text(canonical_json(record), encoding="utf-8")
     return (
-        f"{who.name} built {PLAN} ({facts['bytes'] / 1e6:.1f} MB): the codes of {len(places)} of {matrices} matrices stand in it "
+        f"{who.name} built {PLAN} ({facts['bytes'] / 1e6:.1f} MB): the codes of {len(found)} of {matrices} matrices stand in it "
         "byte for byte"
     )
 
@@ -265,7 +265,7 @@ def _codes(directory: Path) -> dict[str, _Codes]:
     return found
 
 
-def _places(directory: Path) -> tuple[dict[str, _Place], int]:
+def places(directory: Path) -> tuple[dict[str, _Place], int]:
     """Where in the plan the codes of matrices stand, and how many matrices there are."""
     codes, found = _codes(directory), {}
     plan: npt.NDArray[np.uint8] = np.memmap(directory / PLAN, np.uint8, "r")

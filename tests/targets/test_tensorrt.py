@@ -123,7 +123,7 @@ def test_codes_are_found_however_they_lie(
 ) -> None:
     trt(engine="none").export(quant, tmp_path)
     plan_of(tmp_path, turned=turned, joined=joined)
-    found, matrices = engines._places(tmp_path)
+    found, matrices = engines.places(tmp_path)
     assert len(found) == matrices == len([1 for scheme in quant.schemes.values() if scheme.bits])
     assert {place.turned for place in found.values()} == {turned}
     # A nibble of one matrix is another: of that one alone nothing is found.
@@ -132,7 +132,7 @@ def test_codes_are_found_however_they_lie(
     name, place = next(iter(found.items()))
     content[place.at + place.stride] ^= 0x10
     plan.write_bytes(content)
-    assert set(found) - set(engines._places(tmp_path)[0]) == {name}
+    assert set(found) - set(engines.places(tmp_path)[0]) == {name}
 
 
 @built
