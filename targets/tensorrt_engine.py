@@ -216,7 +216,8 @@ class _Codes:
         nibbles = self.data[:, begin // 2 : -(-end // 2)].T
         both = np.stack([nibbles & 15, nibbles >> 4], axis=1).reshape(-1, nibbles.shape[1])
         kept = both[begin % 2 :][: end - begin]
-        return kept[:, 0::2] | kept[:, 1::2] << 4
+        packed: npt.NDArray[np.uint8] = kept[:, 0::2] | kept[:, 1::2] << 4
+        return packed
 
     def shape(self, *, turned: bool) -> tuple[int, int]:
         """Rows, and bytes of one."""
