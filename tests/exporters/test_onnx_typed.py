@@ -26,9 +26,9 @@ pytest.importorskip("transformers")
 DIALECTS: dict[str, Any] = {"tensorrt": tensorrt, "migraphx": migraphx}
 IDS = [(i * 37 + 11) % 256 for i in range(40)]
 CLOSE = 1e-4  # of the logits' deviation: float32 sums in another order
-# Float16 rounds a value by 2^-12 of itself; some dozen of them stand behind one another in two layers, and the largest of ten
-# thousand logits is off by four deviations.
-HALF = 4 * 2.0**-12 * 36**0.5
+# A rounding to float16 is off by up to 2^-11 of a value, by 2^-11 / sqrt(3) on average; three dozen of them stand behind one another in two
+# layers, and the largest of ten thousand logits is off by four deviations.
+HALF = 4 * 2.0**-11 / 3**0.5 * 36**0.5
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("llama", "int4-g32", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "biases": ("qwen2", "int8", {"head_dim": 12}),  # a head that no kernel is there for
@@ -94,7 +94,7 @@ def test_it_is_the_reference(
     logits = session.prefill(IDS)
     assert np.abs(logits - expected).max() / expected.std() < CLOSE
     peaks = session.peaks()
-    assert {"layers.0.mlp.inner", "layers.1.attention.q_norm"} & set(peaks)
+    assert any(name.startswith("layers.0.mlp") and name.endswith("inner") for name in peaks)
     assert 1e-3 < max(peaks.values()) < 1e3
     shipped = open_session(directory, artifact.context, threads=1)
     logits = np.concatenate([shipped.prefill(IDS[:30]), [shipped.decode(token) for token in IDS[30:]]])
