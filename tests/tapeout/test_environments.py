@@ -112,3 +112,21 @@ def test_the_command_line_lists_them(tmp_path: Path) -> None:
     place.mkdir()
     (place / "tapeout.json").write_text("{}")
     assert "installed" in tapeout("env", "list").stderr
+
+
+def test_what_runs_after_pip_is_part_of_an_environment(tmp_path: Path) -> None:
+    wheel = tmp_path / "tapeout_sample-1.0-py3-none-any.whl"
+    write_wheel(wheel)
+    probe = "import json, pathlib, sysconfig; print(json.dumps({'joined': (pathlib.Path(sysconfig.get_path('platlib')) / 'joined').exists()}))"
+    after = "import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path('platlib')) / 'joined').touch()"
+    plain = Environment("sample", "tests", (str(wheel),), probe)
+    joined = Environment("sample", "tests", (str(wheel),), probe, after)
+    assert plain.directory != joined.directory
+    environments.create(joined)
+    assert joined.facts["versions"] == {"joined": True}
+    failing = Environment(
+        "sample", "tests", (str(wheel),), probe, "raise SystemExit('no compiler was found')"
+    )
+    with pytest.raises(MissingToolchain, match=r"no compiler was found .* tapeout env create sample"):
+        environments.create(failing)
+    assert not failing.installed
