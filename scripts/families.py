@@ -23,10 +23,14 @@ from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, Model, load
 from tapeout.quantize import SCHEMES, Quantized, quantize
 
-FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes", "modelopt")
+FORMATS = (
+    "gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes", "iree", "migraphx", "modelopt", "trtllm", "onnx-trt",
+)  # fmt: skip
 _TARGETS = {
-    "coreml": "apple", "compressed-tensors": "rocm", "bitsandbytes": "rocm", "modelopt": "nvidia"
-}  # fmt: skip
+    "coreml": "apple",
+    **dict.fromkeys(("compressed-tensors", "bitsandbytes", "iree", "migraphx"), "rocm"),
+    **dict.fromkeys(("modelopt", "trtllm", "onnx-trt"), "nvidia"),
+}
 """The others are cpu's."""
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
 # Every row of a weight is whole groups of 128.
@@ -101,14 +105,15 @@ SEQUENCES = [
     for j, length in enumerate((61, 1, 64, 64, 64))
 ]
 HEAD = """\
-# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `rocm` through compressed-tensors and bitsandbytes, `nvidia` through ModelOpt's checkpoint
+# Every family × format × scheme, for each target and each of its formats
 
 Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
 (rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
 format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
 `transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
 the runtime's own rounding costs as a share of its limit. Core ML packages run on our interpreter of the saved program, not on Apple
-hardware; the directories of `rocm` and `nvidia` on transformers on a CPU, not on a GPU. Bounds: [gates](gates.md).
+hardware, directories and rank checkpoints of `rocm` and `nvidia` on transformers, graphs for TensorRT and MIGraphX on onnxruntime and
+modules of IREE by their twin, all on a CPU, not on a GPU. Bounds: [gates](gates.md).
 
 """
 

@@ -44,6 +44,7 @@ class Environment:
         requirements: as pip takes them, pinned.
         probe: Python that must run in it; what it prints is kept as the versions.
         library: of the target of this name: where it cannot be imported, commands run in the environment, which holds this tapeout, too.
+        after: Python that runs in it once the requirements are there, each time that it is made or taken up.
     """
 
     name: str
@@ -51,12 +52,15 @@ class Environment:
     requirements: tuple[str, ...]
     probe: str
     library: str | None = None
+    after: str = ""
 
     @property
     def directory(self) -> Path:
         """Where it stands: another place for other requirements or another Python."""
         version = ".".join(map(str, sys.version_info[:2]))
-        key = hashlib.sha256("\n".join([version, *self.requirements]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(
+            "\n".join([version, *self.requirements, *filter(None, [self.after])]).encode()
+        ).hexdigest()[:12]
         return home() / f"{self.name}-{key}"
 
     @property
@@ -102,6 +106,23 @@ def _versions(*packages: str) -> str:
     )
 
 
+# TensorRT's bindings load TensorRT's libraries from their own folder: TensorRT-RTX's and its parser stand there by those names, and for
+# the plugins, of which there are none, a library with the one function that the bindings take the address of.
+_JOIN_RTX = """\
+import pathlib, shutil, subprocess, sys, sysconfig
+site = pathlib.Path(sysconfig.get_path("platlib"))
+bindings, rtx = site / "tensorrt_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
+for name, library in (("libnvinfer.so.11", "libtensorrt_rtx.so.1.7.1"), ("libnvonnxparser.so.11", "libtensorrt_onnxparser_rtx.so.1.7.1")):
+    (bindings / name).unlink(missing_ok=True)
+    (bindings / name).symlink_to(f"../{rtx}/{library}")
+compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+if not compiler:
+    sys.exit("no C compiler was found, and a function of three lines is compiled: apt-get install gcc")
+source = "int initLibNvInferPlugins(void *logger, const char *space) { return 1; }"
+command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", str(bindings / "libnvinfer_plugin.so.11")]
+subprocess.run(command, input=source.encode(), check=True)
+"""
+
 ENVIRONMENTS: dict[str, Environment] = {
     each.name: each
     for each in (
@@ -126,6 +147,14 @@ ENVIRONMENTS: dict[str, Environment] = {
             ("coremltools==9.0", "torch==2.7.0", "numpy==2.3.5", "transformers==5.23.0"),
             "import coremltools, tapeout.cli; " + _versions("tapeout", "coremltools", "torch", "numpy"),
             library="coremltools",
+        ),
+        Environment(
+            "tensorrt-rtx",
+            "TensorRT engines built without a GPU, by TensorRT-RTX 1.7.1 (a mix that NVIDIA does not support)",
+            ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", "tensorrt-cu13-bindings==11.4.0.106"),
+            "import tensorrt_bindings as trt; assert trt.Builder(trt.Logger()); "
+            + _versions("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13-bindings"),
+            after=_JOIN_RTX,
         ),
     )
 }
@@ -174,6 +203,8 @@ def create(environment: Environment, say: Callable[[str], None] = _logger.info) 
             _run(environment, say, *install, *environment.requirements, *own)
             if own:  # another one of the same version may stand there
                 _run(environment, say, *install, "--force-reinstall", "--no-deps", *own)
+        if environment.after:
+            _run(environment, say, "-c", environment.after)
         versions = json.loads(_run(environment, say, "-P", "-c", environment.probe)[-1])
         partial = place / f".{_MARK}.partial"
         facts = {

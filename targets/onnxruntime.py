@@ -6,7 +6,7 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from platform import machine
 from time import perf_counter
@@ -440,8 +440,13 @@ def open_session(
     return session
 
 
-def load_graph(directory: str, model: Path, graph: bytes, threads: int | None) -> tuple[Any, str, str]:
-    """An InferenceSession of a graph over the data in a directory, its version, and what it runs on."""
+def load_graph(
+    directory: str, model: Path, graph: bytes, threads: int | None, settings: Mapping[str, str] | None = None
+) -> tuple[Any, str, str]:
+    """An InferenceSession of a graph over the data in a directory, its version, and what it runs on.
+
+    ``settings``: entries of the session's configuration.
+    """
     onnxruntime = _library()
     threads = threads or len(os.sched_getaffinity(0))
     options = onnxruntime.SessionOptions()
@@ -450,6 +455,8 @@ def load_graph(directory: str, model: Path, graph: bytes, threads: int | None) -
     if _overflows():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         loaded = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # its own tree, rooted in Exception

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +24,7 @@ class TracedOnnx:
     """A TracedSession on onnxruntime; see ``open_traced``."""
 
     facts: Facts
+    rounding = 0.0  # of the graph's own narrower type, relative
 
     def __init__(self, facts: Facts, session: Any, tokenizer: Any, operators: Mapping[str, str]) -> None:
         self.facts = facts
@@ -37,28 +38,32 @@ class TracedOnnx:
         tokens = len(ids)
         if not 1 <= tokens <= self.facts.context:
             raise TapeoutError(f"{tokens} tokens do not fit the context of {self.facts.context}.")
-        feed: dict[str, Any] = {
-            "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, tokens), np.int64),
-        }
-        for each in self._session.get_inputs():
-            if each.name.startswith("past_"):
-                feed[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
         names = list(self._operators)
-        values = ran(self._session, names, feed)
+        values = ran(self._session, names, self._feed(ids))
         found: dict[str, Shown] = {}
         for name, value in zip(names, values, strict=True):
             stable = _stable(name, self._operators[name])
-            if value.dtype != np.float32 or stable in found:
+            if value.dtype not in (np.float32, np.float16) or stable in found:
                 continue
+            value = value.astype(np.float32, copy=False)
             array = value[0] if value.ndim > 2 and len(value) == 1 else value
             if name.startswith("present."):  # [heads, tokens, width]
                 array = array.transpose(1, 0, 2).reshape(tokens, -1)
             if name.endswith(_SCORES):
                 array = np.where(array == 0, np.nan, array)  # nothing is written where the mask is
             if save(out, stable, array):
-                found[stable] = Shown(self._operators[name])
+                found[stable] = Shown(self._operators[name], self.rounding)
         return found
+
+    def _feed(self, ids: Sequence[int]) -> dict[str, Any]:
+        feed: dict[str, Any] = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+        }
+        for each in self._session.get_inputs():
+            if each.name.startswith("past_"):
+                feed[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+        return feed
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids as the deployed session gives them."""
@@ -82,9 +87,15 @@ def _stable(name: str, operator: str) -> str:
     attention = name.partition(".context")[0] + ".context"
     if name.endswith(_SCORES):
         return inside(attention, "scores")
-    if name == f"{attention}.k.turned" or (operator == "RotaryEmbedding" and name == f"{attention}.k"):
+    made = operator in ("RotaryEmbedding", "Reshape")  # by a node of its own, or written out
+    if name == f"{attention}.k.turned" or (made and name == f"{attention}.k"):
         return inside(attention, "rope")
     return name
+
+
+def named_values(model: Any) -> list[str]:
+    """Values of a graph that have a name of ours, in the order of their making."""
+    return [name for node in model.graph.node for name in node.output if name.startswith(_PARTS)]
 
 
 def _observed(model: Any) -> dict[str, str]:
@@ -139,6 +150,32 @@ def _cut_heads(graph: Any) -> None:
         graph.node.append(node)
 
 
+def observed(model: Path, change: Callable[[Any], None] = lambda _: None) -> tuple[bytes, dict[str, str]]:
+    """A file's graph with every named value in sight, and these values' names in order with the operator that makes each.
+
+    Args:
+        model: the file.
+        change: what makes its graph one that onnxruntime runs.
+
+    Raises:
+        MissingToolchain: onnx is not installed. PackageError: no such file, or no ONNX model.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingToolchain(f"onnx cannot be loaded ({error}): pip install 'tapeout[onnx]'") from error
+    if not model.is_file():
+        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.")
+    check_size(model)
+    try:
+        graph = onnx.load(model, load_external_data=False)
+    except Exception as error:  # protobuf's
+        raise PackageError(f"{model} is not an ONNX model: {error}.") from error
+    change(graph.graph)
+    operators = _observed(graph)
+    return graph.SerializeToString(), operators
+
+
 def open_traced(directory: str, context: int, threads: int | None = None) -> TracedOnnx:
     """Load ``model.onnx`` with every named value in sight, and without the rounding of inputs; the file stays as it is.
 
@@ -146,19 +183,9 @@ def open_traced(directory: str, context: int, threads: int | None = None) -> Tra
         MissingToolchain: onnxruntime or onnx is not installed. PackageError: no such file, or no ONNX model.
         RuntimeCrash: onnxruntime refuses the model; in its own words.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingToolchain(f"onnx cannot be loaded ({error}): pip install 'tapeout[onnx]'") from error
     model = Path(directory) / "model.onnx"
-    check_size(model)
-    try:
-        graph = onnx.load(model, load_external_data=False)
-    except FileNotFoundError:
-        raise PackageError(f"{model} is absent; onnxruntime has nothing to load.") from None
-    except Exception as error:  # protobuf's
-        raise PackageError(f"{model} is not an ONNX model: {error}.") from error
-    operators, begin = _observed(graph), perf_counter()
-    session, version, device = load_graph(directory, model, graph.SerializeToString(), threads)
+    graph, operators = observed(model)
+    begin = perf_counter()
+    session, version, device = load_graph(directory, model, graph, threads)
     facts = Facts(version, device, perf_counter() - begin, 0, context)
     return TracedOnnx(facts, session, tokenizer_of(directory), operators)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from tapeout.exporters.onnx.blocks import as_held, carries, input_block
 from tapeout.exporters.onnx.genai import cache_shape
 from tapeout.exporters.onnx.graph import check_size
-from tapeout.exporters.onnx.reader import describe, read_codes
-from tapeout.exporters.onnx.writer import exact_graph, write
+from tapeout.exporters.onnx.reader import describe, inputs, read_codes
+from tapeout.exporters.onnx.writer import Dialect, exact_graph, write
 
 __all__ = [
+    "Dialect",
     "as_held",
     "cache_shape",
     "carries",
@@ -16,6 +17,7 @@ __all__ = [
     "describe",
     "exact_graph",
     "input_block",
+    "inputs",
     "read_codes",
     "write",
 ]

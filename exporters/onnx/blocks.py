@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ _BLOCKS = (128, 64, 32, 16)  # for rows under one scale: the fewer scales, the f
 
 NONE = "the checkpoint's own"
 FLOAT8 = "FLOAT8E4M3FN"
+FLOAT4 = "FLOAT4E2M1"
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,9 @@ class Linear:
         zero_point: whether each block has one; codes and zero points are then unsigned.
         turned: [in, out], as MatMul takes it; otherwise [out, in], for lookups.
         static: whether the calibrated scale of int8 inputs is there.
+        scales: their ONNX type: FLOAT or FLOAT16.
 
-    Parts, turned: ``codes`` (u)int4 or (u)int8 [in, out]; ``scales`` float32 [in / block, out], or [out] of rows;
+    Parts, turned: ``codes`` (u)int4 or (u)int8 [in, out]; ``scales`` [in / block, out], or [out] of rows;
     ``zero_points`` as the codes [in / block, out]; ``input_scale`` float32 [].
     """
 
@@ -166,6 +169,7 @@ class Linear:
     zero_point: bool
     turned: bool
     static: bool = False
+    scales: str = "FLOAT"
 
     @property
     def kind(self) -> str:
@@ -184,7 +188,7 @@ class Linear:
             each = each[::-1]
         found: Shapes = {
             "codes": (self.kind, (into, out) if self.turned else (out, into)),
-            "scales": ("FLOAT", each),
+            "scales": (self.scales, each),
         }
         if self.zero_point:
             found["zero_points"] = (self.kind, each)
@@ -196,7 +200,7 @@ class Linear:
         """The parts of a whole tensor, since columns become rows."""
         signed = np.uint8(0 if self.zero_point else 2 ** (tensor.bits - 1))
         codes = tensor.codes() - signed
-        scale = tensor.scale.astype(np.float32)
+        scale = tensor.scale.astype(np.float16 if self.scales == "FLOAT16" else np.float32)
         parts: Parts = {"codes": self._integers(codes), "scales": scale.T if self.turned else scale}
         if self.zero_point:
             assert tensor.zero_point is not None
@@ -227,7 +231,76 @@ class Linear:
         return flat if self.bits == 8 else pack(flat & np.uint8(15), 4)
 
 
-Container = NBits | Bnb4 | Float8 | Linear
+@dataclass(frozen=True)
+class Floats:
+    """ONNX's own narrow floats, for DequantizeLinear: E4M3 under a float16 a row, or E2M1 in blocks of 16 under E4M3 under a float32.
+
+    Attributes:
+        bits: of a code: 8 (E4M3) or 4 (E2M1).
+        turned: [in, out], as MatMul takes it; otherwise [out, in], for lookups.
+
+    Parts, turned, of 8 bits: ``codes`` float8e4m3fn [in, out]; ``scales`` float16 [out]. Of 4: ``codes`` float4e2m1 [in, out], two a
+    byte, the first in the low nibble; ``scales`` float8e4m3fn [in / 16, out]; ``scale`` float32 [].
+    """
+
+    bits: int
+    turned: bool
+    block: ClassVar[int] = 16
+
+    @property
+    def kind(self) -> str:
+        """ONNX's type of the codes."""
+        return FLOAT8 if self.bits == 8 else FLOAT4
+
+    @property
+    def axis(self) -> int:
+        """What DequantizeLinear calls so."""
+        return int(self.turned == (self.bits == 8))
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        """The parts of a matrix."""
+        codes = (self.kind, (into, out) if self.turned else (out, into))
+        if self.bits == 8:
+            return {"codes": codes, "scales": ("FLOAT16", (out,))}
+        each = (into // self.block, out) if self.turned else (out, into // self.block)
+        return {"codes": codes, "scales": (FLOAT8, each), "scale": ("FLOAT", ())}
+
+    def pack(self, tensor: QuantTensor) -> Parts:
+        """The parts of a whole tensor."""
+        codes = self._turn(tensor.codes()).reshape(1, -1)
+        if self.bits == 8:
+            return {"codes": codes, "scales": tensor.scale}
+        assert tensor.scale_codes is not None
+        scale = tensor.scale_codes
+        return {"codes": pack(codes, 4), "scales": self._turn(scale.codes), "scale": scale.block}
+
+    def unpack(self, parts: Mapping[str, npt.NDArray[np.generic]], like: QuantTensor) -> QuantTensor:
+        """Undo ``pack``; the parts are as onnx gives them: a number a byte."""
+        out, into = like.shape
+        codes = self._back(parts["codes"], out, into)
+        if self.bits == 8:
+            found = replace(like, scale=_one_scale(parts["scales"], like), scale_codes=None)
+            return _with_codes(found, codes)
+        assert like.scale_codes is not None
+        scale = replace(
+            like.scale_codes,
+            codes=self._back(parts["scales"], *like.scale.shape),
+            block=parts["scale"].astype(np.float32).reshape(like.scale_codes.block.shape),
+        )
+        found = replace(like, scale=scale.values(), scale_codes=scale)
+        return _with_codes(found, codes)
+
+    def _turn(self, values: Bytes) -> Bytes:
+        return np.ascontiguousarray(values.T if self.turned else values)
+
+    def _back(self, part: npt.NDArray[np.generic], rows: int, columns: int) -> Bytes:
+        flat = np.ascontiguousarray(part).view(np.uint8)
+        return np.ascontiguousarray(
+            flat.reshape(columns, rows).T if self.turned else flat.reshape(rows, columns)
+        )
+
+
+Container = NBits | Bnb4 | Float8 | Linear | Floats
 
 
 def container_of(scheme: Scheme, into: int) -> Container | None:
@@ -316,7 +389,9 @@ def _one_scale(
     scales: npt.NDArray[np.generic], like: QuantTensor
 ) -> npt.NDArray[np.float16] | npt.NDArray[np.float32]:
     """One scale a group [out, groups], in ``like``'s type; NaN where the blocks of a group do not agree or it does not fit."""
-    wide = np.ascontiguousarray(scales).view(np.float32).reshape(*like.scale.shape, -1)
+    given = np.ascontiguousarray(scales)
+    wide = given.astype(np.float32) if given.dtype == np.float16 else given.view(np.float32)
+    wide = wide.reshape(*like.scale.shape, -1)
     bits = wide.view(np.uint32)
     with np.errstate(over="ignore", invalid="ignore"):
         one = wide[:, :, 0].astype(like.scale.dtype)

@@ -161,7 +161,9 @@ class Emitter(ABC):
         # Float32, since no kernel multiplies parts of rows of codes by each head.
         if g.quant.schemes[weight].kind != "none":
             g.note("kv_b_proj is float32: its halves are multiplied apart")
-        whole = self._shaped(g.vector(weight), (heads, mla.nope_dim + mla.v_dim, mla.kv_rank), at("kv_b"))
+        whole = self._shaped(
+            self._of_latents(weight), (heads, mla.nope_dim + mla.v_dim, mla.kv_rank), at("kv_b")
+        )
         of_keys, of_values = self._cut(
             whole, (mla.nope_dim, mla.v_dim), at("kv_b.keys"), at("kv_b.values"), 1
         )
@@ -185,6 +187,9 @@ class Emitter(ABC):
             "Transpose", [g.node("MatMul", [y, of_values], at("heads"))], at("tokens"), perm=[0, 2, 1, 3]
         )
         return self._shaped(y, (0, 0, -1), name)
+
+    def _of_latents(self, weight: str) -> str:
+        return self.graph.vector(weight)
 
     def _cut(self, x: str, sizes: tuple[int, int], first: str, second: str, axis: int) -> tuple[str, str]:
         given = self.graph.constant(f"sizes.{sizes[0]}.{sizes[1]}", np.array(sizes))
@@ -352,7 +357,7 @@ class Emitter(ABC):
 
     def _once(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
         """A node that another use may have written already."""
-        if not any(node.name == name for node in self.graph.nodes):
+        if name not in self.graph.names:
             self.graph.node(op, inputs, name, **attributes)
         return name
 

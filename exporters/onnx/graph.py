@@ -40,6 +40,7 @@ BITS = {
     "INT8": 8,
     "UINT4": 4,
     "INT4": 4,
+    "FLOAT4E2M1": 4,
     "BOOL": 8,
     "INT32": 32,
     "INT64": 64,
@@ -125,10 +126,12 @@ class Graph:
         notes: what a user has to know.
         name: of the whole.
         opset: of the standard operators.
+        names: of the nodes.
     """
 
     quant: Quantized
     nodes: list[Any] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     initializers: dict[str, Initializer] = field(default_factory=dict)
@@ -165,6 +168,7 @@ class Graph:
     ) -> str:
         """Add a node; its outputs are ``name`` or what is given; return the first."""
         out = list(outputs) or [name]
+        self.names.add(name)
         self.nodes.append(
             library().helper.make_node(op, list(inputs), out, name=name, domain=domain, **attributes)
         )

@@ -76,6 +76,11 @@ def read_codes(
             )
 
 
+def inputs(directory: Path) -> list[Any]:
+    """The inputs of the model in a directory, as onnx has them."""
+    return list(_open(directory / MODEL).graph.input)
+
+
 def describe(path: Path) -> dict[str, Any]:
     """The facts of one model, any tool's: its operators, its initializers by type, and their bytes.
 

@@ -17,14 +17,17 @@ import numpy.typing as npt
 from tapeout.errors import ModelError
 from tapeout.exporters import Artifact
 from tapeout.exporters.onnx import genai
-from tapeout.exporters.onnx.blocks import Linear
+from tapeout.exporters.onnx.blocks import Floats, Linear
 from tapeout.exporters.onnx.contrib import ContribOps
 from tapeout.exporters.onnx.emitter import Value
 from tapeout.exporters.onnx.encoder import EncoderContribOps
-from tapeout.exporters.onnx.graph import DATA, FLOATS, Graph, Piece
+from tapeout.exporters.onnx.graph import DATA, FLOATS, OPSET, Graph, Piece
+from tapeout.exporters.onnx.migraphx import OPSET as MIGRAPHX_OPSET
+from tapeout.exporters.onnx.migraphx import MiGraphXOps
 from tapeout.exporters.onnx.placed import place
 from tapeout.exporters.onnx.seq2seq import ENCODER, Seq2SeqContribOps
 from tapeout.exporters.onnx.standard import StandardOps
+from tapeout.exporters.onnx.tensorrt import TensorRtOps
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
 from tapeout.models import DecoderConfig, EncoderConfig, Role, Seq2SeqConfig, TracedConfig
@@ -38,7 +41,13 @@ from tapeout.quantize.store import write_at
 
 MODEL = "model.onnx"
 
-Dialect = Literal["onnxruntime", "standard"]
+Dialect = Literal["onnxruntime", "standard", "tensorrt", "migraphx"]
+_OPS: dict[Dialect, type[ContribOps | StandardOps]] = {
+    "onnxruntime": ContribOps,
+    "standard": StandardOps,
+    "tensorrt": TensorRtOps,
+    "migraphx": MiGraphXOps,
+}
 
 
 def write(
@@ -61,7 +70,8 @@ def write(
         directory: made when absent.
         layers: write the first decoder layers only.
         exact: as ``exact_graph``.
-        dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes.
+        dialect: ``onnxruntime``: its own operators. ``standard``: ONNX's alone (opset 23), for other runtimes. ``tensorrt`` and
+            ``migraphx``: what these compile, in float16.
         context: most tokens of a sequence, for which the file has positions; default, and the most: the model's own.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
@@ -78,7 +88,8 @@ def write(
         for name, each in {MODEL: graph, **graph.others}.items():
             (directory / name).write_bytes(_model(each, quant))
         context = _context(quant, context)
-        generates = [genai.CONFIG] if isinstance(quant.model.config, DecoderConfig) else []
+        plays = isinstance(quant.model.config, DecoderConfig) and dialect in ("onnxruntime", "standard")
+        generates = [genai.CONFIG] if plays else []
         for name in generates:
             (directory / name).write_text(genai.config(quant.model, context), encoding="utf-8")
         for file in files:
@@ -93,13 +104,16 @@ def write(
         context=context,
         bytes_per_token=_bytes_per_token(graph),
         containers=dict(graph.containers),
-        notes=(*graph.notes, *_notes(quant)),
+        notes=(*graph.notes, *_notes(quant, dialect)),
     )
 
 
-def exact_graph(quant: Quantized, context: int | None = None) -> bytes:
-    """The graph of the same weights, in the same data file, that leaves the inputs of quantized matmuls as they are."""
-    return _model(build(quant, exact=True, context=context)[0], quant)
+def exact_graph(quant: Quantized, context: int | None = None, dialect: Dialect = "onnxruntime") -> bytes:
+    """The graph of the same weights, in the same data file, that leaves the inputs of quantized matmuls as they are.
+
+    Of dialects of float16 it is float32 everywhere.
+    """
+    return _model(build(quant, exact=True, context=context, dialect=dialect)[0], quant)
 
 
 def _context(quant: Quantized, wanted: int | None) -> int:
@@ -118,10 +132,10 @@ def build(
     """The graph, and how long its data file is, in bytes."""
     config = quant.model.config
     if isinstance(config, TracedConfig):
-        if dialect == "standard" or layers is not None:
+        if dialect != "onnxruntime" or layers is not None:
             what = (
                 "written in ONNX Runtime's operators only"
-                if dialect == "standard"
+                if dialect != "onnxruntime"
                 else "not cut to fewer layers"
             )
             raise ModelError(f"the graph of {quant.model.name} was made by {config.road}: it is {what}.")
@@ -130,8 +144,8 @@ def build(
     count = config.num_layers if layers is None else layers
     if not 1 <= count <= config.num_layers:
         raise ModelError(f"layers = {count}: {quant.model.name} has 1 … {config.num_layers}.")
-    graph = Graph(quant)
-    if dialect == "standard" and not isinstance(config, DecoderConfig):
+    graph = Graph(quant, opset=MIGRAPHX_OPSET if dialect == "migraphx" else OPSET)
+    if dialect != "onnxruntime" and not isinstance(config, DecoderConfig):
         raise ModelError(
             f"{quant.model.name} is {quant.model.kind}, which is written in ONNX Runtime's operators only."
         )
@@ -145,8 +159,7 @@ def build(
         encode(cast("Seq2SeqOps[Value]", source), config, source.ids(), count)
         stacks.logits(decode(cast("Seq2SeqOps[Value]", stacks), config, stacks.ids(), count))
         return graph, graph.finish()
-    kind = StandardOps if dialect == "standard" else ContribOps
-    ops = kind(graph, _context(quant, context), exact)
+    ops = _OPS[dialect](graph, _context(quant, context), exact)
     ops.logits(decoder(ops, quant.model.decoder, ops.ids(), count))
     return graph, graph.finish()
 
@@ -197,9 +210,13 @@ def _model(graph: Graph, quant: Quantized) -> bytes:
     return graph.model(facts)
 
 
-def _notes(quant: Quantized) -> Iterator[str]:
+def _notes(quant: Quantized, dialect: Dialect) -> Iterator[str]:
     """What a user has to know of the schemes, each once."""
     for scheme in sorted(set(quant.schemes.values()), key=str):
+        if dialect in ("tensorrt", "migraphx"):
+            if scheme.bits in (2, 3):
+                yield f"the codes of {scheme} are held in 4 bits"
+            continue
         if scheme.levels == "nf4":
             yield f"onnxruntime multiplies {scheme} exactly, but about as slowly as float32"
         if scheme.levels == "e4m3":
@@ -268,7 +285,7 @@ def _write_pieces(
     tensors = [quant[source] for source in sources]
     shape = quant.model.specs[sources[0]].shape
     rows, width = shape[0], int(np.prod(shape[1:]))
-    if isinstance(pieces[0].container, Linear):  # columns become rows: a tensor at a time
+    if isinstance(pieces[0].container, Linear | Floats):  # columns become rows: a tensor at a time
         (tensor,) = tensors
         parts = _parts(tensor, slice(None), pieces[0])
         for piece in pieces:

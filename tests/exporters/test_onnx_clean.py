@@ -71,7 +71,7 @@ def assert_clean(path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", ["onnxruntime", "standard", "tensorrt", "migraphx"])
 def test_a_decoder(make_model: Callable[..., Path], tmp_path: Path, dialect: Any, family: str) -> None:
     quant = quantize(load(make_model(family)), "int4-g32")
     assert_clean(onnx.write(quant, tmp_path / "out", dialect=dialect).directory / "model.onnx")

@@ -177,3 +177,21 @@ def test_who_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch, stand_in: Enviro
         MissingToolchain, match=r"pip install 'tapeout\[apple\]', or tapeout env create apple"
     ):
         library()
+
+
+def test_what_runs_after_pip_is_part_of_an_environment(tmp_path: Path) -> None:
+    wheel = tmp_path / "tapeout_sample-1.0-py3-none-any.whl"
+    write_wheel(wheel)
+    probe = "import json, pathlib, sysconfig; print(json.dumps({'joined': (pathlib.Path(sysconfig.get_path('platlib')) / 'joined').exists()}))"
+    after = "import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path('platlib')) / 'joined').touch()"
+    plain = Environment("sample", "tests", (str(wheel),), probe)
+    joined = Environment("sample", "tests", (str(wheel),), probe, after=after)
+    assert plain.directory != joined.directory
+    environments.create(joined)
+    assert joined.facts["versions"] == {"joined": True}
+    failing = Environment(
+        "sample", "tests", (str(wheel),), probe, after="raise SystemExit('no compiler was found')"
+    )
+    with pytest.raises(MissingToolchain, match=r"no compiler was found .* tapeout env create sample"):
+        environments.create(failing)
+    assert not failing.installed
