@@ -13,8 +13,9 @@ from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress
+from tapeout.targets import Memory, Progress, check_counts
 from tapeout.targets.local import parse_size
+from tapeout.targets.trtllm import Trtllm
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 
@@ -53,7 +54,9 @@ class Road(Protocol):
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]: ...
 
     @staticmethod
-    def lowerings(device: "Nvidia", artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]: ...
+    def lowerings(
+        device: "Nvidia", artifact: Artifact, quant: Quantized, scratch: Path
+    ) -> list[Lowering]: ...
 
     @staticmethod
     def traced(device: "Nvidia", artifact: Artifact, scratch: Path) -> SessionSpec: ...
@@ -62,7 +65,9 @@ class Road(Protocol):
     def card(device: "Nvidia", artifact: Artifact) -> str: ...
 
 
-_ROADS: dict[str, type[Road]] = {}
+_ROADS: dict[str, type[Road]] = {"trtllm": Trtllm}
+
+_Plugin = Literal["auto", "float16", "bfloat16", "float32", "disable"]
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,30 @@ class Nvidia:
         format: What is written: modelopt, the directory that TensorRT-LLM, vLLM and SGLang load; trtllm, rank checkpoints for
             trtllm-build; onnx-trt, a graph for TensorRT.
         max_shard_size: Of modelopt: split the weights into files of at most this size (500M, 2G).
+        tensor_parallel: Of trtllm: GPUs that share each layer (1, 2, 4, 8).
+        pipeline_parallel: Of trtllm: stages of layers, each on GPUs of its own.
+        gpt_attention_plugin: Of trtllm: type of TensorRT-LLM's attention plugin; auto: the model's.
+        gemm_plugin: Of trtllm: type of its plugin for float matmuls; auto: the model's.
+        max_batch_size: Of trtllm: most sequences at once. Default: trtllm-build's own.
+        max_input_len: Of trtllm: longest prompt, in tokens. Default: trtllm-build's own.
+        max_seq_len: Of trtllm: longest prompt with its answer, in tokens. Default: the model's context.
     """
 
     format: Literal["modelopt", "trtllm", "onnx-trt"] = "modelopt"
     max_shard_size: str = "5G"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    gpt_attention_plugin: _Plugin = "auto"
+    gemm_plugin: _Plugin = "auto"
+    max_batch_size: int | None = None
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
 
     name: ClassVar[str] = "nvidia"
     summary: ClassVar[str] = "NVIDIA GPUs, through TensorRT-LLM, vLLM, SGLang or TensorRT."
 
     def __post_init__(self) -> None:
-        """TapeoutError for a flag of another format, and a size that is none."""
+        """TapeoutError for a flag of another format, and a size or a number that is none."""
         for flag, field in type(self).__dataclass_fields__.items():
             if flag != "format" and flag not in self._road.flags and getattr(self, flag) != field.default:
                 raise TapeoutError(
@@ -90,6 +109,7 @@ class Nvidia:
                     f"It is of: {', '.join(name for name, road in _ROADS.items() if flag in road.flags)}."
                 )
         parse_size(self.max_shard_size)
+        check_counts(self, *("tensor_parallel", "pipeline_parallel", "max_batch_size", "max_input_len", "max_seq_len"))
 
     @property
     def _road(self) -> type[Road]:
