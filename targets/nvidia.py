@@ -109,7 +109,9 @@ class Nvidia:
                     f"It is of: {', '.join(name for name, road in _ROADS.items() if flag in road.flags)}."
                 )
         parse_size(self.max_shard_size)
-        check_counts(self, *("tensor_parallel", "pipeline_parallel", "max_batch_size", "max_input_len", "max_seq_len"))
+        check_counts(
+            self, *("tensor_parallel", "pipeline_parallel", "max_batch_size", "max_input_len", "max_seq_len")
+        )
 
     @property
     def _road(self) -> type[Road]:

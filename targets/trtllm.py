@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tapeout.targets.nvidia import Nvidia
 
 _OPEN = "tapeout.targets.trtllm_ranks:open_session"
-_TRACED = "tapeout.targets.trtllm_ranks:open_traced"
+_TRACED = "tapeout.targets.trtllm_trace:open_traced"
 # Ranks of one machine meet on its own interface, whatever its name resolves to.
 _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
 

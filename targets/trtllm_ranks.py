@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -27,14 +27,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 
 from tapeout.errors import MissingToolchain, PackageError, TapeoutError
-from tapeout.models.decoder import ConfigReader, DecoderConfig
-from tapeout.models.families import family
 from tapeout.models.rope import Rope, cos_sin, scaling
-from tapeout.validate import pretrained, primitives
+from tapeout.validate import pretrained
 from tapeout.validate.given import check_ids
 from tapeout.validate.session import Facts, Logits
 
@@ -44,10 +41,10 @@ if TYPE_CHECKING:
 _CHUNK = 512  # tokens of one pass: bounds the scores
 _WAIT = timedelta(minutes=10)  # for a peer, at most
 _MAIN = "import sys; from tapeout.targets.trtllm_ranks import follow; follow(*sys.argv[1:])"
-_WORDS = "tokenizer"
+WORDS = "tokenizer"
 
 
-def _said(directory: Path) -> dict[str, Any]:
+def said_of(directory: Path) -> dict[str, Any]:
     """``config.json``, whose ranks are all there; PackageError."""
     try:
         said: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -62,7 +59,7 @@ def _said(directory: Path) -> dict[str, Any]:
     return said
 
 
-def _tensors(directory: Path, rank: int) -> dict[str, torch.Tensor]:
+def tensors_of(directory: Path, rank: int) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -104,7 +101,7 @@ class _Linear:
         return self.inputs(x) @ self.weight.T
 
 
-def _linear(tensors: dict[str, torch.Tensor], base: str, said: dict[str, Any], inputs: bool) -> _Linear:
+def linear_of(tensors: dict[str, torch.Tensor], base: str, said: dict[str, Any], inputs: bool) -> _Linear:
     """What the tensors of a module mean."""
     import torch
 
@@ -207,9 +204,9 @@ class _Rank:
     """One rank's share of the model, and of its cache."""
 
     def __init__(self, directory: Path, rank: int, inputs: bool) -> None:
-        self.said = said = _said(directory)
+        self.said = said = said_of(directory)
         self.group = _Group(said, rank)
-        self._tensors, self._inputs = _tensors(directory, rank), inputs
+        self._tensors, self._inputs = tensors_of(directory, rank), inputs
         self._linears: dict[str, _Linear] = {}
         self._gemma = said["architecture"].startswith("Gemma")
         self._sandwich = said["architecture"] in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
@@ -217,9 +214,10 @@ class _Rank:
         self._past: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self.length = 0
         self.reset()
-        for name in list(self._tensors):  # codes become floats once
-            if self._tensors[name].dtype.itemsize == 1:
-                self._linear(name.removesuffix(".weight"))
+        for name in [name for name, tensor in self._tensors.items() if tensor.dtype.itemsize == 1]:
+            self._linear(name.removesuffix(".weight"))  # codes become floats once
+        self._tensors = {name: tensor.float() for name, tensor in self._tensors.items()}
+        self._turns: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def reset(self) -> None:
         """An empty cache."""
@@ -231,6 +229,7 @@ class _Rank:
 
         c, group = self.said, self.group
         shape = (len(ids), int(c["hidden_size"]))
+        self._turns.clear()
         with torch.inference_mode():
             x = (
                 self._embedded(torch.tensor(ids))
@@ -255,7 +254,7 @@ class _Rank:
 
     def _float(self, name: str) -> torch.Tensor:
         try:
-            return self._tensors[name].float()
+            return self._tensors[name]
         except KeyError:
             raise PackageError(f"rank{self.group.rank}.safetensors has no {name}.") from None
 
@@ -263,23 +262,10 @@ class _Rank:
         if base not in self._linears:
             if f"{base}.weight" not in self._tensors:
                 raise PackageError(f"rank{self.group.rank}.safetensors has no {base}.weight.")
-            self._linears[base] = _linear(self._tensors, base, self.said, self._inputs)
+            self._linears[base] = linear_of(self._tensors, base, self.said, self._inputs)
             for name in [n for n in self._tensors if n.rpartition(".")[0] == base]:
                 del self._tensors[name]
         return self._linears[base]
-
-    def linear(self, base: str) -> torch.Tensor:
-        """A linear's weight, float32."""
-        return self._linear(base).weight
-
-    def vector(self, name: str) -> torch.Tensor:
-        """A tensor that is no linear's weight, float32; of a linear its bias."""
-        base, _, last = name.rpartition(".")
-        if last == "bias" and base in self._linears:
-            bias = self._linears[base].bias
-            assert bias is not None
-            return bias
-        return self._float(name)
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         import torch
@@ -373,9 +359,9 @@ class _Rank:
             int(c["head_size"]),
         )
 
-    def _rope(self, layer: int) -> Rope:
+    def _rope(self, local: bool) -> Rope:
         c, dim = self.said, round(self._heads[2] * self.said.get("rotary_pct", 1.0))
-        if self._local(layer):
+        if local:
             return Rope(float(c["rope_local_base_freq"]), dim=dim)
         context = int(c["max_position_embeddings"])
         if c["position_embedding_type"] == "long_rope":
@@ -387,10 +373,12 @@ class _Rank:
             return Rope(
                 c["rotary_base"], "longrope", scaling("longrope", given, context=context, dim=dim), dim
             )
-        given = dict(c["rotary_scaling"] or {})
+        given = dict(c.get("rotary_scaling") or {})
         kind = given.pop("type", "default")
         given.pop("rope_type", None)
-        return Rope(c["rotary_base"], kind, scaling(kind, given, context=context, dim=dim), dim)
+        return Rope(
+            float(c.get("rotary_base", 10000.0)), kind, scaling(kind, given, context=context, dim=dim), dim
+        )
 
     def _local(self, layer: int) -> bool:
         every = self.said.get("_sliding_window_pattern")
@@ -404,10 +392,13 @@ class _Rank:
         heads, kv_heads, dim = self._heads
         both = self._columns(f"{at}.qkv", x).view(len(x), heads + 2 * kv_heads, dim)
         q, k, v = both.split([heads, kv_heads, kv_heads], 1)
-        if c["qk_layernorm"]:
+        if c.get("qk_layernorm"):
             q, k = self._norm(f"{at}.q_layernorm", q), self._norm(f"{at}.k_layernorm", k)
         positions = np.arange(self.length, self.length + len(x))
-        cos, sin = map(torch.from_numpy, cos_sin(self._rope(layer), positions, self.length + len(x)))
+        if (local := self._local(layer)) not in self._turns:
+            turns = cos_sin(self._rope(local), positions, self.length + len(x))
+            self._turns[local] = torch.from_numpy(turns[0]), torch.from_numpy(turns[1])
+        cos, sin = self._turns[local]
         q, k = _turned(q, cos, sin), _turned(k, cos, sin)
         if (past := self._past[index]) is not None:
             k, v = torch.cat([past[0], k]), torch.cat([past[1], v])
@@ -464,7 +455,7 @@ class Ranks:
         import torch
 
         before, begin = psutil.Process().memory_info().rss, perf_counter()
-        said = _said(directory)
+        said = said_of(directory)
         self._directory = directory
         self._world = int(said["mapping"]["world_size"])
         self._vocab = int(said["vocab_size"])
@@ -572,7 +563,7 @@ class Ranks:
 
     def _tokenizer(self) -> Any:
         if self._words is None:
-            self._words = pretrained.tokenizer(self._directory / _WORDS)
+            self._words = pretrained.tokenizer(self._directory / WORDS)
         return self._words
 
     def _chunks(self, ids: Sequence[int]) -> Iterable[Sequence[int]]:
@@ -638,7 +629,7 @@ def follow(directory: str, rank: str, store: str, inputs: str) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     torch.set_num_threads(1)
-    world = int(_said(Path(directory))["mapping"]["world_size"])
+    world = int(said_of(Path(directory))["mapping"]["world_size"])
     _join(store, int(rank), world)
     import torch.distributed as dist
 
@@ -650,114 +641,3 @@ def follow(directory: str, rank: str, store: str, inputs: str) -> None:
             own.reset()
         else:
             own.forward(what["ids"], what["keep"])
-
-
-def open_traced(directory: str) -> primitives.Primitives:
-    """What the ranks mean together in our graph, each primitive's value in sight; called in a worker process."""
-    path = Path(directory)
-    raw = json.loads((path / _WORDS / "config.json").read_text(encoding="utf-8"))
-    config = family(raw["model_type"]).config(ConfigReader(raw))
-    weights = whole(path, config)
-    return primitives.open_weights(config, lambda name: weights[name], path / _WORDS)
-
-
-def whole(directory: Path, config: DecoderConfig) -> dict[str, npt.NDArray[np.float32]]:
-    """The model's weights by their Hugging Face names, float32, from the shares of all ranks."""
-    import torch
-
-    said = _said(directory)
-    size, stages = int(said["mapping"]["tp_size"]), int(said["mapping"]["pp_size"])
-    alone = {**said, "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1}}
-    ranks = [_Share(directory, rank, alone) for rank in range(size * stages)]
-    found: dict[str, torch.Tensor] = {}
-
-    def joined(stage: int, get: Callable[[_Share], torch.Tensor], axis: int) -> torch.Tensor:
-        return torch.cat([get(ranks[stage * size + i]) for i in range(size)], axis)
-
-    found["model.embed_tokens.weight"] = joined(0, lambda r: r["transformer.vocab_embedding.weight"], 0)
-    found["lm_head.weight"] = joined(stages - 1, lambda r: r["lm_head.weight"], 0)
-    found["model.norm.weight"] = ranks[-1]["transformer.ln_f.weight"] - config.norm_offset
-    dim, kv_heads = config.head_dim, max(1, config.num_kv_heads // size)
-    widths = [config.num_heads // size * dim, kv_heads * dim, kv_heads * dim]
-    copies = max(1, size // config.num_kv_heads)
-    per_stage = config.num_layers // stages
-    for layer in range(config.num_layers):
-        stage, local = divmod(layer, per_stage)
-        at, to = f"transformer.layers.{local}", f"model.layers.{layer}"
-        one = ranks[stage * size]
-        for suffix in ("weight", "bias"):
-            if f"{at}.attention.qkv.{suffix}" not in one:
-                continue
-            parts = [r[f"{at}.attention.qkv.{suffix}"].split(widths) for r in ranks[stage * size :][:size]]
-            q, k, v = (torch.cat([part[i] for part in parts[:: copies if i else 1]]) for i in range(3))
-            if config.fused:
-                found[f"{to}.self_attn.qkv_proj.{suffix}"] = torch.cat([q, k, v])
-            else:
-                found |= {
-                    f"{to}.self_attn.{n}_proj.{suffix}": t for n, t in zip("qkv", (q, k, v), strict=True)
-                }
-        rows = {"attention.dense": "self_attn.o_proj", "mlp.proj": "mlp.down_proj"}
-        columns = {"mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj"}
-        moe = config.routed(layer)
-        for name, theirs in (rows | columns).items():
-            if moe and name.startswith("mlp"):
-                continue
-            for suffix in ("weight", "bias"):
-                key = f"{at}.{name}.{suffix}"
-                if key not in one:
-                    continue
-                if name in columns or suffix == "weight":
-                    found[f"{to}.{theirs}.{suffix}"] = joined(
-                        stage, lambda r, k=key: r[k], 0 if name in columns else 1
-                    )  # type: ignore[misc]
-                else:
-                    found[f"{to}.{theirs}.{suffix}"] = one[key]
-        if config.fused:
-            halves = [r[f"{at}.mlp.fc.weight"].chunk(2) for r in ranks[stage * size :][:size]]
-            del found[f"{to}.mlp.gate_proj.weight"]
-            found[f"{to}.mlp.gate_up_proj.weight"] = torch.cat(
-                [h[1] for h in halves] + [h[0] for h in halves]
-            )
-        norms = {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention_layernorm"}
-        norms |= {f"{n}_feedforward_layernorm": f"{n}_feedforward_layernorm" for n in ("pre", "post")}
-        norms |= {f"attention.{n}_layernorm": f"self_attn.{n}_norm" for n in "qk"}
-        for name, theirs in norms.items():
-            if f"{at}.{name}.weight" in one:
-                found[f"{to}.{theirs}.weight"] = one[f"{at}.{name}.weight"] - config.norm_offset
-        if moe:
-            found[f"{to}.{moe.router}.weight"] = one[f"{at}.mlp.router.weight"]
-            shares = [r[f"{at}.mlp.fc.weight"].chunk(2, 1) for r in ranks[stage * size :][:size]]
-            up, gate = (torch.cat([share[i] for share in shares], 1) for i in range(2))
-            down = joined(stage, lambda r, k=f"{at}.mlp.proj.weight": r[k], 2)  # type: ignore[misc]
-            for expert in range(moe.experts):
-                named = zip(moe.weights(layer, expert), (gate, up, down), strict=True)
-                found |= {name: tensor[expert] for name, tensor in named}
-            if moe.shared_size:
-                shared = f"{to}.{moe.shared}"
-                halves = [
-                    r[f"{at}.mlp.shared_expert.fc.weight"].chunk(2) for r in ranks[stage * size :][:size]
-                ]
-                found[f"{shared}.up_proj.weight"], found[f"{shared}.gate_proj.weight"] = (
-                    torch.cat([half[i] for half in halves]) for i in range(2)
-                )
-                key = f"{at}.mlp.shared_expert.proj.weight"
-                found[f"{shared}.down_proj.weight"] = joined(stage, lambda r, k=key: r[k], 1)  # type: ignore[misc]
-                if moe.shared_gate:
-                    found[f"{shared}_gate.weight"] = one[f"{at}.mlp.shared_expert_gate.weight"]
-    return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
-
-
-class _Share:
-    """The tensors of one rank as floats, by name."""
-
-    def __init__(self, directory: Path, rank: int, said: dict[str, Any]) -> None:
-        self._tensors, self._said = _tensors(directory, rank), said
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        if tensor.dtype.itemsize > 1:
-            return tensor.float()
-        return _linear(self._tensors, name.removesuffix(".weight"), self._said, inputs=False).weight
