@@ -1,4 +1,4 @@
-"""Every family × format × scheme on targets ``cpu``, ``apple`` and ``rocm``: are the codes in the file, and does the runtime compute the model?
+"""Every family × format × scheme on targets ``cpu``, ``apple``, ``rocm`` and ``nvidia``: are the codes in the file, and does the runtime compute the model?
 
     .venv/bin/python scripts/families.py [--out docs/families.md]
 
@@ -22,8 +22,13 @@ from tapeout.generated import ENCODERS, write_model
 from tapeout.models import DecoderConfig, load
 from tapeout.quantize import SCHEMES, quantize
 
-FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes")
-_TARGETS = {"coreml": "apple", "compressed-tensors": "rocm", "bitsandbytes": "rocm"}  # the others are cpu's
+FORMATS = ("gguf", "onnx", "coreml", "compressed-tensors", "bitsandbytes", "trtllm")
+_TARGETS = {
+    "coreml": "apple",
+    "compressed-tensors": "rocm",
+    "bitsandbytes": "rocm",
+    "trtllm": "nvidia",
+}  # the others are cpu's
 SHOWN = ("int8", "int4-g32", "int4-g128", "nf4", "none")
 # Every row of a weight is whole groups of 128.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -95,14 +100,15 @@ SEQUENCES = [
     for j, length in enumerate((61, 1, 64, 64, 64))
 ]
 HEAD = """\
-# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `rocm` through compressed-tensors and bitsandbytes
+# Every family × format × scheme: `cpu` through GGUF and ONNX, `apple` through Core ML, `rocm` through compressed-tensors and bitsandbytes, `nvidia` through TensorRT-LLM's rank checkpoints
 
 Made by `python scripts/families.py`, and held by `tests/conformance/test_families.py`, which runs every cell: a random model of the family
 (rows of 128, norms and biases spread) is quantized, exported, read back with the format owner's library bit for bit, and run on the
 format's runtime. A cell holds the largest logit difference (of an encoder: of its states or class logits) between the runtime and
 `transformers` with the same codes, in units of the standard deviation and before the runtime rounds inputs, and after the comma what
 the runtime's own rounding costs as a share of its limit. Core ML packages run on our interpreter of the saved program, not on Apple
-hardware; `rocm`'s directories on transformers on a CPU, not on AMD hardware. Bounds: [gates](gates.md).
+hardware; `rocm`'s directories on transformers on a CPU, not on AMD hardware; `nvidia`'s ranks (one here) by our own loader on a CPU, not on
+NVIDIA hardware. Bounds: [gates](gates.md).
 
 """
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tapeout.errors import ModelError, TapeoutError
+from tapeout.errors import ModelError, SchemeError, TapeoutError
 from tapeout.exporters.trtllm import packing
 from tapeout.exporters.trtllm.layout import Mapping
-from tapeout.models import DecoderConfig, Model
-from tapeout.quantize import Quantized
+from tapeout.models import DecoderConfig, Model, Role
+from tapeout.quantize import Quantized, QuantTensor
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -26,8 +26,8 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 TENSOR_PARALLEL = (1, 2, 4, 8)
-# In float16 their activations overflow, and bfloat16 does not hold a float16 scale.
-_IN_BFLOAT16 = ("gemma2", "gemma3_text")
+# In float16 their activations overflow.
+IN_BFLOAT16 = ("gemma2", "gemma3_text")
 _OTHERWISE = "What fits: --format modelopt, which current TensorRT-LLM, vLLM and SGLang load."
 _EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding")
 _GATES = ("*shared_expert_gate", "*shared_expert_gate.weight")  # as a module, and as a tensor
@@ -71,7 +71,7 @@ def _otherwise(c: DecoderConfig) -> str:
         return "has a bias in o_proj that TensorRT-LLM's model of it does not have"
     if c.qkv_bias and c.family in ("llama", "mistral") and not c.out_bias:
         return "has biases of q, k and v without one of o_proj"
-    if not math.isclose(c.attention_scale, c.head_dim**-0.5) and c.family not in _IN_BFLOAT16:
+    if not math.isclose(c.attention_scale, c.head_dim**-0.5) and c.family not in IN_BFLOAT16:
         return f"scales attention by {c.attention_scale:.6g}, which is not 1 / sqrt(head_dim)"
     if c.moe and not all(c.moe.layers):
         return "has layers with a dense MLP among those with experts"
@@ -128,7 +128,7 @@ def _undivided(c: DecoderConfig, tensor: int) -> list[str]:
 
 
 def check_widths(model: Model, mapping: Mapping, algorithm: str, group: int) -> None:
-    """TapeoutError where a rank's share of a linear is no whole number of what the kernels take at once.
+    """SchemeError where a rank's share of a linear is no whole number of what the kernels take at once.
 
     TensorRT-LLM fills other shares with zeros in its converter alone; ``trtllm-build`` then finds a shape that it does not expect.
     """
@@ -139,7 +139,7 @@ def check_widths(model: Model, mapping: Mapping, algorithm: str, group: int) -> 
         fits = [f"--tensor-parallel {_list(sizes)}"] if sizes else []
         if unit == 128 and not _ragged(c, mapping.tensor, 64):
             fits.append("groups of 64")
-        raise TapeoutError(
+        raise SchemeError(
             f"{model.name} gives each of {mapping.tensor} ranks {' and '.join(wrong)}, and the kernels of {algorithm} take multiples of "
             f"{unit}; fits: {' or '.join([*fits, 'w8a8 or none' if unit > 4 else 'none'])}."
         )
@@ -162,16 +162,27 @@ def _ragged(c: DecoderConfig, tensor: int, unit: int) -> list[str]:
     return [f"{total:g} {what}" for what, total in shares.items() if total % unit]
 
 
-def check_scheme(model: Model, mapping: Mapping, algorithm: str | None) -> None:
+def check_scheme(quant: Quantized, algorithm: str | None) -> None:
     """ModelError for an algorithm that TensorRT-LLM's model of a family does not have."""
+    model = quant.model
     c = model.decoder
     if algorithm is None:
         return
-    if c.family in _IN_BFLOAT16:
-        raise ModelError(
-            f"{model.name} ({c.family}) is run in bfloat16 by TensorRT-LLM, which does not hold the float16 scales of codes. "
-            f"What fits: the scheme none, or {_OTHERWISE.removeprefix('What fits: ')}"
-        )
+    if c.family in IN_BFLOAT16:
+        coded = [
+            name
+            for name, scheme in quant.schemes.items()
+            if scheme.kind != "none" and model.specs[name].role is not Role.LINEAR
+        ]
+        zeros = any(scheme.kind == "asymmetric" for scheme in quant.schemes.values())
+        others = {each.dtype for name in quant if not isinstance(each := quant[name], QuantTensor)} - {"BF16"}
+        if algorithm != packing.AWQ or zeros or coded or others:
+            raise ModelError(
+                f"{model.name} ({c.family}) is run in bfloat16, which does not hold the float16 scales of {algorithm if not zeros else 'zero points'}"
+                f"{', nor the values of other codes' if coded else ''}{', nor floats of ' + ', '.join(sorted(others)) if others else ''}. What "
+                "fits: of a checkpoint in bfloat16 int4-g64 or int4-g128 with embed_tokens = none in a recipe, whose scales the builder "
+                f"rounds itself; the scheme none; or {_OTHERWISE.removeprefix('What fits: ')}"
+            )
     if c.moe and algorithm != packing.AWQ:
         raise ModelError(
             f"{model.name} has experts, whose codes TensorRT-LLM's kernel takes of {packing.AWQ} alone without an order of bytes "
@@ -282,7 +293,7 @@ def _own(model: Model) -> dict[str, Any]:
             }
     if c.family == "phi3":
         found["rotary_pct"] = c.rope.dim / c.head_dim
-    if c.family in _IN_BFLOAT16:
+    if c.family in IN_BFLOAT16:
         found["query_pre_attn_scalar"] = round(c.attention_scale**-2)
         found["final_logit_softcapping"] = c.logit_softcap
     if c.family == "gemma2":

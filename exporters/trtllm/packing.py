@@ -2,7 +2,7 @@
 
     W8A16       weight I8 [in, out], per_channel_scale F16 [out]
     W4A16_AWQ   weight I8 [out / 2, in], two rows in a byte, the even one low, each code - 8 in two's complement;
-                weights_scaling_factor F16 [out, in / group]; prequant_scaling_factor F16 [in], which inputs are multiplied by;
+                weights_scaling_factor F16 [out, in / group]; prequant_scaling_factor [in] of the model's type, which inputs are multiplied by;
                 zero F16 [in / group, out] with zero points: (8 - zero_point) * scale, added to (code - 8) * scale
     W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN
                 weight I8 [out, in], per_channel_scale F32 [1, out]; of a row also smoother F32 [1, in], which inputs are divided by
@@ -66,8 +66,8 @@ def carries(scheme: Scheme) -> Carry:
     return Rounded(AWQ, ADDED_ERROR) if scheme.kind == "asymmetric" else Exact(AWQ)
 
 
-def parts(blocks: Sequence[QuantTensor], algorithm: str, *, row: bool) -> dict[str, Part]:
-    """The tensors that stand for blocks [out_i, in] one under another, by their suffix; ``row``: of a row linear."""
+def parts(blocks: Sequence[QuantTensor], algorithm: str, *, row: bool, dtype: str = "F16") -> dict[str, Part]:
+    """The tensors that stand for blocks [out_i, in] one under another, by their suffix; ``row``: of a row linear; ``dtype``: the model's."""
     into = blocks[0].in_features
     out = sum(len(block.packed) for block in blocks)
     scale = np.concatenate([block.scale for block in blocks])
@@ -80,7 +80,7 @@ def parts(blocks: Sequence[QuantTensor], algorithm: str, *, row: bool) -> dict[s
         found = {
             "weight": under([_nibbles(block) for block in blocks]),
             "weights_scaling_factor": held(scale),
-            "prequant_scaling_factor": held(np.ones(into, np.float16)),
+            "prequant_scaling_factor": _ones(into, dtype),
         }
         if blocks[0].zero_point is not None:
             steps = np.float32(8) - np.concatenate([np.asarray(block.zero_point) for block in blocks])
@@ -95,8 +95,16 @@ def parts(blocks: Sequence[QuantTensor], algorithm: str, *, row: bool) -> dict[s
         "weight": weight,
         "weights_scaling_factor": held(wide),
         "activation_scaling_factor": held(np.array([blocks[0].input_scale], np.float32)),
-        "prequant_scaling_factor": held(np.ones(into, np.float16)),
+        "prequant_scaling_factor": _ones(into, dtype),
     }
+
+
+def _ones(count: int, dtype: str) -> Part:
+    return (
+        held(np.full(count, 0x3F80, np.uint16), dtype)
+        if dtype == "BF16"
+        else held(np.ones(count, np.float16))
+    )
 
 
 def under(found: Sequence[Part]) -> Part:

@@ -316,7 +316,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, int], type[TapeoutError], 
      ModelError, r"RoPE scaling of the type yarn"),
     ("llama", {"hidden_act": "gelu"}, "none", {}, ModelError, r"GELU by erf"),
     ("mixtral", {}, "int8", {}, ModelError, r"has experts.*What fits: int4-g64, int4-g128, none"),
-    ("gemma2", {}, "int4-g64", {}, ModelError, r"run in bfloat16.*What fits: the scheme none"),
+    ("gemma2", {}, "int4-g64", {}, ModelError, r"run in bfloat16, which does not hold.*What fits: of a checkpoint in bfloat16 int4-g64"),
     ("qwen2", {}, "w8a8", {}, ModelError, r"SmoothQuant attention.*What fits: w8a8-static, int8"),
 ]  # fmt: skip
 
@@ -336,6 +336,37 @@ def test_what_does_not_fit_is_refused_with_what_does(
         trtllm.write(quantize(model, scheme, out=tmp_path / "codes"), tmp_path / "out", **options)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_stays_in_bfloat16(family: str, tmp_path: Path) -> None:
+    fields = WIDE | {"query_pre_attn_scalar": 16}
+    model = load(write_model(tmp_path / "model", family, fields, dtype="BF16"))
+    quant = quantize(model, "int4-g64", overrides={"model.embed_tokens": "none"}, out=tmp_path / "codes")
+    artifact = trtllm.write(quant, tmp_path / "out", tensor_parallel=2)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors = load_file(tmp_path / "out" / "rank1.safetensors")
+    assert {
+        str(t.dtype) for n, t in tensors.items() if not n.endswith((".weight", "weights_scaling_factor"))
+    } == {"torch.bfloat16"}
+    assert torch.equal(
+        tensors["transformer.layers.0.mlp.fc.prequant_scaling_factor"], torch.ones(128, dtype=torch.bfloat16)
+    )
+    norm = model.checkpoint["model.layers.0.input_layernorm.weight"].float32()
+    assert torch.equal(
+        tensors["transformer.layers.0.input_layernorm.weight"], torch.from_numpy(norm + 1).bfloat16()
+    )
+    found = _codes(artifact, quant)
+    assert list(found) == list(quant)
+    assert all(
+        np.array_equal(tensor, quant.float32(name))
+        for name, tensor in found.items()
+        if not isinstance(tensor, QuantTensor)
+    )
+    assert any("bfloat16, to which trtllm-build rounds them" in note for note in artifact.notes)
+    for scheme in ("int8", "int4-g64-asym", "int4-g64"):  # the last with codes of its embeddings
+        with pytest.raises(ModelError, match="run in bfloat16, which does not hold"):
+            trtllm.write(quantize(model, scheme, out=tmp_path / scheme), tmp_path / "no")
 
 
 def test_linears_of_two_schemes_are_refused_and_floats_beside_codes_excluded(tmp_path: Path) -> None:
