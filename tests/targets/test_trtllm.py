@@ -81,6 +81,15 @@ def test_ranks_together_are_the_model(
     assert "**" not in said, said
 
 
+def test_gemmas_codes_in_bfloat16_are_the_model(tmp_path: Path) -> None:
+    """But for its norms, which bfloat16 holds as 1 + w."""
+    fields = WIDE | {"query_pre_attn_scalar": 24, "sliding_window": 24}
+    model = load(write_model(tmp_path / "model", "gemma3_text", fields, dtype="BF16"))
+    quant = quantize(model, "int4-g64", overrides={"model.embed_tokens": "none"}, out=tmp_path / "codes")
+    said = lowered(_device(tensor_parallel=2), quant, tmp_path, SEQUENCES)
+    assert "**" not in said, said
+
+
 @pytest.mark.slow
 def test_eight_ranks_are_the_model(tmp_path: Path) -> None:
     """More ranks than key heads, and than cores."""
