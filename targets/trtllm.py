@@ -180,7 +180,7 @@ class Trtllm:
         )
         served = f"artifact/{ENGINE}"
         return (
-            f"{first} (`pip install 'tensorrt-llm>=1.2,<1.3' --extra-index-url https://pypi.nvidia.com`):\n\n"
+            f"{first} (`pip install 'tensorrt-llm>=1.2,<1.3'`):\n\n"
             f"```\n{build}\n```\n\n"
             "The engine is for that GPU's generation and that release. Then:\n\n"
             f"```\ntrtllm-serve {served} --tokenizer artifact/{trtllm.WORDS} --backend tensorrt --max_seq_len {artifact.context}\n"
