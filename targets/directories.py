@@ -72,9 +72,7 @@ class CompressedTensors:
         size = parse_size(device.max_shard_size)
         artifact = huggingface.write(quant, out, cls.form, max_shard_bytes=size, progress=progress)
         why = why_not_loaded(out)
-        unseen = (
-            f"{why}: its weights were unpacked by {cls.form} and put into transformers" if why else None
-        )
+        unseen = f"{why}: its weights were unpacked by {cls.form} and put into transformers" if why else None
         rounded = any(scheme.activations for scheme in quant.schemes.values())
         if unseen and rounded:
             unseen += ", and the rounding of inputs was not run"

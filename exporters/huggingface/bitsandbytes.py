@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tapeout.errors import PackageError
 from tapeout.exporters import Carry, Exact, Refused, Rounded
-from tapeout.exporters.huggingface.parts import ADDED_ERROR, Array, Part, held
+from tapeout.exporters.streamed import ADDED_ERROR, Array, Part, held
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.quantize.scheme import NF4, dynamic_map
 from tapeout.quantize.tensor import DOUBLE_BLOCK, ScaleCodes, pack

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.exporters import Carry, Exact, Refused
-from tapeout.exporters.huggingface.parts import Part, held
+from tapeout.exporters.streamed import Part, held
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.quantize.scheme import E4M3
 from tapeout.quantize.tensor import pack

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
 from tapeout.exporters.huggingface import kernels
-from tapeout.exporters.huggingface.parts import Array, Part, held
+from tapeout.exporters.streamed import Array, Part, held
 from tapeout.models.decoder import FUSED
 from tapeout.quantize import QuantTensor, Scheme
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import numpy as np
-
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Artifact, Carry, Exact
 from tapeout.exporters.huggingface import bitsandbytes, compressed_tensors, modelopt
-from tapeout.exporters.huggingface.parts import WIDTHS, Part, beside, halves
-from tapeout.exporters.steps import by_rows
+from tapeout.exporters.huggingface.parts import beside
+from tapeout.exporters.streamed import File, Part, check_half, floats, halves, lay_out
+from tapeout.exporters.streamed import write as write_file
 from tapeout.files import writing
 from tapeout.models import DecoderConfig, Role, SourceTensor
 from tapeout.models.checkpoint import FLOATS
 from tapeout.models.decoder import joined
 from tapeout.quantize import Progress, Quantized, QuantTensor, Scheme
-from tapeout.quantize.store import write_at
 
 Format = Literal["compressed-tensors", "bitsandbytes", "modelopt"]
 
@@ -37,15 +34,6 @@ INDEX = "model.safetensors.index.json"
 
 # vLLM refuses to run these in float16, in which their activations overflow.
 _IN_BFLOAT16 = ("gemma2", "gemma3_text")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A safetensors file: its tensors in their order, and where each one's bytes begin."""
-
-    name: str
-    header: bytes
-    places: Mapping[str, int]
 
 
 def carries(form: Format, scheme: Scheme) -> Carry:
@@ -107,14 +95,12 @@ def write(
         total, done = sum(part.nbytes for part in parts.values()), 0
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
             for shard in shards:
-                with (directory / shard.name).open("wb") as file:
-                    write_at(file.fileno(), np.frombuffer(shard.header, np.uint8), 0)
-                    for name, at in shard.places.items():
-                        part = _made(quant, of[name], packing, kv_cache)[name]
-                        _write_part(file.fileno(), part, at, pool)
-                        done += parts[name].nbytes
-                        if progress:
-                            progress("export", done, total)
+                for written in write_file(
+                    directory, shard, lambda name: _made(quant, of[name], packing, kv_cache)[name], pool
+                ):
+                    done += written
+                    if progress:
+                        progress("export", done, total)
         if len(shards) > 1:
             (directory / INDEX).write_text(_index(shards, total), encoding="utf-8")
         said = _config(quant, packing, kv_cache)
@@ -166,12 +152,10 @@ def _parts(
     halved = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
     for name in quant:
         tensor, packed = quant[name], _packed(quant, name, packing)
-        if isinstance(tensor, QuantTensor) and not packed:
-            _check_half(
-                name, float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
-            )
-        elif halved and isinstance(tensor, SourceTensor) and tensor.dtype != "F16":
-            _check_half(name, float(np.abs(tensor.float32()).max(initial=0)))
+        if (isinstance(tensor, QuantTensor) and not packed) or (
+            halved and isinstance(tensor, SourceTensor) and tensor.dtype != "F16"
+        ):
+            check_half(name, tensor)
         for each, part in _made(quant, name, packing, kv_cache).items():
             parts[each], of[each] = replace(part, rows=_unmade), name
         coded = packed and isinstance(tensor, QuantTensor)
@@ -188,30 +172,12 @@ def _made(quant: Quantized, name: str, packing: ModuleType, kv_cache: str | None
         return made | (packing.parts(base, tensor, quant.schemes[name]) if packed else {name: halves(tensor)})
     halved = packing.FLOATS_ALIKE and any(_packed(quant, each, packing) for each in quant)
     return made | {
-        name: _float(tensor, "F16" if halved else tensor.dtype if tensor.dtype in FLOATS else "F32")
+        name: floats(tensor, "F16" if halved else tensor.dtype if tensor.dtype in FLOATS else "F32")
     }
 
 
 def _unmade(rows: slice) -> Any:
     raise AssertionError("a tensor is made again before it is written")
-
-
-def _float(tensor: SourceTensor, dtype: str) -> Part:
-    """A float tensor as its bits, or in another type."""
-
-    def rows(which: slice) -> Any:
-        if dtype == tensor.dtype:
-            return tensor.read(which)
-        return tensor.float32(which).astype(np.float16 if dtype == "F16" else np.float32)
-
-    return Part(dtype, tensor.shape, rows, tensor.shape[0] if len(tensor.shape) > 1 else 1)
-
-
-def _check_half(name: str, largest: float) -> None:
-    if largest > np.finfo(np.float16).max:
-        raise SchemeError(
-            f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
-        )
 
 
 def _check_fused(quant: Quantized, packing: ModuleType) -> None:
@@ -234,7 +200,7 @@ def _check_fused(quant: Quantized, packing: ModuleType) -> None:
             )
 
 
-def _shards(parts: Mapping[str, Part], most: int) -> list[_Shard]:
+def _shards(parts: Mapping[str, Part], most: int) -> list[File]:
     """Files of at most that many bytes of tensors, in the checkpoint's order."""
     shares: list[list[str]] = [[]]
     filled = 0
@@ -251,39 +217,12 @@ def _shards(parts: Mapping[str, Part], most: int) -> list[_Shard]:
         else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     )
     return [
-        _lay_out(name, {each: parts[each] for each in share})
+        lay_out(name, {each: parts[each] for each in share})
         for name, share in zip(names, shares, strict=True)
     ]
 
 
-def _lay_out(name: str, parts: Mapping[str, Part]) -> _Shard:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at, places = 0, {}
-    # Wide types first: the format wants each tensor aligned to its own type.
-    for each, part in sorted(parts.items(), key=lambda item: -WIDTHS[item[1].dtype]):
-        header[each] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [at, at + part.nbytes]}
-        places[each], at = at, at + part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    return _Shard(
-        name, struct.pack("<Q", len(text)) + text, {each: begin + at for each, at in places.items()}
-    )
-
-
-def _write_part(handle: int, part: Part, at: int, pool: Executor) -> None:
-    if part.height == 1 or not part.nbytes:
-        write_at(handle, part.rows(slice(None)), at)
-        return
-    width = part.nbytes // part.height
-
-    def put(rows: slice) -> None:
-        write_at(handle, part.rows(rows), at + rows.start * width)
-
-    by_rows(put, part.height, width, pool)
-
-
-def _index(shards: Sequence[_Shard], total: int) -> str:
+def _index(shards: Sequence[File], total: int) -> str:
     where = {name: shard.name for shard in shards for name in shard.places}
     found = {"metadata": {"total_size": total}, "weight_map": where}
     return json.dumps(found, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,140 @@
+"""safetensors files whose tensors stand at places known before, so that their rows can be written as they are made.
+
+A file is 8 bytes (little-endian length of the header), a JSON header that gives each tensor's dtype, shape and byte range, and
+the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tapeout.errors import SchemeError
+from tapeout.exporters.steps import by_rows
+from tapeout.models import SourceTensor
+from tapeout.quantize.store import write_at
+from tapeout.quantize.tensor import QuantTensor
+
+Array = npt.NDArray[Any]
+
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
+"""Bytes of an element, by safetensors' name of its type."""
+
+_TYPES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "int8": "I8", "uint8": "U8"}
+
+ADDED_ERROR = 2**-11 / 3**0.5 / 1.5
+"""Of rounding to float16: uniform within half a step of 2^-10, of significands that are 1.5 on average."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the files.
+
+    Attributes:
+        dtype: safetensors' name of its type.
+        shape: of the tensor.
+        rows: gives some of its rows.
+        height: rows that ``rows`` counts, each of as many bytes; 1: it gives the whole.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    rows: Callable[[slice], Array]
+    height: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * WIDTHS[self.dtype]
+
+
+def held(array: Array, dtype: str | None = None) -> Part:
+    """A small tensor that is in memory (or mapped)."""
+    return Part(dtype or _TYPES[array.dtype.name], array.shape, lambda rows: array)
+
+
+def halves(tensor: QuantTensor) -> Part:
+    """The weight that the codes are, rounded to float16 [out, in]."""
+    return Part(
+        "F16",
+        tensor.shape,
+        lambda rows: tensor.rows(rows).dequantize().astype(np.float16),
+        len(tensor.packed),
+    )
+
+
+def floats(tensor: SourceTensor, dtype: str) -> Part:
+    """A float tensor as its bits, or in another type."""
+
+    def rows(which: slice) -> Any:
+        if dtype == tensor.dtype:
+            return tensor.read(which)
+        return tensor.float32(which).astype(np.float16 if dtype == "F16" else np.float32)
+
+    return Part(dtype, tensor.shape, rows, tensor.shape[0] if len(tensor.shape) > 1 else 1)
+
+
+def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
+    """SchemeError when a tensor, or a weight that its codes can be, is beyond float16."""
+    if isinstance(tensor, QuantTensor):
+        largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+    else:
+        largest = float(np.abs(tensor.float32()).max(initial=0))
+    if largest > np.finfo(np.float16).max:
+        raise SchemeError(
+            f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
+        )
+
+
+@dataclass(frozen=True)
+class File:
+    """A file: the bytes before its tensors, and where each one's bytes begin, in the order in which they are written."""
+
+    name: str
+    header: bytes
+    places: Mapping[str, int]
+
+
+def lay_out(name: str, parts: Mapping[str, Part]) -> File:
+    """Give every tensor of a file its place."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at, places = 0, {}
+    # Wide types first: the format wants each tensor aligned to its own type.
+    for each, part in sorted(parts.items(), key=lambda item: -WIDTHS[item[1].dtype]):
+        header[each] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [at, at + part.nbytes]}
+        places[each], at = at, at + part.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    return File(name, struct.pack("<Q", len(text)) + text, {each: begin + at for each, at in places.items()})
+
+
+def write(directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor) -> Iterator[int]:
+    """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each."""
+    with (directory / file.name).open("wb") as opened:
+        write_at(opened.fileno(), np.frombuffer(file.header, np.uint8), 0)
+        for name, at in file.places.items():
+            part = part_of(name)
+            _write_part(opened.fileno(), part, at, pool)
+            yield part.nbytes
+
+
+def _write_part(handle: int, part: Part, at: int, pool: Executor) -> None:
+    if part.height == 1 or not part.nbytes:
+        write_at(handle, part.rows(slice(None)), at)
+        return
+    width = part.nbytes // part.height
+
+    def put(rows: slice) -> None:
+        write_at(handle, part.rows(rows), at + rows.start * width)
+
+    by_rows(put, part.height, width, pool)
