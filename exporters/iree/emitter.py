@@ -18,7 +18,6 @@ from tapeout.models.rope import Rope, cos_sin
 from tapeout.quantize import Quantized, QuantTensor
 
 _HIDDEN = -1e30  # a score that is not looked at: its exponential is 0, and no infinity is computed with
-_EXP_HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -229,21 +228,20 @@ class IreeOps:
         plain = f.cut(q, 2, 0, mla.nope_dim)
         turned = self._turned(f.cut(q, 2, mla.nope_dim, mla.rope_dim), spec.rope)
         key = self._turned(f.shaped(key_rope, (t, 1, mla.rope_dim)), spec.rope)
-        key = f.shaped(key, (t, mla.rope_dim))
-        latents = f.cached(f"cache.{spec.layer}.latent", self.weights.rows, latent, self.start)
-        keys = f.cached(f"cache.{spec.layer}.key", self.weights.rows, key, self.start)
+        kept = f.joined([latent, f.shaped(key, (t, mla.rope_dim))])
+        kept = f.cached(f"cache.{spec.layer}.latent", self.weights.rows, kept, self.start)
         plain = f.generic("thd,hdk->thk", [plain, of_keys], {}, _SUM, initial=0.0)
-        scores = f.generic("thk,rk->htr", [plain, latents], {}, _SUM, initial=0.0)
-        more = f.generic("thk,rk->htr", [turned, keys], {}, _SUM, initial=0.0)
-        scores = f.generic("htr,htr->htr", [scores, more], {}, "%y = arith.addf %a, %b : f32\nyield %y")
-        shares = self._shares(scores, spec)
-        y = f.generic("htr,rk->thk", [shares, latents], {}, _SUM, initial=0.0)
+        # One product over both parts: of two that are added IREE makes a kernel with more shared memory than a chip has.
+        q = f.joined([plain, turned])
+        scores = f.generic("thk,rk->htr", [q, kept], {}, _SUM, initial=0.0)
+        y = f.generic("htr,rk->thk", [self._shares(scores, spec), kept], {}, _SUM, initial=0.0)
+        y = f.cut(y, 2, 0, mla.kv_rank)
         y = f.generic("thk,hdk->thd", [y, of_values], {}, _SUM, initial=0.0)
         return f.shaped(y, (t, heads * mla.v_dim))
 
     def gated(self, name: str, gate: Value, up: Value, act: str) -> Value:
         self.f.note(name)
-        letters = "tnk"[: len(gate.shape)] if len(gate.shape) < 3 else "tjn"
+        letters = "tjn"[-len(gate.shape) :]
         body = f"{_ACTIVATIONS[act]}\n%y = arith.mulf %h, %b : f32\nyield %y"
         return self.f.generic(f"{letters},{letters}->{letters}", [gate, up], {}, body)
 
@@ -330,10 +328,7 @@ class IreeOps:
 
     def _vector(self, name: str) -> Value:
         """A norm's or a bias's floats as float32."""
-        value = self._float(name)
-        if value.kind == "f32":
-            return value
-        return self.f.generic("k->k", [value], {}, f"{_widened('%y', '%a', value.kind)}\nyield %y")
+        return self._wide(self._float(name))
 
     def _codes(self, names: tuple[str, ...]) -> tuple[Value, dict[str, Value]]:
         """Codes [out, groups, group] and what stands beside them [out, groups]; of several tensors one more axis in front."""
@@ -362,8 +357,10 @@ class IreeOps:
             table = f"levels.{scheme.levels}"
             self.weights.add(table, Parameter(first.codebook.shape, "f32", (), "table", None, first.codebook))
             self.f.parameter(table, first.codebook.shape, "f32")
-        codes = declared("codes", (*front, out, groups, first.group), held.element)
-        return codes, beside
+        if front and held.element == "i4":
+            # As bytes, since no GPU of IREE 3.13 looks up halves of them; whoever multiplies takes them apart again.
+            return declared("codes", (*front, out, groups, first.group // 2), "i8"), beside
+        return declared("codes", (*front, out, groups, first.group), held.element), beside
 
     def _number(
         self, name: str, code: str, given: Mapping[str, str], beside: Mapping[str, Value]
@@ -403,23 +400,34 @@ class IreeOps:
         """A matrix as float32 [out, in]."""
         held = self._quant[weight]
         if not isinstance(held, QuantTensor):
-            value = self._float(weight)
-            body = f"{_widened('%y', '%a', value.kind)}\nyield %y"
-            return value if value.kind == "f32" else self.f.generic("nk->nk", [value], {}, body)
+            return self._wide(self._float(weight))
         return self.f.shaped(self._dequantized((weight,)), held.shape)
 
     def _dequantized(self, names: tuple[str, ...]) -> Value:
         """Float32 weights in the shape of the codes; IREE puts them into the loop that reads them."""
         at = names[0]
         if at not in self._dense:
-            codes, beside = self._codes(names)
-            front = "e" if len(names) > 1 else ""
-            given = {part: f"%{chr(98 + index)}" for index, part in enumerate(beside)}
-            lines = [*self._number(at, "%a", given, beside), "yield %w"]
-            small = ",".join(f"{front}ng" for _ in beside)
-            spec = f"{front}ngk,{small}->{front}ngk"
-            self._dense[at] = self.f.generic(spec, [codes, *beside.values()], {}, "\n".join(lines))
+            self._dense[at] = self._numbers(at, *self._codes(names))
         return self._dense[at]
+
+    def _numbers(self, name: str, codes: Value, beside: Mapping[str, Value]) -> Value:
+        """Float32 weights of codes [.., out, groups, group] and what stands beside them [.., out, groups]."""
+        if (element := container(self._quant.schemes[name]).element) != codes.kind:
+            codes = self.f.halves(codes, element)
+        letters = "tengk"[-len(codes.shape) :]
+        given = {part: f"%{chr(98 + index)}" for index, part in enumerate(beside)}
+        lines = [*self._number(name, "%a", given, beside), "yield %w"]
+        spec = f"{','.join([letters, *[letters[:-1]] * len(beside)])}->{letters}"
+        return self.f.generic(spec, [codes, *beside.values()], {}, "\n".join(lines))
+
+    def _wide(self, value: Value) -> Value:
+        """Floats as float32."""
+        if value.kind == "f32":
+            return value
+        letters = "abcdefg"[: len(value.shape)]
+        return self.f.generic(
+            f"{letters}->{letters}", [value], {}, f"{_widened('%y', '%a', value.kind)}\nyield %y"
+        )
 
     def _product(self, x: Value, weight: str) -> Value:
         """``x @ weightᵀ``."""
@@ -440,12 +448,8 @@ class IreeOps:
         """Experts' weights, float32 [experts, out, groups, group]."""
         if isinstance(self._quant[names[0]], QuantTensor):
             return self._dequantized(names)
-        value = self._floats(names)
-        e, out, into = value.shape
-        if value.kind != "f32":
-            body = f"{_widened('%y', '%a', value.kind)}\nyield %y"
-            value = self.f.generic("enk->enk", [value], {}, body)
-        return self.f.shaped(value, (e, out, 1, into))
+        value = self._wide(self._floats(names))
+        return self.f.shaped(value, (*value.shape[:2], 1, value.shape[2]))
 
     def _floats(self, names: tuple[str, ...]) -> Value:
         """Experts' floats as they are, [experts, out, in]."""
@@ -457,37 +461,28 @@ class IreeOps:
         return self.f.parameter(at, shape, kind)
 
     def _taken(self, x: Value, names: tuple[str, ...], chosen: Value, letters: str) -> Value:
-        """The chosen experts' products [tokens, top_k, out]; their codes are looked up by ``chosen`` [tokens, top_k]."""
+        """The chosen experts' products [tokens, top_k, out], of codes that are copied by ``chosen`` [tokens, top_k] first."""
         f = self.f
+
+        def copied(value: Value) -> Value:
+            """[experts, …] to [tokens, top_k, …]; kept apart from the product, of which IREE makes no kernel for a GPU otherwise."""
+            letters = "nmk"[: len(value.shape) - 1]
+            where = ", ".join(f"%i{letter}" for letter in letters)
+            lines = ["%e = arith.index_cast %a : i32 to index"]
+            lines += [f"%i{letter} = linalg.index {2 + at} : index" for at, letter in enumerate(letters)]
+            lines += [f"%y = tensor.extract {value.name}[%e, {where}] : {value.type}", "yield %y"]
+            sizes = dict(zip(letters, value.shape[1:], strict=True))
+            y = f.generic(f"tj->tj{letters}", [chosen], sizes, "\n".join(lines), kind=value.kind)
+            return f.let(f"util.optimization_barrier {y.name} : {y.type}", y.shape, y.kind)
+
         if isinstance(self._quant[names[0]], QuantTensor):
             codes, beside = self._codes(names)
-            lines = [f"%k = tensor.extract {codes.name}[%e, %in, %ig, %ik] : {codes.type}"]
-            given = {}
-            for part, value in beside.items():
-                lines.append(f"%p{part} = tensor.extract {value.name}[%e, %in, %ig] : {value.type}")
-                given[part] = f"%p{part}"
-            lines += self._number(names[0], "%k", given, beside)
-            _, out, groups, group = codes.shape
+            w = self._numbers(names[0], copied(codes), {part: copied(each) for part, each in beside.items()})
         else:
-            value = self._floats(names)
-            _, out, group = value.shape
-            groups = 1
-            lines = [
-                f"%k = tensor.extract {value.name}[%e, %in, %ik] : {value.type}",
-                _widened("%w", "%k", value.kind),
-            ]
-        x = f.shaped(x, (*x.shape[:-1], groups, group))
-        # Loops: t, j, n, then those summed over in the order of x's letters.
-        head = [
-            "%e = arith.index_cast %b : i32 to index",
-            "%in = linalg.index 2 : index",
-            "%ig = linalg.index 3 : index",
-            "%ik = linalg.index 4 : index",
-        ]
-        body = "\n".join(
-            [*head, *lines, "%p = arith.mulf %a, %w : f32", "%y = arith.addf %out, %p : f32", "yield %y"]
-        )
-        return f.generic(f"{letters},tj->tjn", [x, chosen], {"n": out}, body, initial=0.0)
+            w = self._wide(copied(self._floats(names)))
+            w = f.shaped(w, (*w.shape[:3], 1, w.shape[3]))
+        x = f.shaped(x, (*x.shape[:-1], *w.shape[3:]))
+        return f.generic(f"{letters},tjngk->tjn", [x, w], {}, _SUM, initial=0.0)
 
     # Parts of attention and of routing.
 

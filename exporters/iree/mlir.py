@@ -144,6 +144,27 @@ class Function:
             f"tensor.extract_slice {x.name}{where} : {x.type} to {tensor_type(sizes, x.kind)}", sizes, x.kind
         )
 
+    def halves(self, x: Value, kind: str) -> Value:
+        """The same memory, each byte as two elements of 4 bits, the lower one first."""
+        result = Value("", (*x.shape[:-1], 2 * x.shape[-1]), kind)
+        return self.let(f"iree_tensor_ext.bitcast {x.name} : {x.type} -> {result.type}", result.shape, kind)
+
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """Tensors behind one another along their last axis."""
+        first, at = parts[0], 0
+        shape = (*first.shape[:-1], sum(part.shape[-1] for part in parts))
+        whole = self.let(f"tensor.empty() : {tensor_type(shape, first.kind)}", shape, first.kind)
+        for part in parts:
+            begins = [0] * (len(shape) - 1) + [at]
+            where = f"{begins} {list(part.shape)} {[1] * len(shape)}"
+            whole = self.let(
+                f"tensor.insert_slice {part.name} into {whole.name}{where} : {part.type} into {whole.type}",
+                shape,
+                first.kind,
+            )
+            at += part.shape[-1]
+        return whole
+
     def shaped(self, x: Value, shape: Sequence[int]) -> Value:
         """The same elements in another shape, whose axes are groups of the old ones or the other way round."""
         if tuple(shape) == x.shape:
