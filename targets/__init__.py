@@ -6,7 +6,7 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "check_cache",
     "check_carries",
     "check_counts",
+    "check_flags",
     "default_scheme",
     "get",
     "names",
@@ -118,6 +119,16 @@ def check_counts(target: Target, *names: str) -> None:
         value = getattr(target, name)
         if value is not None and value < 1:
             raise TapeoutError(f"--{name.replace('_', '-')} is {value}; what fits: 1 or more.")
+
+
+def check_flags(target: Target, formats: Mapping[str, Sequence[str]]) -> None:
+    """TapeoutError for a flag that is given, though the target's ``format`` is none of those that know it."""
+    form = getattr(target, "format", None)
+    for flag in options(target):
+        if flag in formats and form not in formats[flag]:
+            raise TapeoutError(
+                f"--{flag.replace('_', '-')} is not of the format {form}. It is of: {', '.join(formats[flag])}."
+            )
 
 
 def check_carries(target: Target, schemes: set[Scheme]) -> None:

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from tapeout.exporters.iree.archive import runtime
 from tapeout.exporters.iree.blocks import carries
-from tapeout.exporters.iree.reader import facts_of, read_codes
-from tapeout.exporters.iree.writer import ARCHIVE, CONFIG, FACTS, MLIR, Options, resolved, write
+from tapeout.exporters.iree.mlir import SCOPE
+from tapeout.exporters.iree.reader import facts_of, read_codes, read_weights
+from tapeout.exporters.iree.writer import ARCHIVE, CONFIG, MLIR, Options, write
 
-__all__ = ["ARCHIVE", "CONFIG", "FACTS", "MLIR", "Options", "carries", "facts_of", "read_codes", "resolved", "write"]
+__all__ = [
+    "ARCHIVE",
+    "CONFIG",
+    "MLIR",
+    "SCOPE",
+    "Options",
+    "carries",
+    "facts_of",
+    "read_codes",
+    "read_weights",
+    "runtime",
+    "write",
+]

@@ -96,4 +96,6 @@ def read(path: Path) -> dict[str, npt.NDArray[np.uint8]]:
             name: library.parameter_index_entry_as_numpy_flat_ndarray(entry) for name, entry in index.items()
         }
     except Exception as error:  # the binding's own
-        raise PackageError(f"{path} cannot be read: {error}. It was cut off or changed; write it again.") from error
+        raise PackageError(
+            f"{path} cannot be read: {error}. It was cut off or changed; write it again."
+        ) from error

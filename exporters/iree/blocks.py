@@ -47,13 +47,13 @@ class Container:
             codes = codes - np.uint8(1 << (tensor.bits - 1))
         return pack(codes & np.uint8(15), 4) if self.element == "i4" else codes
 
-    def unpacked(self, data: npt.NDArray[np.uint8], tensor: QuantTensor) -> npt.NDArray[np.uint8]:
-        """Undo ``codes``: bytes to what the store's ``packed`` is, for codes of ``tensor``'s bits."""
-        codes = unpack(data, bits_of(self.element), tensor.in_features)
+    def unpacked(self, data: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+        """Undo ``codes``: bytes to what the store's ``packed`` is, for codes of that many bits."""
+        codes = unpack(data, bits_of(self.element), data.shape[1] * 8 // bits_of(self.element))
         if self.kind == "symmetric":
-            codes = codes + np.uint8(1 << (tensor.bits - 1))
+            codes = codes + np.uint8(1 << (bits - 1))
             codes &= np.uint8(15 if self.element == "i4" else 255)
-        return pack(codes, tensor.bits)
+        return pack(codes, bits)
 
 
 def container(scheme: Scheme) -> Container:
@@ -72,13 +72,14 @@ def carries(scheme: Scheme) -> Carry:
     if scheme.activations:
         return Refused("inputs of matmuls stay floats here.", "int8")
     if scheme.kind == "affine":
-        return Refused("the module has no minimum beside the scale.", f"int{max(4, scheme.bits // 4 * 4)}-g32-asym")
+        return Refused(
+            "the module has no minimum beside the scale.", f"int{max(4, scheme.bits // 4 * 4)}-g32-asym"
+        )
     held = container(scheme)
-    table = ", lookup" if scheme.kind == "codebook" else ""
+    beside = {"codebook": ", lookup", "asymmetric": ", zero points"}.get(scheme.kind, "")
     zero = 8 if scheme.kind == "asymmetric" else 0
     each = (bits_of(held.scale) + zero) / scheme.group if scheme.group else 0.0
-    scale = "" if held.scale == "f16" else ", float32 scales"
-    return Exact(f"{held.element}{table}{scale}", bits_of(held.element) + each)
+    return Exact(f"{held.element}{beside}", bits_of(held.element) + each)
 
 
 PARTS: Mapping[str, Callable[[QuantTensor], Array | None]] = {

@@ -268,9 +268,7 @@ class IreeOps:
         )
         if moe.renormalize:
             total = f.generic("te->t", [weights], {}, "%y = arith.addf %out, %a : f32\nyield %y", initial=0.0)
-            weights = f.generic(
-                "te,t->te", [weights, total], {}, "%y = arith.divf %a, %b : f32\nyield %y"
-            )
+            weights = f.generic("te,t->te", [weights, total], {}, "%y = arith.divf %a, %b : f32\nyield %y")
         if moe.scale != 1.0:
             weights = f.generic("te->te", [weights], {}, f"{_times('%y', '%a', moe.scale)}\nyield %y")
         return Routing(weights, ranks)
@@ -518,9 +516,7 @@ class IreeOps:
         if rope.dim == dim:
             return y
         where = f"[0, 0, 0] {list(y.shape)} [1, 1, 1]"
-        return f.let(
-            f"tensor.insert_slice {y.name} into {x.name}{where} : {y.type} into {x.type}", x.shape
-        )
+        return f.let(f"tensor.insert_slice {y.name} into {x.name}{where} : {y.type} into {x.type}", x.shape)
 
     def _place(self, rope: Rope, rows: int) -> str:
         """The row of a table where the call's first token stands."""

@@ -104,9 +104,7 @@ class Function:
 
     def _load(self, name: str, like: Value) -> Value:
         if name not in self._loaded:
-            self._loaded[name] = self.let(
-                f'util.global.load @"{name}" : {like.type}', like.shape, like.kind
-            )
+            self._loaded[name] = self.let(f'util.global.load @"{name}" : {like.type}', like.shape, like.kind)
         return self._loaded[name]
 
     def cached(self, name: str, rows: int, new: Value, at: str) -> Value:

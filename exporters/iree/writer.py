@@ -8,9 +8,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from tapeout.exporters.iree.mlir import Module
 from tapeout.exporters.steps import by_rows
 from tapeout.files import canonical_json, writing
 from tapeout.models import DecoderConfig, Role
-from tapeout.models.graph import decoder
+from tapeout.models.graph import Ops, decoder
 from tapeout.quantize import Progress, Quantized, QuantTensor
 from tapeout.quantize.store import write_at
 
@@ -73,8 +73,28 @@ def build(quant: Quantized, options: Options) -> tuple[str, dict[str, Parameter]
         ("decode", 1, True),
     ):
         ops = IreeOps(weights, module, tokens, last=last)
-        ops.finish(name, decoder(ops, config, ops.begin()))
+        ops.finish(name, decoder(cast("Ops[Any]", ops), config, ops.begin()))
     return module.text(), weights.parameters
+
+
+def facts(quant: Quantized, options: Options, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    """What the module was made for, and what each parameter is: of which tensors, which part, in which scheme."""
+    said = {
+        name: {
+            "sources": each.sources,
+            "part": each.part,
+            "shape": each.shape,
+            "element": each.element,
+            "scheme": asdict(quant.schemes[each.sources[0]]) if each.part == "codes" else None,
+        }
+        for name, each in parameters.items()
+    }
+    numbers = {
+        "context": options.context,
+        "chunk": options.chunk,
+        "vocab_size": quant.model.decoder.vocab_size,
+    }
+    return numbers | {"parameters": said}
 
 
 def write(
@@ -108,8 +128,7 @@ def write(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MLIR).write_text(text, encoding="utf-8")
-        facts = {"context": options.context, "chunk": options.chunk, "vocab_size": quant.model.decoder.vocab_size}
-        (directory / FACTS).write_text(canonical_json(facts), encoding="utf-8")
+        (directory / FACTS).write_text(canonical_json(facts(quant, options, parameters)), encoding="utf-8")
         config = json.dumps(dict(quant.model.raw_config), indent=2, sort_keys=True) + "\n"
         (directory / CONFIG).write_text(config, encoding="utf-8")
         with (directory / ARCHIVE).open("wb") as file:
@@ -211,9 +230,7 @@ def _write_tensor(
     by_rows(put_codes, -(-count // _ROWS), tensor.in_features * _ROWS, pool)
 
 
-def _bytes_per_token(
-    quant: Quantized, parameters: Mapping[str, Parameter], sizes: Mapping[str, int]
-) -> int:
+def _bytes_per_token(quant: Quantized, parameters: Mapping[str, Parameter], sizes: Mapping[str, int]) -> int:
     """Bytes that a token reads: of routed experts those that it takes, and one row of a table that is not the head as well."""
     config, total = quant.model.decoder, 0.0
     for name, each in parameters.items():
