@@ -51,13 +51,14 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
     names = "".join(sizes).encode()
     names_at = entries_at + entries_size
     data_at = _up(names_at + len(names), _ALIGNMENT)
-    offsets, at = {}, 0
+    offsets, end = {}, 0
     for name, size in sizes.items():
-        offsets[name], at = at, _up(at + size, _ALIGNMENT)
+        offsets[name] = _up(end, _ALIGNMENT)
+        end = offsets[name] + size
     header = bytearray(data_at)
     _HEADER.pack_into(
         header, 0, _MAGIC, 0, 0, _HEADER.size, 0, 0, len(sizes),
-        entries_at, entries_size, names_at, len(names), data_at, at,
+        entries_at, entries_size, names_at, len(names), data_at, end,
     )  # fmt: skip
     name_at = 0
     for index, (name, size) in enumerate(sizes.items()):
@@ -68,7 +69,7 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
         )  # fmt: skip
         name_at += length
     header[names_at : names_at + len(names)] = names
-    return Layout(bytes(header), {name: data_at + at for name, at in offsets.items()}, data_at + at)
+    return Layout(bytes(header), {name: data_at + at for name, at in offsets.items()}, data_at + end)
 
 
 def runtime() -> Any:
