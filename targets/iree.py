@@ -35,7 +35,7 @@ from tapeout.validate.session import Arithmetic, Facts, KvCache, Logits, Lowerin
 _OPEN = "tapeout.targets.iree:open_session"
 _TRACED = "tapeout.targets.iree:open_traced"
 
-_CHECKED = "checked by its twin for the CPU, which IREE's compiler makes of the same module.mlir; not run on AMD hardware"
+_CHECKED = "checked by its twin for the CPU, which IREE's compiler makes of the same model.mlir; not run on AMD hardware"
 _DERIVATION = (
     "The same operations in float32 on the same codes and floats; IREE sums in another order and approximates exponentials within a few "
     "units in the last place: sums of K products are off by about sqrt(K) 2^-24 of their size, below 1e-5 for K = 16384; ten times "

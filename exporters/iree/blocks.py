@@ -72,14 +72,11 @@ def carries(scheme: Scheme) -> Carry:
     if scheme.activations:
         return Refused("inputs of matmuls stay floats here.", "int8")
     if scheme.kind == "affine":
-        return Refused(
-            "the module has no minimum beside the scale.", f"int{max(4, scheme.bits // 4 * 4)}-g32-asym"
-        )
+        return Refused("the module has no minimum beside the scale.", "int4-g32-asym")
     held = container(scheme)
-    beside = {"codebook": ", lookup", "asymmetric": ", zero points"}.get(scheme.kind, "")
     zero = 8 if scheme.kind == "asymmetric" else 0
     each = (bits_of(held.scale) + zero) / scheme.group if scheme.group else 0.0
-    return Exact(f"{held.element}{beside}", bits_of(held.element) + each)
+    return Exact(held.element, bits_of(held.element) + each)
 
 
 PARTS: Mapping[str, Callable[[QuantTensor], Array | None]] = {
