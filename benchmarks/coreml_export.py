@@ -11,6 +11,7 @@ the first one, since a disk of a small machine does not hold three times its wei
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -28,7 +29,8 @@ _PEERS = Path(__file__).resolve().parent / "peers"
 def export_by_us(shape: str, model: Path, out: Path, store: Path) -> common.Ran:
     """Load → quantize → export in a fresh process with an empty store."""
     layers = str(common.SHAPES[shape]["num_hidden_layers"])
-    words = (sys.executable, _PEERS / "coreml_ours.py", model, out, layers)
+    head = json.dumps({"lm_head": "int4-g32"})
+    words = (sys.executable, _PEERS / "ours.py", "apple", "int4-g32", model, out, layers, head)
     return common.run(*words, environment={"TAPEOUT_CACHE": str(store)})
 
 

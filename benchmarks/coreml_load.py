@@ -20,9 +20,9 @@ from unittest.mock import patch
 
 import common
 from coreml_export import checkpoint
-from peers.coreml_ours import quantized, unfolded
+from peers.ours import unfolded
 
-from tapeout import Model, load, target
+from tapeout import Model, load, quantize, target
 from tapeout.exporters import coreml
 from tapeout.exporters.coreml.program import SPEC, WEIGHTS
 from tapeout.exporters.coreml.reader import open_spec
@@ -37,7 +37,8 @@ def model_of(name: str, work: Path) -> Model:
 
 def measured(model: Model, out: Path) -> dict[str, Any]:
     """Export a model, and weigh it."""
-    quant = quantized(model)
+    head = {"lm_head": "int4-g32"} if "lm_head.weight" in model.specs else {}
+    quant = quantize(model, "int4-g32", overrides=head)
     target("apple").export(quant, out)
     theory = 0.0
     for name, spec in model.specs.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -11,6 +11,7 @@ from tapeout.models.rope import Rope
 
 __all__ = [
     "ACTIVATIONS",
+    "FUSED",
     "Attention",
     "ConfigReader",
     "DecoderConfig",
@@ -19,10 +20,30 @@ __all__ = [
     "Role",
     "Rope",
     "TensorSpec",
+    "joined",
 ]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 """Of gated MLPs, as Hugging Face names them: gelu is the exact one (erf)."""
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Matrices that servers (vLLM, TensorRT-LLM, SGLang) multiply as one: all of it is of one scheme, and under one scale of a tensor."""
+
+
+def joined(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of each of these weights all those that servers multiply as one with it, where there are any; itself is among them."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        base, _, last = name.removesuffix(".weight").rpartition(".")
+        for index, together in enumerate(FUSED):
+            if last in together:
+                found.setdefault((base, index), []).append(name)
+    return {name: tuple(group) for group in found.values() if len(group) > 1 for name in group}
 
 
 class Role(StrEnum):

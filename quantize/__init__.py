@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from tapeout.files import cache_directory, canonical_json, file_sha256, lock, ne
 from tapeout.memory import keep_freed_memory
 from tapeout.models import EncoderConfig, Model, Role, Seq2SeqConfig, SourceTensor, TracedConfig
 from tapeout.models.checkpoint import read_header
+from tapeout.models.decoder import joined
 from tapeout.models.torch_ops import one_core_each
 from tapeout.quantize import foreign, hqq, rtn, store
 from tapeout.quantize.calibration import Calibration, digest, torch_device
@@ -305,6 +307,14 @@ def _plain(
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
     done, found = 0, store.Findings()
+    together = joined(name for name, scheme in schemes.items() if scheme.scales == "e4m3")
+
+    @cache
+    def largest(name: str) -> float:
+        found = store.largest(model.checkpoint[name], pool)
+        if not np.isfinite(found):
+            raise store.not_finite(model.checkpoint[name])
+        return found
 
     def tensor(name: str) -> store.Written | None:
         """Round a tensor, or find that it stays float; None for the latter."""
@@ -312,7 +322,9 @@ def _plain(
         if schemes[name].kind != "none":
             try:
                 scale = input_scales.get(name)
-                store.write_tensor(directory, source, schemes[name], pool, simple, scale)
+                alike = [each for each in together.get(name, ()) if schemes[each] == schemes[name]]
+                most = max(map(largest, alike)) if alike else None
+                store.write_tensor(directory, source, schemes[name], pool, simple, scale, most)
                 return store.written(directory, name)
             except ScaleOverflow:
                 found.fallbacks[name] = (

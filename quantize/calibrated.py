@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tapeout.errors import ModelError, SchemeError
 from tapeout.files import canonical_json
 from tapeout.models import Model, graph, trace
+from tapeout.models.decoder import joined
 from tapeout.models.torch_ops import TorchOps
 from tapeout.models.trace import Step
 from tapeout.quantize import awq, gptq, lattice, rtn, store
@@ -280,7 +281,16 @@ class Calibrated:
             seen = self._inputs(inputs, into, where, rows or None)
             static = seen.largest.max() / np.float32(127)
             importance = seen.square if weighted else importance
-        return {name: self._write(name, weights[name], factor, importance, static) for name in wanted}
+        together = joined(name for name in wanted if self.schemes[name].scales == "e4m3")
+        rounded = {}
+        for name in wanted:
+            alike = [each for each in together.get(name, (name,)) if self.schemes[each] == self.schemes[name]]
+            sizes = {each: float(np.abs(weights[each]).max()) for each in alike}
+            if wild := [each for each, size in sizes.items() if not np.isfinite(size)]:
+                raise store.not_finite(self.model.checkpoint[wild[0]])
+            most = max(sizes.values())
+            rounded[name] = self._write(name, weights[name], factor, importance, static, most)
+        return rounded
 
     def _write(
         self,
@@ -289,11 +299,16 @@ class Calibrated:
         factor: gptq.Factor | None,
         importance: Floats | None,
         input_scale: np.float32 | None = None,
+        most: float | None = None,
     ) -> Floats:
-        """Round one tensor into the store; the weight that it is from now on."""
+        """Round one tensor into the store; the weight that it is from now on.
+
+        ``most``: the magnitude that a scale of the whole tensor is made for; None: its own largest.
+        """
         scheme = self.schemes[name]
         try:
-            whole = lattice.tensor_scale(float(np.abs(weight).max()), scheme)
+            most = float(np.abs(weight).max()) if most is None else most
+            whole = lattice.tensor_scale(most, scheme)
             if factor is None:
                 rounded = self._simply(weight, scheme, importance, whole)
             else:

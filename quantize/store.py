@@ -76,10 +76,12 @@ def write_tensor(
     pool: Executor,
     simple: Round = rtn.round_to_nearest,
     input_scale: np.float32 | None = None,
+    most: float | None = None,
 ) -> None:
     """Round one tensor into its file, streamed by rows, by ``simple``; does nothing when the file is there.
 
-    ``input_scale``: the calibrated one, of a scheme that wants it.
+    ``input_scale``: the calibrated one, of a scheme that wants it. ``most``: the magnitude that a scale of the whole tensor is made for;
+    None: its own largest.
 
     Raises:
         ModelError: a weight is NaN or infinite.
@@ -90,7 +92,7 @@ def write_tensor(
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                _round_into(file.fileno(), source, scheme, pool, simple, input_scale)
+                _round_into(file.fileno(), source, scheme, pool, simple, input_scale, most)
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -104,6 +106,7 @@ def _round_into(
     pool: Executor,
     simple: Round,
     input_scale: np.float32 | None,
+    most: float | None,
 ) -> None:
     out, into = source.shape
     layout = lattice.layout(scheme, out, into)
@@ -113,11 +116,7 @@ def _round_into(
     task = max(1, _TASK_WEIGHTS // into)
     whole, scales = None, np.empty((0, 0), np.float32)
     if scheme.scales == "e4m3":
-        largest = pool.map(
-            lambda row: np.abs(source.float32(slice(row, row + task))).max(initial=0.0),
-            range(0, out, task),
-        )
-        whole = lattice.tensor_scale(float(max(largest)), scheme)
+        whole = lattice.tensor_scale(largest(source, pool) if most is None else most, scheme)
         if whole is not None and not np.isfinite(whole):
             raise not_finite(source)
         write_at(handle, np.array([whole], np.float32), at["scale_block"])
@@ -149,6 +148,16 @@ def _round_into(
     # Last, and of the same length as at first: a file without its header is no safetensors file.
     header, _ = _lay_out(layout, scheme, clamped)
     write_at(handle, np.frombuffer(header, np.uint8), 0)
+
+
+def largest(source: SourceTensor, pool: Executor) -> float:
+    """The largest magnitude of a tensor [out, in]."""
+    out, into = source.shape
+    task = max(1, _TASK_WEIGHTS // into)
+    found = pool.map(
+        lambda row: np.abs(source.float32(slice(row, row + task))).max(initial=0.0), range(0, out, task)
+    )
+    return float(np.max(list(found)))  # which keeps a NaN
 
 
 def write_parts(

@@ -83,7 +83,7 @@ def cases(target: str) -> Iterator[Case]:
         carried = list(held)
         if way != target:
             carried = list({container: name for name, container in reversed(held.items())}.values())[::-1]
-        usual = "int4-g32" if "int4-g32" in carried else carried[0]
+        usual = "int4-g32" if "int4-g32" in carried else targets.default_scheme(kind)
         yield from (Case(way, scheme, first) for scheme in carried)
         yield from (Case(way, usual, model) for model in MODELS if model != first)
         yield from (

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.exporters import huggingface
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
+from tapeout.targets import served
 from tapeout.validate import pretrained, primitives, reference
 
 _EMPTY: Mapping[str, Any] = {}
@@ -36,24 +37,32 @@ def why_not_loaded(directory: Path) -> str | None:
     return None
 
 
-def open_session(directory: str, inputs: bool = True, threads: int | None = None) -> reference.Reference:
-    """Load a directory in float32 on the CPU; called in a worker process.
+def open_session(
+    directory: str, inputs: bool = True, threads: int | None = None, device: Literal["cpu"] | None = None
+) -> Any:
+    """Load a directory; called in a worker process.
+
+    Where torch sees a GPU, onto it: by vLLM if it is installed and the format is its own, else by transformers with kernels of ours.
+    Elsewhere in float32 on the CPU.
 
     Args:
         directory: with config.json, safetensors files and the tokenizer.
         inputs: whether inputs are rounded where the directory says so.
         threads: of torch; None: its own choice.
+        device: ``cpu``: there, whatever else is here.
 
     Raises:
         MissingToolchain: transformers or the format's library is absent. ModelError: the loader does not find every weight.
     """
     path = Path(directory)
+    reference.prepare(threads)
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
     method = (said.get("quantization_config") or _EMPTY).get("quant_method")
+    if device is None and (there := served.on_gpu(path, () if method == "bitsandbytes" else ("vllm",))):
+        return there
     if why_not_loaded(path):
         session = reference.open_weights(path, huggingface.read_weights(path), threads=threads)
     else:
-        reference.prepare(threads)
         session = _loaded(path, method, inputs)
     facts = session.facts
     library = f", {method} {version(method)}" if method else ""

@@ -9,12 +9,13 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import TapeoutError
+from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Memory, Progress
 from tapeout.targets.local import parse_size
+from tapeout.targets.modelopt import ModelOpt
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 
@@ -64,7 +65,8 @@ class Road(Protocol):
     def card(device: "Nvidia", artifact: Artifact) -> str: ...
 
 
-_ROADS: dict[str, type[Road]] = {}
+_ROADS: dict[str, type[Road]] = {"modelopt": ModelOpt}
+_CACHES: tuple[KvCache, ...] = ("kv-f16", "kv-fp8")
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ class Nvidia:
     """NVIDIA GPUs.
 
     Attributes:
-        format: What is written: modelopt, the directory that TensorRT-LLM, vLLM and SGLang load; trtllm, rank checkpoints for
-            trtllm-build; onnx-trt, a graph for TensorRT.
+        format: What is written: modelopt, the directory that TensorRT-LLM, vLLM and SGLang load.
         max_shard_size: Of modelopt: split the weights into files of at most this size (500M, 2G).
+        kv_cache: Of modelopt: what servers keep keys and values in: half floats (the default), or float8.
     """
 
-    format: Literal["modelopt", "trtllm", "onnx-trt"] = "modelopt"
+    format: Literal["modelopt"] = "modelopt"
     max_shard_size: str = "5G"
+    kv_cache: Literal["kv-f16", "kv-fp8"] | None = None
 
     name: ClassVar[str] = "nvidia"
     summary: ClassVar[str] = "NVIDIA GPUs, through TensorRT-LLM, vLLM, SGLang or TensorRT."
@@ -92,6 +95,10 @@ class Nvidia:
                     f"It is of: {', '.join(name for name, road in _ROADS.items() if flag in road.flags)}."
                 )
         parse_size(self.max_shard_size)
+        if self.kv_cache is not None and self.kv_cache not in _CACHES:
+            raise TapeoutError(
+                f"'{self.kv_cache}' is not a cache of target {self.name}{nearest(self.kv_cache, _CACHES)}."
+            )
 
     @property
     def _road(self) -> type[Road]:
@@ -110,7 +117,7 @@ class Nvidia:
     @property
     def cache(self) -> KvCache:
         """What keys and values are kept in."""
-        return self._road.cache
+        return self.kv_cache or self._road.cache
 
     @property
     def needs(self) -> str:
@@ -122,8 +129,8 @@ class Nvidia:
         return self._road.carries(scheme)
 
     def kv_caches(self, head_dim: int | None = None) -> tuple[KvCache, ...]:
-        """The format's own."""
-        return (self.cache,)
+        """The format's own, or a choice where it knows the flag."""
+        return _CACHES if "kv_cache" in self._road.flags else (self._road.cache,)
 
     def memory(self, config: DecoderConfig, context: int) -> Memory:
         """As the runtime keeps keys and values, and a chunk's activations."""

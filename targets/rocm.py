@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tapeout.exporters import Artifact, Carry, huggingface
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, Target, check_flags, graph_width
+from tapeout.targets import Memory, Progress, Target, check_flags, serving
 from tapeout.targets.huggingface import why_not_loaded
 from tapeout.targets.iree import Iree
 from tapeout.targets.local import parse_size
@@ -21,9 +21,6 @@ from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _OPEN = "tapeout.targets.huggingface:open_session"
 _TRACED = "tapeout.targets.huggingface:open_traced"
-
-# No bars of the libraries' own, no look at the hub.
-_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 
 _CHECKED = "checked on transformers in float32 on a CPU; not run on AMD hardware, nor by vLLM"
 _WEIGHTS_DERIVATION = (
@@ -115,15 +112,10 @@ class Rocm:
         return ("kv-f16",)
 
     def memory(self, config: DecoderConfig, context: int) -> Memory:
-        """Keys and values of every token in half floats, in windows those of the window; of work a chunk of 2048 tokens, vLLM's own."""
+        """Keys and values of every token in half floats, and a chunk's work."""
         if self._compiled:
             return self._compiled.memory(config, context)
-        width = config.num_kv_heads * (config.head_dim + config.value_dim)
-        if config.mla:
-            width = config.mla.kv_rank + config.mla.rope_dim
-        tokens = sum(min(context, config.window(layer) or context) for layer in range(config.num_layers))
-        chunk = min(2048, context)
-        return Memory(2 * width * tokens, 2 * chunk * graph_width(config) + 4 * config.vocab_size)
+        return serving.memory(config, context, 16)
 
     def missing(self) -> str | None:
         """Whether the format's library and transformers are here."""
@@ -154,7 +146,7 @@ class Rocm:
         """The directory on transformers, on a CPU."""
         if self._compiled:
             return self._compiled.session(artifact)
-        return SessionSpec(_OPEN, {"directory": str(artifact.directory)}, environment=_QUIET)
+        return SessionSpec(_OPEN, {"directory": str(artifact.directory)}, environment=serving.QUIET)
 
     def read_codes(
         self, artifact: Artifact, quant: Quantized
@@ -168,15 +160,10 @@ class Rocm:
         """The directory with inputs left alone, and as it is deployed."""
         if self._compiled:
             return self._compiled.lowerings(artifact, quant, scratch)
-        values = tuple(
-            name
-            for name in quant
-            if artifact.containers[name] == "F16" and getattr(quant[name], "dtype", "") != "F16"
-        )
+        values = serving.float_values(artifact, quant)
         deployed = self.session(artifact)
-        exact = deployed
-        if any(scheme.activations for scheme in quant.schemes.values()):
-            exact = replace(deployed, arguments={**deployed.arguments, "inputs": False})
+        rounded = any(scheme.activations for scheme in quant.schemes.values())
+        exact = replace(deployed, arguments={**deployed.arguments, "inputs": not rounded, "device": "cpu"})
         return [
             Lowering("weights", exact, "max", _WEIGHTS_DERIVATION, 1e-4, values=values),
             Lowering("runtime", deployed, "kl", _RUNTIME_DERIVATION),
@@ -186,23 +173,20 @@ class Rocm:
         """What the files mean, in our own graph."""
         if self._compiled:
             return self._compiled.traced(artifact, scratch)
-        return SessionSpec(_TRACED, {"directory": str(artifact.directory)}, environment=_QUIET)
+        return SessionSpec(_TRACED, {"directory": str(artifact.directory)}, environment=serving.QUIET)
 
     def card(self, artifact: Artifact) -> str:
         """How to serve it."""
         if self._compiled:
             return self._compiled.card(artifact)
-        transformers = (
-            f"With transformers (`pip install transformers accelerate {self.format}` beside PyTorch for ROCm):\n\n```python\n"
-            "from transformers import pipeline\n\n"
-            'generate = pipeline("text-generation", "artifact", device_map="auto")\n'
-            'print(generate("TEXT", max_new_tokens=64)[0]["generated_text"])\n```'
-        )
-        serve = (
-            "With vLLM's build for ROCm:\n\n```\n"
-            f"vllm serve ./artifact --max-model-len {artifact.context}\n"
-            "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
-            '-d \'{"model": "./artifact", "prompt": "TEXT", "max_tokens": 64}\'\n```'
-        )
-        ways = transformers if self.format == "bitsandbytes" else f"{serve}\n\n{transformers}"
-        return f"{ways}\n\nThis package was {_CHECKED}."
+        how = serving.Served.of(artifact)
+        packages = f"transformers accelerate {self.format}"
+        ways = [serving.transformers(how, packages)]
+        if self.format != "bitsandbytes":
+            ways = [
+                serving.server("vLLM", how),
+                *ways,
+                serving.unit(how, "vLLM"),
+                serving.container(how, "vLLM", rocm=True),
+            ]
+        return "\n\n".join([*ways, f"This package was {_CHECKED}."])

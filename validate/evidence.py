@@ -122,8 +122,10 @@ class Evidence:
 
     @cached_property
     def _rounded(self) -> list[Logits]:
-        if self.device.arithmetic == "float32" or (
-            self.device.arithmetic == "scheme" and not self._rounds_inputs
+        arithmetic = self.device.arithmetic
+        float8 = arithmetic == "modelopt" and any(s.levels == "e4m3" for s in self.quant.schemes.values())
+        if arithmetic == "float32" or (
+            arithmetic in ("scheme", "modelopt") and not self._rounds_inputs and not float8
         ):
             return self._cached
         spec = self.reference(arithmetic=self.device.arithmetic, rounded_cache=self.rounds_cache)

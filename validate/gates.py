@@ -161,8 +161,10 @@ def _parts(found: QuantTensor, expected: QuantTensor) -> Iterator[tuple[str, Any
     A scale's own codes need not be in the file, where the scale they mean is; nor a static scale of inputs, which not every
     runtime has a use for.
     """
-    for part in ("packed", "scale", "zero_point", "codebook"):
+    for part in ("packed", "zero_point", "codebook"):
         yield part, getattr(found, part), getattr(expected, part)
+    # A file may hold float16 scales as float32, which says the same.
+    yield "scale", found.scale.astype(np.float32), expected.scale.astype(np.float32)
     if found.input_scale is not None:
         yield "input_scale", found.input_scale, expected.input_scale
     for part in ("scale_codes", "minimum"):

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from tapeout.validate.rounding import Round
 
-__all__ = ["Reference", "open_session", "open_weights"]
+__all__ = ["Reference", "open_session", "open_weights", "place_of", "tensors_of"]
 
-Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme"]
+Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme", "modelopt"]
 
 # Tokens of one forward pass: bounds eager attention's scores at heads × 512 × context floats.
 _CHUNK = 512
@@ -97,7 +97,7 @@ class Reference:
         """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
         import torch
 
-        place = _place(_tensors(self._network), name)
+        place = place_of(tensors_of(self._network), name)
         if place is None:
             raise ModelError(f"transformers has no parameter {name}.")
         tensor, part = place
@@ -145,7 +145,7 @@ def open_session(
     arithmetic: Arithmetic = "float32",
     layers: int | None = None,
     threads: int | None = None,
-    kv_cache: Literal["kv-int8", "kv-int4"] | None = None,
+    kv_cache: Literal["kv-fp8", "kv-int8", "kv-int4"] | None = None,
     halves: Sequence[str] = (),
     values: Sequence[str] = (),
 ) -> Reference | encoders.EncoderReference | modules.ModuleReference | seq2seq.Seq2SeqReference:
@@ -158,11 +158,11 @@ def open_session(
         arithmetic: ``float64``: the same numbers in twice the precision. ``ggml``: the inputs of quantized matmuls (head
             included) are rounded as ``round_q8_0`` and ``round_q8_k`` of ``rounding`` do; ``mlas``: as ``round_mlas`` does. ``scheme``: the inputs
             of those whose scheme says so (``w8a8``, ``w8a8-static``) are rounded as ``round_int8`` does, whatever a device makes of
-            them.
+            them. ``modelopt``: as kernels for ModelOpt's checkpoints do, see ``rounding``.
         layers: only that many of the first layers, then the final norm and the head.
         threads: of torch; None: its own choice.
-        kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``; None: leave
-            them.
+        kv_cache: round keys, values and queries as llama.cpp does for its caches q8_0 and q4_0, see ``as_cached``, or keys and
+            values to float8; None: leave them.
         halves: tensors by their Hugging Face names that are as a file has them whose widest float is float16, see ``_narrow``.
         values: tensors of codes that a file has as their values in float16.
 
@@ -202,7 +202,8 @@ def open_session(
     if quant is not None and arithmetic in ROUNDED:
         _round_inputs(network, quant, ROUNDED[arithmetic])
     if kv_cache is not None:
-        _round_cache(network, kv_cache, neighbours=gguf.turns_neighbours(source.decoder))
+        neighbours = kv_cache != "kv-fp8" and gguf.turns_neighbours(source.decoder)
+        round_cache(network, kv_cache, neighbours=neighbours)
     told = facts(before, begin, source.config.max_position_embeddings)
     words = cache(partial(pretrained.tokenizer, source.directory))
     if isinstance(source.config, EncoderConfig):
@@ -217,8 +218,11 @@ def open_weights(
     weights: Iterable[tuple[str, npt.NDArray[np.float32]]],
     *,
     threads: int | None = None,
+    then: Callable[[Any], None] | None = None,
 ) -> Reference:
     """Load the architecture that ``directory/config.json`` names with weights by their Hugging Face names.
+
+    ``then`` is called with the network that has them, before it is run.
 
     Raises:
         MissingToolchain: torch or transformers is not installed. ModelError: a weight is missing.
@@ -232,15 +236,17 @@ def open_weights(
     network = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     left = {name: tensor.numel() for name, tensor in tensors.items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
     for name, weight in weights:
-        if place := _place(tensors, name):
+        if place := place_of(tensors, name):
             left[names[id(place[0])]] -= weight.size
             _put(place, weight)
     if missing := [name for name, count in left.items() if count]:
         raise ModelError(f"{directory} holds no {', '.join(sorted(missing)[:3])}.")
+    if then:
+        then(network)
     return Reference(directory, network, facts(before, begin, int(config.max_position_embeddings)))
 
 
@@ -300,12 +306,12 @@ def _network(source: Model, layers: int | None) -> Any:
 
 def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
     """Put the values of the canonical codes in the place of the weights; a tied head follows its embedding."""
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     same = _same(quant)
     for name, scheme in quant.schemes.items():
         if scheme.kind == "none" and name not in quant.folded and quant.model.quantization is None:
             continue
-        place = _place(tensors, name)
+        place = place_of(tensors, name)
         if place is None and not cut:
             raise ModelError(
                 f"transformers has no parameter {name} to put the codes of {quant.model.name} into."
@@ -313,16 +319,16 @@ def _dequantize(network: Any, quant: Quantized, *, cut: bool) -> None:
         if place is not None:
             weight = quant.float32(name)
             stored = np.ascontiguousarray(weight.T) if quant.model.checkpoint[name].turned else weight
-            for other in (place, *(_place(tensors, each) for each in same.get(name, ()))):
+            for other in (place, *(place_of(tensors, each) for each in same.get(name, ()))):
                 if other is not None:
                     _put(other, stored)
 
 
 def _narrow(network: Any, quant: Quantized | None, names: Iterable[str]) -> None:
     """Let tensors be what is left of them in a file whose widest float is float16: of codes, the codebook and the scales."""
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     for name in names:
-        place = _place(tensors, name)
+        place = place_of(tensors, name)
         if place is None:
             continue
         tensor, part = place
@@ -354,7 +360,7 @@ _Place = tuple[Any, tuple[Any, ...] | None]
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(?:down_proj|w2))\.weight")
 
 
-def _tensors(network: Any) -> dict[str, Any]:
+def tensors_of(network: Any) -> dict[str, Any]:
     """All that a checkpoint holds, by transformers' names."""
     saved = network.state_dict().keys()
     buffers = {name: buffer for name, buffer in network.named_buffers() if name in saved}
@@ -369,7 +375,7 @@ def _other_names(network: Any, source: Model) -> dict[str, str]:
     """Transformers' names for tensors of a family that has no file here, where it has others than the checkpoint: by their values."""
     import torch
 
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     found: dict[str, str] = {}
     for name in source.specs:
         if name not in tensors:
@@ -385,7 +391,7 @@ def _other_names(network: Any, source: Model) -> dict[str, str]:
     return found
 
 
-def _place(tensors: Mapping[str, Any], name: str) -> _Place | None:
+def place_of(tensors: Mapping[str, Any], name: str) -> _Place | None:
     """Where transformers keeps a tensor of the checkpoint (``conversion_mapping``); None: nowhere."""
     name = name.replace(".block_sparse_moe.", ".mlp.")
     if name in tensors:
@@ -439,10 +445,10 @@ def _round_inputs(network: Any, quant: Quantized, how: Callable[[Quantized, str]
     import torch
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is [in, out]
 
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     rounds: dict[tuple[int, Any], Round | None] = {}
     for name in quant.schemes:
-        if place := _place(tensors, name):
+        if place := place_of(tensors, name):
             tensor, part = place
             rounds[id(tensor), None if part is None else part[0]] = how(quant, name)
     for module in network.modules():
@@ -475,23 +481,30 @@ def _rounded_experts(module: Any, rounds: Mapping[tuple[int, Any], Round | None]
     return forward
 
 
-def _round_cache(network: Any, kv_cache: str, *, neighbours: bool) -> None:
+def round_cache(network: Any, kv_cache: str, *, neighbours: bool = False) -> None:
     """Let attention see what a rounded cache gives back.
 
-    A query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that.
+    Of integers a query is rounded to Q8_0 whatever the cache holds: llama.cpp's dot products of both kinds take that. float8 keys
+    and values are rounded as they are, under a step of 1.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    stored = CACHES[kv_cache]
+    def integers(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        query, key = (
+            as_cached(x, rounded, rotary=True, neighbours=neighbours)
+            for x, rounded in ((query, round_q8_0), (key, CACHES[kv_cache]))
+        )
+        return query, key, as_cached(value, CACHES[kv_cache], rotary=False)
+
+    def floats(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        return query, CACHES[kv_cache](key), CACHES[kv_cache](value)
+
+    cached = floats if kv_cache == "kv-fp8" else integers
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        query, key = (
-            as_cached(x, rounded, rotary=True, neighbours=neighbours)
-            for x, rounded in ((query, round_q8_0), (key, stored))
-        )
-        return eager(module, query, key, as_cached(value, stored, rotary=False), mask, **settings)
+        return eager(module, *cached(query, key, value), mask, **settings)
 
     AttentionInterface.register(kv_cache, attend)
     AttentionMaskInterface.register(kv_cache, eager_mask)

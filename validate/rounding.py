@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tapeout.exporters import onnx
+from tapeout.models import Role
 from tapeout.quantize import Quantized, QuantTensor
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ __all__ = [
     "CACHES",
     "ROUNDED",
     "as_cached",
+    "as_e4m3",
+    "round_e4m3",
     "round_int8",
     "round_mlas",
     "round_q4_0",
@@ -58,10 +61,19 @@ def _as_the_scheme_says(quant: Quantized, name: str) -> Round | None:
     return partial(round_int8, scale=tensor.input_scale)
 
 
+def _as_modelopt(quant: Quantized, name: str) -> Round | None:
+    """What a scheme says, and float8 beside weights of float8; only linear layers are codes in those checkpoints."""
+    scheme = quant.schemes[name]
+    if quant.model.specs[name].role is not Role.LINEAR:
+        return None
+    return round_e4m3 if scheme.levels == "e4m3" else _as_the_scheme_says(quant, name)
+
+
 ROUNDED: Mapping[str, Callable[[Quantized, str], Round | None]] = {
     "ggml": _as_ggml,
     "mlas": _as_mlas,
     "scheme": _as_the_scheme_says,
+    "modelopt": _as_modelopt,
 }
 
 
@@ -78,6 +90,23 @@ def round_int8(x: torch.Tensor, scale: np.float32 | None = None) -> torch.Tensor
     )
     codes = torch.where(step > 0, torch.round(x / step), 0.0).clamp(-128, 127)
     return codes * step
+
+
+def round_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """What kernels of FP8 weights with a scale a row make of a matmul's input: float32 [..., in], each token under its own step.
+
+    The step is amax / 448, and at least 1 / (448 · 512) (TensorRT-LLM's ``quantize_e4m3_activation``, vLLM's
+    ``dynamic_per_token_scaled_fp8_quant``); the nearest E4M3, ties to even.
+    """
+    step = (x.abs().amax(-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return as_e4m3(x / step) * step
+
+
+def as_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """The nearest E4M3 of each float32, those beyond it at its end."""
+    import torch
+
+    return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def round_mlas(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -140,7 +169,9 @@ def round_q4_0(x: torch.Tensor) -> torch.Tensor:
     return (codes * scale.to(torch.float16).to(torch.float32)).flatten(-2)
 
 
-CACHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"kv-int8": round_q8_0, "kv-int4": round_q4_0}
+CACHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "kv-fp8": as_e4m3, "kv-int8": round_q8_0, "kv-int4": round_q4_0
+}  # fmt: skip
 
 
 def as_cached(

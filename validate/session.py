@@ -16,12 +16,14 @@ from tapeout.quantize import Quantized, QuantTensor, Scheme
 
 Logits = npt.NDArray[np.float32]
 
-KvCache = Literal["kv-f32", "kv-f16", "kv-int8", "kv-int4"]
-KV_BITS: Mapping[KvCache, float] = {"kv-f32": 32.0, "kv-f16": 16.0, "kv-int8": 8.5, "kv-int4": 4.5}
-"""What a runtime keeps keys and values in, with the bits of one: 32 integer codes share a float16 scale."""
-Arithmetic = Literal["float32", "ggml", "mlas", "scheme"]
+KvCache = Literal["kv-f32", "kv-f16", "kv-fp8", "kv-int8", "kv-int4"]
+KV_BITS: Mapping[KvCache, float] = {
+    "kv-f32": 32.0, "kv-f16": 16.0, "kv-fp8": 8.0, "kv-int8": 8.5, "kv-int4": 4.5
+}  # fmt: skip
+"""What a runtime keeps keys and values in, with the bits of one: 32 integer codes share a float16 scale; float8 is E4M3, its step 1."""
+Arithmetic = Literal["float32", "ggml", "mlas", "scheme", "modelopt"]
 """What a runtime does to the inputs of quantized matmuls: ``float32`` leaves them, ``ggml`` rounds them to int8 in blocks of 32,
-or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file, ``scheme`` to int8 where a scheme says so and nowhere else."""
+or of 256 where weights lie in super-blocks, ``mlas`` (ONNX Runtime) in the blocks of the weights in the file, ``scheme`` to int8 where a scheme says so and nowhere else, ``modelopt`` where a scheme says so, and to float8 where weights are."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Facts:
         resident_bytes: memory of the process that the model added, in bytes.
         context: most tokens that a sequence may have.
         emulated: no device of the target runs it: its numbers are the target's, its speed and memory are not.
+        bandwidth: bytes a second of the device's own memory, where that is not the machine's.
     """
 
     runtime: str
@@ -43,6 +46,7 @@ class Facts:
     resident_bytes: int
     context: int
     emulated: bool = False
+    bandwidth: float | None = None
 
 
 class Session(Protocol):

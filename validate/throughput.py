@@ -80,7 +80,7 @@ def measure_throughput(
         prefill_tokens_per_s, decode_tokens_per_s, roofline_fraction (bytes read a second by decoding / bandwidth).
     """
     facts = session.facts
-    reading = bandwidth()
+    reading = facts.bandwidth or bandwidth()
     rows = []
     room = facts.context - 1
     for context in contexts or sorted(

@@ -8,7 +8,7 @@ double quantization: weight.absmax U8 [blocks], weight.nested_absmax F32 [blocks
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from tapeout.quantize.scheme import NF4, dynamic_map
 from tapeout.quantize.tensor import DOUBLE_BLOCK, ScaleCodes, pack
 
 NAME = "bitsandbytes"
-EXPERTS = False  # transformers keeps experts as one tensor a layer, which bitsandbytes leaves alone
 FLOATS_ALIKE = (
     True  # transformers leaves floats beside such weights in the file's types, and does not run a mixture
 )
 LIBRARY = "bitsandbytes"
+FLOATS = ()
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 SUFFIXES = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
@@ -41,6 +41,30 @@ def carries(scheme: Scheme) -> Carry:
     if scheme.kind == "symmetric" and scheme.bits == 8 and scheme.activations is None:
         return Rounded("F16", ADDED_ERROR)
     return Refused("of bitsandbytes' own codes NF4 in blocks of 64 is written.", "nf4")
+
+
+def why_no_mixture(packed: Mapping[str, Scheme]) -> str | None:
+    """Why a mixture of experts is not loaded; transformers keeps experts as one tensor a layer, which bitsandbytes leaves alone."""
+    return (
+        f"which transformers does not load from the format {NAME}. What fits: compressed-tensors."
+        if packed
+        else None
+    )
+
+
+def fused(tensor: QuantTensor, scheme: Scheme) -> str:
+    """What must be the same of matrices that loaders put together."""
+    return str(scheme)
+
+
+def rounds_scales(schemes: Collection[Scheme]) -> bool:
+    """Whether loaders bring scales to the model's type."""
+    return True
+
+
+def files(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Nothing beside ``config.json``."""
+    return {}
 
 
 def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:

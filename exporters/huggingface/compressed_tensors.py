@@ -10,7 +10,7 @@ weight_scale [out, groups], of a row [out, 1]. The weight is (code - zero_point)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,9 @@ from tapeout.quantize.scheme import E4M3
 from tapeout.quantize.tensor import pack
 
 NAME = "compressed-tensors"
-EXPERTS = True  # loaders take experts one by one, under the checkpoint's names
 FLOATS_ALIKE = False  # loaders bring every float to one type
 LIBRARY = "compressed_tensors"
+FLOATS = ()
 
 _VERSION = "0.20.0"  # of the library whose layout this is
 SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale")
@@ -52,6 +52,26 @@ def carries(scheme: Scheme) -> Carry:
 
 def _nearest(scheme: Scheme) -> str:
     return "int8" if scheme.bits > 4 else f"int4-g{scheme.group if scheme.group in (32, 64, 128) else 32}"
+
+
+def why_no_mixture(packed: Mapping[str, Scheme]) -> str | None:
+    """None: loaders take experts one by one, under the checkpoint's names."""
+    return None
+
+
+def fused(tensor: QuantTensor, scheme: Scheme) -> str:
+    """What must be the same of matrices that loaders put together."""
+    return str(scheme)
+
+
+def rounds_scales(schemes: Collection[Scheme]) -> bool:
+    """Whether loaders bring scales to the model's type."""
+    return True
+
+
+def files(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Nothing beside ``config.json``."""
+    return {}
 
 
 def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from tapeout.exporters.huggingface.writer import FORMATS, INDEX
 from tapeout.quantize import Quantized, QuantTensor
 
 Floats = npt.NDArray[np.float32]
+Kind = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
+"""Makes what reads weights back, of ``quantization_config`` and the tensors by name."""
 
 
 class Tensors(Mapping[str, Any]):
@@ -55,10 +57,14 @@ class Tensors(Mapping[str, Any]):
         return len(self._where)
 
 
-def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, QuantTensor | Floats]]:
+def read_codes(
+    artifact: Artifact, quant: Quantized, kind: Kind | None = None
+) -> Iterator[tuple[str, QuantTensor | Floats]]:
     """Yield every tensor that the files hold, one in memory at a time, by its Hugging Face name.
 
     Codes come back as a QuantTensor, unpacked by the library; what the files hold as floats, as float32 [shape].
+
+    ``kind``: what reads a format whose library is not one that can stand beside us; None: the format's own ``Reader``.
 
     Raises:
         PackageError: a file is truncated, or no such file.
@@ -66,7 +72,7 @@ def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, Quan
     """
     with ExitStack() as stack:
         tensors = Tensors(artifact.directory, stack)
-        reader, suffixes = _reader(artifact.directory, tensors)
+        reader, suffixes = _reader(artifact.directory, tensors, kind)
         left = set(tensors)
         for name in quant:
             base = name.removesuffix(".weight")
@@ -79,8 +85,8 @@ def read_codes(artifact: Artifact, quant: Quantized) -> Iterator[tuple[str, Quan
             yield name, tensors[name].float().numpy()
 
 
-def read_weights(directory: Path) -> Iterator[tuple[str, Floats]]:
-    """The weights that the files mean, float32, by name, dequantized by the format's library.
+def read_weights(directory: Path, kind: Kind | None = None) -> Iterator[tuple[str, Floats]]:
+    """The weights that the files mean, float32, by name, dequantized by the format's library (or by ``kind``, see ``read_codes``).
 
     Raises:
         PackageError: a file is truncated, or no such file.
@@ -88,7 +94,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, Floats]]:
     """
     with ExitStack() as stack:
         tensors = Tensors(directory, stack)
-        reader, suffixes = _reader(directory, tensors)
+        reader, suffixes = _reader(directory, tensors, kind)
         read: set[str] = set()
         for name in tensors:
             base = name.removesuffix("_packed").removesuffix(".weight")
@@ -103,7 +109,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, Floats]]:
                 yield name, tensors[name].float().numpy()
 
 
-def _reader(directory: Path, tensors: Tensors) -> tuple[Any, tuple[str, ...]]:
+def _reader(directory: Path, tensors: Tensors, kind: Kind | None) -> tuple[Any, tuple[str, ...]]:
     """What reads the codes of a directory, by its ``quantization_config``, and the suffixes of their tensors; None: all are floats."""
     try:
         said = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
@@ -117,7 +123,7 @@ def _reader(directory: Path, tensors: Tensors) -> tuple[Any, tuple[str, ...]]:
             f"{directory / 'config.json'} names the method {said.get('quant_method')}, which is none of these."
         )
     try:
-        return packing.Reader(said, tensors), packing.SUFFIXES
+        return (kind or packing.Reader)(said, tensors), packing.SUFFIXES
     except ImportError as error:
         raise MissingToolchain(
             f"reading the format needs {packing.LIBRARY} ({error}): pip install 'tapeout[rocm]'"

@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -17,30 +17,26 @@ import numpy as np
 
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Artifact, Carry, Exact
-from tapeout.exporters.huggingface import bitsandbytes, compressed_tensors
+from tapeout.exporters.huggingface import bitsandbytes, compressed_tensors, modelopt
 from tapeout.exporters.huggingface.parts import WIDTHS, Part, beside, halves
 from tapeout.exporters.steps import by_rows
 from tapeout.files import writing
 from tapeout.models import DecoderConfig, Role, SourceTensor
 from tapeout.models.checkpoint import FLOATS
+from tapeout.models.decoder import joined
 from tapeout.quantize import Progress, Quantized, QuantTensor, Scheme
 from tapeout.quantize.store import write_at
 
-Format = Literal["compressed-tensors", "bitsandbytes"]
+Format = Literal["compressed-tensors", "bitsandbytes", "modelopt"]
 
-FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (compressed_tensors, bitsandbytes)}
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module for module in (compressed_tensors, bitsandbytes, modelopt)
+}
 
 INDEX = "model.safetensors.index.json"
 
 # vLLM refuses to run these in float16, in which their activations overflow.
 _IN_BFLOAT16 = ("gemma2", "gemma3_text")
-# What vLLM multiplies as one matrix: all of it is of one scheme.
-_FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,7 @@ def write(
     form: Format,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    kv_cache: Literal["fp8"] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -79,6 +76,7 @@ def write(
         directory: made when absent.
         form: how codes are packed.
         max_shard_bytes: begin a new shard before tensors go beyond this.
+        kv_cache: what servers shall keep keys and values in; None: what the model computes in. Of modelopt.
         threads: default: as many as this process has cores.
         progress: told how many bytes are written.
 
@@ -93,18 +91,16 @@ def write(
             f"{quant.model.name} is {quant.model.kind}; the format {form} is written of decoders. What fits: target cpu."
         )
     packing = FORMATS[form]
-    if config.moe and not packing.EXPERTS and any(_packed(quant, name, packing) for name in quant):
-        raise ModelError(
-            f"{quant.model.name} has routed experts, which transformers does not load from the format {form}. "
-            f"What fits: compressed-tensors."
-        )
+    packed = {name: quant.schemes[name] for name in quant if _packed(quant, name, packing)}
+    if config.moe and (why := packing.why_no_mixture(packed)):
+        raise ModelError(f"{quant.model.name} has routed experts, {why}")
     if packing.FLOATS_ALIKE and config.family in _IN_BFLOAT16:
         raise ModelError(
             f"{quant.model.name} ({config.family}) is not run in float16, which the format {form} is written in. "
             "What fits: compressed-tensors."
         )
     _check_fused(quant, packing)
-    parts, containers = _parts(quant, packing)
+    parts, of, containers = _parts(quant, packing, kv_cache)
     shards = _shards(parts, max_shard_bytes)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -114,16 +110,18 @@ def write(
                 with (directory / shard.name).open("wb") as file:
                     write_at(file.fileno(), np.frombuffer(shard.header, np.uint8), 0)
                     for name, at in shard.places.items():
-                        _write_part(file.fileno(), parts[name], at, pool)
+                        part = _made(quant, of[name], packing, kv_cache)[name]
+                        _write_part(file.fileno(), part, at, pool)
                         done += parts[name].nbytes
                         if progress:
                             progress("export", done, total)
         if len(shards) > 1:
             (directory / INDEX).write_text(_index(shards, total), encoding="utf-8")
-        said = _config(quant, packing)
-        (directory / "config.json").write_text(
-            json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        said = _config(quant, packing, kv_cache)
+        beside_it = packing.files(said["quantization_config"]) if "quantization_config" in said else {}
+        for name, content in {"config.json": said, **beside_it}.items():
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")
         tokenizer = quant.model.tokenizer_files()
         for found in tokenizer:
             shutil.copyfile(found, directory / found.name)
@@ -132,6 +130,7 @@ def write(
         directory=directory,
         files=(
             "config.json",
+            *beside_it,
             *(shard.name for shard in shards),
             *((INDEX,) if len(shards) > 1 else ()),
             *(found.name for found in tokenizer),
@@ -139,7 +138,7 @@ def write(
         context=config.max_position_embeddings,
         bytes_per_token=_bytes_per_token(quant, packing, parts),
         containers=containers,
-        notes=_notes(quant, containers, said),
+        notes=_notes(quant, packing, containers, said),
     )
 
 
@@ -148,31 +147,53 @@ def _packed(quant: Quantized, name: str, packing: ModuleType) -> bool:
     scheme = quant.schemes[name]
     if scheme.kind == "none" or quant.model.specs[name].role is not Role.LINEAR:
         return False
+    if name.removesuffix(".weight").endswith(packing.FLOATS):
+        return False
     return isinstance(packing.carries(scheme), Exact)
 
 
-def _parts(quant: Quantized, packing: ModuleType) -> tuple[dict[str, Part], dict[str, str]]:
-    """The tensors of the files by name, in the checkpoint's order, and the container of each tensor of the model."""
+def _parts(
+    quant: Quantized, packing: ModuleType, kv_cache: str | None
+) -> tuple[dict[str, Part], dict[str, str], dict[str, str]]:
+    """The tensors of the files by name, in the checkpoint's order; which tensor of the model each is of; and the container of that.
+
+    They are known by their types and shapes here, and made once more when they are written: a map of a tensor's codes that
+    stays open keeps the pages that were read of it.
+    """
     parts: dict[str, Part] = {}
+    of: dict[str, str] = {}
     containers: dict[str, str] = {}
-    alike = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
+    halved = packing.FLOATS_ALIKE and any(_packed(quant, name, packing) for name in quant)
     for name in quant:
-        tensor, scheme = quant[name], quant.schemes[name]
-        if isinstance(tensor, QuantTensor) and _packed(quant, name, packing):
-            parts |= packing.parts(name.removesuffix(".weight"), tensor, scheme)
-            containers[name] = packing.carries(scheme).container
-            continue
-        if isinstance(tensor, QuantTensor):
-            largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
-            _check_half(name, largest)
-            parts[name] = halves(tensor)
-        elif alike and tensor.dtype != "F16":
+        tensor, packed = quant[name], _packed(quant, name, packing)
+        if isinstance(tensor, QuantTensor) and not packed:
+            _check_half(
+                name, float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+            )
+        elif halved and isinstance(tensor, SourceTensor) and tensor.dtype != "F16":
             _check_half(name, float(np.abs(tensor.float32()).max(initial=0)))
-            parts[name] = _float(tensor, "F16")
-        else:
-            parts[name] = _float(tensor, tensor.dtype if tensor.dtype in FLOATS else "F32")
-        containers[name] = parts[name].dtype
-    return parts, containers
+        for each, part in _made(quant, name, packing, kv_cache).items():
+            parts[each], of[each] = replace(part, rows=_unmade), name
+        coded = packed and isinstance(tensor, QuantTensor)
+        containers[name] = packing.carries(quant.schemes[name]).container if coded else parts[name].dtype
+    return parts, of, containers
+
+
+def _made(quant: Quantized, name: str, packing: ModuleType, kv_cache: str | None) -> dict[str, Part]:
+    """The tensors of the files that stand for a tensor of the model."""
+    tensor, base = quant[name], name.removesuffix(".weight")
+    made: dict[str, Part] = packing.cache_parts(base) if kv_cache else {}
+    if isinstance(tensor, QuantTensor):
+        packed = _packed(quant, name, packing)
+        return made | (packing.parts(base, tensor, quant.schemes[name]) if packed else {name: halves(tensor)})
+    halved = packing.FLOATS_ALIKE and any(_packed(quant, each, packing) for each in quant)
+    return made | {
+        name: _float(tensor, "F16" if halved else tensor.dtype if tensor.dtype in FLOATS else "F32")
+    }
+
+
+def _unmade(rows: slice) -> Any:
+    raise AssertionError("a tensor is made again before it is written")
 
 
 def _float(tensor: SourceTensor, dtype: str) -> Part:
@@ -195,18 +216,21 @@ def _check_half(name: str, largest: float) -> None:
 
 def _check_fused(quant: Quantized, packing: ModuleType) -> None:
     """SchemeError for matrices of different schemes that loaders put together into one."""
-    together: dict[tuple[str, int], dict[str, str]] = {}
-    for name in quant:
-        base, _, last = name.removesuffix(".weight").rpartition(".")
-        for index, fused in enumerate(_FUSED):
-            if last in fused and quant.model.specs[name].role is Role.LINEAR:
-                how = str(quant.schemes[name]) if _packed(quant, name, packing) else "float"
-                together.setdefault((base, index), {})[last] = how
-    for (base, _), found in together.items():
-        if len(set(found.values())) > 1:
-            each = ", ".join(f"{name}: {how}" for name, how in found.items())
+    linear = [name for name in quant if quant.model.specs[name].role is Role.LINEAR]
+    how: dict[str, str] = {}
+    for group in joined(linear).values():
+        for name in group:
+            if name not in how:
+                tensor = quant[name]
+                packed = isinstance(tensor, QuantTensor) and _packed(quant, name, packing)
+                how[name] = packing.fused(tensor, quant.schemes[name]) if packed else "float"
+        if len({how[name] for name in group}) > 1:
+            base = group[0].removesuffix(".weight").rpartition(".")[0]
+            each = ", ".join(
+                f"{name.removesuffix('.weight').removeprefix(base + '.')}: {how[name]}" for name in group
+            )
             raise SchemeError(
-                f"{base} has {each}, which vLLM loads as one matrix. What fits: one scheme for them."
+                f"{base} has {each}, which servers load as one matrix. What fits: one scheme for them."
             )
 
 
@@ -265,7 +289,7 @@ def _index(shards: Sequence[_Shard], total: int) -> str:
     return json.dumps(found, indent=2, sort_keys=True) + "\n"
 
 
-def _config(quant: Quantized, packing: ModuleType) -> dict[str, Any]:
+def _config(quant: Quantized, packing: ModuleType, kv_cache: str | None) -> dict[str, Any]:
     """``config.json``: the model's, with the type that scales are exact in, and what is said of quantization."""
     config = dict(quant.model.raw_config)
     modules = {
@@ -286,14 +310,17 @@ def _config(quant: Quantized, packing: ModuleType) -> dict[str, Any]:
     ]
     if "lm_head" not in floats:  # a tied one is a module all the same
         floats.append("lm_head")
-    if config["model_type"] not in _IN_BFLOAT16:
+    if config["model_type"] not in _IN_BFLOAT16 and packing.rounds_scales(modules.values()):
         config.pop("torch_dtype", None)
         config["dtype"] = "float16"
-    config["quantization_config"] = packing.statement(modules, floats)
+    asked = {"kv_cache": kv_cache} if kv_cache else {}
+    config["quantization_config"] = packing.statement(modules, floats, **asked)
     return config
 
 
-def _notes(quant: Quantized, containers: Mapping[str, str], said: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(
+    quant: Quantized, packing: ModuleType, containers: Mapping[str, str], said: Mapping[str, Any]
+) -> tuple[str, ...]:
     found = []
     if rounded := [
         name for name, scheme in quant.schemes.items() if scheme.kind != "none" and containers[name] == "F16"
@@ -303,7 +330,8 @@ def _notes(quant: Quantized, containers: Mapping[str, str], said: Mapping[str, A
             f"{', '.join(rounded[:2])}{more} are the values of their codes in float16 (adds 0.02 % relative error): "
             "the loaders of this format take them as floats. With the scheme none they are the checkpoint's own, at the same size"
         )
-    if "quantization_config" in said:
+    packed = [scheme for name, scheme in quant.schemes.items() if _packed(quant, name, packing)]
+    if packed and packing.rounds_scales(packed):
         if said["model_type"] in _IN_BFLOAT16:
             found.append(
                 "scales are float16, and this family is served in bfloat16, to which a server rounds them (adds 0.1 % relative error)"

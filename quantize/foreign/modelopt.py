@@ -1,7 +1,7 @@
 """ModelOpt's "unified" Hugging Face checkpoints (TensorRT-LLM, vLLM). What a weight is follows from its tensors.
 
 FP8         weight F8_E4M3 [out, in]    weight_scale F32 [] or [out]
-INT8        weight I8 [out, in]         weight_scale F32 [out]
+INT8        weight I8 [out, in]         weight_scale F32 [out]     input_scale F32 [] of SmoothQuant
 W4A16_AWQ   weight U8 [out / 2, in]     weight_scale F32 [out, groups]     low nibble: the even row, two's complement
 NVFP4       weight U8 [out, in / 2]     weight_scale F8_E4M3 [out, in / 16], weight_scale_2 F32 []   low nibble: the even column
 """
@@ -31,7 +31,7 @@ _ALGOS = {
     "NVFP4": "float4 inputs",
     "NVFP4_AWQ": "float4 inputs",
     "W4A16_NVFP4": None,
-    "W8A8_SQ_PER_CHANNEL": "int8 inputs",
+    "W8A8_SQ_PER_CHANNEL": None,
     "MIXED_PRECISION": None,
 }
 
@@ -47,6 +47,10 @@ def read(statement: Mapping[str, Any]) -> Reader:
     notes = []
     if algo in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         notes.append("ModelOpt means inputs in float8; here they stay float")
+    elif algo == "W8A8_SQ_PER_CHANNEL":
+        notes.append(
+            "ModelOpt means int8 inputs; they stay float where the weights' scales are not exact in float16"
+        )
     elif inputs := _ALGOS[algo]:
         notes.append(f"ModelOpt means {inputs}; here they stay float")
     cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
@@ -70,7 +74,15 @@ def _layer(layer: Layer) -> Imported | None:
     if weight.dtype == "I8":
         layer.source("weight", ("I8",), (out, into))
         scale = layer.floats("weight_scale", (out,), (out, 1)).reshape(out, 1)
-        return integers(layer, 8, scale, None, lambda: weight.bits().view(np.uint8) ^ np.uint8(0x80))
+        inputs, step = None, {}
+        if layer.get("input_scale") is not None:
+            inputs, step = (
+                SCHEMES["w8a8-static"],
+                {"input_scale": layer.floats("input_scale", (), (1,)).reshape(1)},
+            )
+        return integers(
+            layer, 8, scale, None, lambda: weight.bits().view(np.uint8) ^ np.uint8(0x80), inputs, step
+        )
     if layer.get("weight_scale_2") is not None:
         return _nvfp4(layer)
     return _int4(layer)
