@@ -78,18 +78,25 @@ def compiled(module: Path, chip: str, *, timeout_s: float = _TIMEOUT_S) -> Path:
             return out
         source, partial = place.with_suffix(".mlir"), place.with_suffix(".partial")
         source.write_bytes(text)
-        command = [str(_command()), str(source), "-o", str(partial), *given]
+        # By its name alone, which is made of the text: the module that is compiled keeps it.
+        command = [str(_command()), source.name, "-o", partial.name, *given]
         _logger.info("compiling %s for %s", module.name, chip)
-        _run(command, chip, timeout_s)
+        _run(command, place.parent, chip, timeout_s)
         partial.rename(out)
         source.unlink()
     return out
 
 
-def _run(command: list[str], chip: str, timeout_s: float) -> None:
+def _run(command: list[str], place: Path, chip: str, timeout_s: float) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=timeout_s
+            command,
+            cwd=place,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=timeout_s,
         )
         said, how = done.stderr, f"ended with {done.returncode}"
         if not done.returncode:
@@ -101,7 +108,8 @@ def _run(command: list[str], chip: str, timeout_s: float) -> None:
     lines = [line[:300] for line in said.splitlines() if "error" in line or "Assertion" in line]
     lines = lines or [line[:300] for line in said.splitlines() if line.strip()]
     last = " / ".join(lines[-_LINES:]) or "nothing"
-    raise RuntimeCrash(f"iree-compile {how} for {chip}: {last}. To do it again: {shlex.join(command)}")
+    again = f"cd {shlex.quote(str(place))} && {shlex.join(command)}"
+    raise RuntimeCrash(f"iree-compile {how} for {chip}: {last}. To do it again: {again}")
 
 
 def _command() -> Path:
