@@ -11,10 +11,11 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import venv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,31 @@ def environment(name: str, packages: tuple[str, ...]) -> Path:
         run(python, "-m", "pip", "install", *packages, environment={"DISABLE_CUDA": "1"})
         (place / "whole").touch()
     return python
+
+
+def synced(ran: Ran) -> Ran:
+    """The same with the time until the disk has it."""
+    begin = time.perf_counter()
+    os.sync()
+    return replace(ran, wall_s=ran.wall_s + time.perf_counter() - begin)
+
+
+def plain_write(directory: Path, count: int) -> float:
+    """Seconds that a file of ``count`` bytes takes to the disk, 8 MB at a time."""
+    block = os.urandom(1 << 23)
+    os.sync()
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for at in range(0, count, len(block)):
+            file.write(block[: count - at])
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - begin
+
+
+def size(directory: Path) -> int:
+    """Bytes of the files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def cores() -> int:

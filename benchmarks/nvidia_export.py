@@ -43,19 +43,6 @@ def synced() -> float:
     return time.perf_counter() - begin
 
 
-def plain_write(directory: Path, count: int) -> float:
-    """Seconds that a file of ``count`` bytes takes to the disk, 8 MB at a time."""
-    block = os.urandom(1 << 23)
-    os.sync()
-    begin = time.perf_counter()
-    with tempfile.TemporaryFile(dir=directory) as file:
-        for at in range(0, count, len(block)):
-            file.write(block[: count - at])
-        file.flush()
-        os.fsync(file.fileno())
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=("1b", "8b"), default="1b")
@@ -87,11 +74,11 @@ def main() -> None:
                     done = common.run(peers[who], script, model, scratch / "out")
                 after = synced()
                 ran[who].append(done)
-                sizes[who] = _size(scratch / "out")
+                sizes[who] = common.size(scratch / "out")
                 if who == "tapeout":
                     whole.append(done.wall_s + after)
-                    written = sizes[who] + _size(scratch / "store")
-        plain.append(plain_write(arguments.work, written))
+                    written = sizes[who] + common.size(scratch / "store")
+        plain.append(common.plain_write(arguments.work, written))
     share = statistics.median(plain) / statistics.median(whole)
     speed = written / statistics.median(plain) / 1e6
     print(
@@ -106,10 +93,6 @@ def main() -> None:
         "share_of_disk": round(share, 3),
     }
     common.report_exports(facts, ran, sizes)
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":

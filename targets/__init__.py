@@ -6,7 +6,7 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path

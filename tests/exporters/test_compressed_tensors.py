@@ -220,3 +220,39 @@ def test_a_cut_file_is_named(asymmetric: tuple[Quantized, Artifact], tmp_path: P
     (tmp_path / "config.json").write_bytes((artifact.directory / "config.json").read_bytes())
     with pytest.raises(PackageError, match="cannot be read"):
         list(huggingface.read_codes(replace(artifact, directory=tmp_path), quant))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("llmc-int4-g32", "int4-g32"),
+        ("llmc-int4-g32-asym", "int4-g32-asym"),
+        ("llmc-int8", "int8"),
+        ("llmc-w8a8", "w8a8"),
+        ("llmc-fp8", "fp8"),
+    ],
+)
+def test_llm_compressor_saves_the_same_codes_to_the_same_bytes(
+    name: str, scheme: str, tmp_path: Path
+) -> None:
+    """Its own oneshot made them (scripts/fixtures/make_llm_compressor.py); the codes come in as they are and go out again."""
+    quant = quantize(load(FIXTURES / name), out=tmp_path / "codes")
+    target("rocm").export(quant, tmp_path / "out")
+    ours, theirs = (load_file(each / "model.safetensors") for each in (tmp_path / "out", FIXTURES / name))
+    assert {str(each) for each in quant.schemes.values()} == {scheme, "none"}
+    assert ours.keys() == theirs.keys()
+    for each in theirs:
+        assert (ours[each].dtype, ours[each].shape) == (theirs[each].dtype, theirs[each].shape), each
+        assert torch.equal(ours[each].view(torch.uint8), theirs[each].view(torch.uint8)), each
+    said, theirs_said = (
+        json.loads((each / "config.json").read_text())["quantization_config"]
+        for each in (tmp_path / "out", FIXTURES / name)
+    )
+    # Which numbers they are, and which modules stay floats; not who observed them. Of fp8 alone each names its own unpacking.
+    for group, expected in theirs_said["config_groups"].items():
+        for part in ("weights", "input_activations"):
+            mine, wanted = said["config_groups"][group][part], expected[part]
+            assert (mine is None) == (wanted is None), part
+            keys = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic")
+            assert wanted is None or {key: mine[key] for key in keys} == {key: wanted[key] for key in keys}
+    assert said["ignore"] == theirs_said["ignore"]
