@@ -52,7 +52,7 @@ def beside(base: str, suffixes: Iterable[str]) -> tuple[str, ...]:
 
 def held(array: Array, dtype: str | None = None) -> Part:
     """A small tensor that is in memory (or mapped)."""
-    return Part(dtype or _TYPES[array.dtype.name], array.shape, lambda rows: array)
+    return Part(dtype or _TYPES[array.dtype.name], array.shape, lambda rows: np.ascontiguousarray(array))
 
 
 def halves(tensor: QuantTensor) -> Part:

@@ -113,7 +113,10 @@ def write(
             for shard in shards:
                 with (directory / shard.name).open("wb") as file:
                     write_at(file.fileno(), np.frombuffer(shard.header, np.uint8), 0)
-                    for name, at in shard.places.items():
+                    os.ftruncate(
+                        file.fileno(), max(at + parts[name].nbytes for name, at in shard.places.items())
+                    )
+                    for name, at in () if quant.hollow else shard.places.items():
                         _write_part(file.fileno(), parts[name], at, pool)
                         done += parts[name].nbytes
                         if progress:
