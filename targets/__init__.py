@@ -7,13 +7,13 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
-from tapeout.exporters import Artifact, Refused
+from tapeout.exporters import Artifact, Exact, Refused, gguf
 from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized, Scheme
 from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
@@ -25,12 +25,16 @@ __all__ = [
     "Memory",
     "SessionSpec",
     "Target",
+    "at",
     "check_cache",
     "check_carries",
     "check_counts",
     "default_scheme",
     "get",
+    "held_bits",
+    "loaded_bytes",
     "names",
+    "scratch_bytes",
     "variants",
 ]
 
@@ -100,6 +104,39 @@ def variants(name: str) -> dict[str, Target]:
     formats = get_args(get_type_hints(kind).get("format"))
     found = {name: kind()}
     return found | {f"{name} --format {each}": kind(format=each) for each in formats[1:]}  # type: ignore[call-arg]
+
+
+def loaded_bytes(target: Target, quant: Quantized) -> int:
+    """Memory that the runtime makes of weights beside the mapped files: the target's ``loaded_bytes``, or none."""
+    found = getattr(target, "loaded_bytes", None)
+    return int(found(quant)) if found else 0
+
+
+def scratch_bytes(target: Target, quant: Quantized) -> int:
+    """Disk that the gates take beside the package while they run: the target's ``scratch_bytes``, or none."""
+    found = getattr(target, "scratch_bytes", None)
+    return int(found(quant)) if found else 0
+
+
+def at(target: Target, context: int, batch: int = 1) -> Target:
+    """The target for sequences of ``context`` tokens, so many at once, by whichever of its options say that; without a limit of memory."""
+    known = {field.name for field in fields(target)}  # type: ignore[arg-type]
+    wanted = {"context": context, "sequence_length": context, "batch_size": batch, "max_memory": "999999G"}
+    return replace(target, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[type-var]
+
+
+def held_bits(target: Target, scheme: Scheme, in_features: int) -> float | None:
+    """Bits that a weight takes in the target's files as codes of a scheme; None: it is not held as codes."""
+    carry = target.carries(scheme)
+    if scheme.kind == "none" or not isinstance(carry, Exact):
+        return None
+    if carry.bits is not None:
+        return carry.bits
+    block = gguf.block_of(scheme)
+    if block is None or not carry.container.startswith(block.kind):
+        return scheme.bits_per_weight(in_features)
+    # Rows that are no whole blocks become float16.
+    return None if in_features % block.weights else block.bits_per_weight
 
 
 def default_scheme(target: Target | type[Target]) -> str:
