@@ -22,7 +22,7 @@ from tapeout import targets
 from tapeout.devices import Device
 from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Refused
-from tapeout.generated import SMALL
+from tapeout.generated import SMALL, write_config
 from tapeout.models import DecoderConfig, EncoderConfig, Model, Role, load
 from tapeout.quantize import SCHEMES, Scheme
 from tapeout.quantize.hollow import Hollow, quantized, store_bytes, with_directory
@@ -242,8 +242,8 @@ def _fit(
     devices: Sequence[Device],
     batch: int,
 ) -> Fit:
-    copied = targets.loaded_bytes(target, quant)
-    weights = max(size, copied)
+    kept, mapped = targets.loaded(target, quant, size)
+    weights = max(size, kept)
     needed = _on_a_card(quant, weights, memory, device)
     reaches, source = device.fraction(artifact.format)
     read = _read_bytes(target, quant, artifact, batch) + memory.cache
@@ -259,7 +259,7 @@ def _fit(
         weights=needed[0],
         cache=needed[1],
         work=needed[2],
-        resident=(size + copied) // device.cards + needed[1] + needed[2],
+        resident=(kept + mapped) // device.cards + needed[1] + needed[2],
         room=device.room,
         fits=fits,
         instead=None if fits else _instead(target, quant, weights, memory, device, devices),
@@ -270,10 +270,12 @@ def _fit(
 
 
 def _on_a_card(quant: Hollow, weights: int, memory: Memory, device: Device) -> tuple[int, int, int]:
-    """Bytes of weights, keys and values, and work on each card: a latent cache is whole on every one, and so is work."""
-    config, cards = quant.model.config, device.cards
-    shared = isinstance(config, DecoderConfig) and (config.mla is not None or config.num_kv_heads < cards)
-    return weights // cards, memory.cache if shared else memory.cache // cards, memory.work
+    """Bytes of weights, keys and values, and work on each card: no head is cut, a latent cache is whole on every card, and so is work."""
+    config = quant.model.config
+    parts = device.cards
+    if isinstance(config, DecoderConfig):
+        parts = 1 if config.mla else min(parts, config.num_kv_heads)
+    return weights // device.cards, memory.cache // parts, memory.work
 
 
 def _instead(
@@ -309,10 +311,15 @@ def _instead(
         least = min(more, key=lambda other: other.cards)
         what = "experts and layers sharded" if experts else "sharded"
         found.append(f"{what} over {least.cards} cards ({least.name})")
-    if not found and weights // device.cards + memory.work < device.room and memory.cache:
-        share = (device.room - weights // device.cards - memory.work) * device.cards / memory.cache
-        found.append(f"about {share:.0%} of the context or the batch")
-    return "; ".join(found) or "no scheme of this target, and no device of the table with more cards"
+    if found:
+        return "; ".join(found)
+    saved, name = max((_saved(target, quant, scheme), name) for name, scheme in SCHEMES.items())
+    for less, scheme in ((0, str(quant.scheme)), (max(saved, 0), name)):
+        rest = device.room - (weights - less) // device.cards - memory.work
+        if memory.cache and rest > 0:
+            share = min(1.0, rest * device.cards / memory.cache)
+            return f"{share:.0%} of the context or the batch, as {scheme}"
+    return "nothing: a smaller model, or a device with more memory"
 
 
 def _linear(quant: Hollow) -> Iterator[tuple[str, int, int]]:
@@ -423,11 +430,8 @@ def _writes(way: str) -> str | None:
     kind = targets.variants(way.split()[0])[way]
     fields = SMALL | {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 512}
     with tempfile.TemporaryDirectory(prefix="tapeout-plan-") as scratch:
-        directory, out = Path(scratch) / "model", Path(scratch) / "artifact"
-        directory.mkdir()
+        directory, out = write_config(Path(scratch) / "model", "llama", fields), Path(scratch) / "artifact"
         out.mkdir()
-        said = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **fields}
-        (directory / "config.json").write_text(json.dumps(said), encoding="utf-8")
         _write_tokenizer(directory, fields["vocab_size"])
         model = load(directory, weights=False)
         artifact = kind.export(quantized(model, targets.default_scheme(kind)), out)

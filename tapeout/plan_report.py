@@ -22,22 +22,17 @@ def show(plan: Planned) -> Iterator[Table | Text]:
             cells = [size(row.artifact_bytes), size(row.bytes_per_token), disk, seconds(row.export_s)]
             files.add_row(row.target, row.scheme, *cells)
     yield files
-    fits = Table("device", "target", "scheme", "fits", "memory", "of", "tokens/s (estimate)", title="devices", title_justify="left")
-    for row in plan.rows:
-        for fit in row.fits:
-            fits.add_row(fit.device, row.target, row.scheme, *cells_of(fit))
-    yield fits
     for row in plan.rows:
         yield from _said(row)
     for each in plan.unserved:
         yield Text(f"{each}: no target that was planned makes files for it")
 
 
-def cells_of(fit: Fit) -> tuple[str, str, str, str]:
-    """Whether it fits, the memory that is taken and that there is on each card, and the speed."""
+def cells_of(fit: Fit) -> tuple[str, str, str]:
+    """The memory that is taken and that there is on each card, and the speed."""
     needed = size(fit.weights + fit.cache + fit.work)
     each = " a card" if fit.cards > 1 else ""
-    return "yes" if fit.fits else f"no: {fit.instead}", needed + each, size(fit.room) + each, speed(fit)
+    return needed + each, size(fit.room) + each, speed(fit)
 
 
 def speed(fit: Fit) -> str:
@@ -63,14 +58,22 @@ def seconds(count: float) -> str:
     return f"≈{count / 60:.0f} min" if count >= 90 else f"≈{max(1, round(count))} s"
 
 
-def _said(row: Row) -> Iterator[Text]:
+def _said(row: Row) -> Iterator[Table | Text]:
     who = f"{row.target}, {row.scheme}"
     if row.cannot is not None:
         yield Text(f"{who}: {row.cannot}")
         return
     skipped = [(name, why) for name, why in row.gates if why is not None]
     run = [name for name, why in row.gates if why is None]
-    yield Text(f"{who}: gates that can run here: {', '.join(run) or 'none'}")
+    title = f"{who}: speed is an estimate, from the bytes that a token reads and the bandwidth"
+    table = Table("device", "fits", "memory", "of", "tokens/s", title=title, title_justify="left")
+    for fit in row.fits:
+        table.add_row(fit.device, "yes" if fit.fits else "no", *cells_of(fit))
+    yield table
+    for fit in row.fits:
+        if fit.instead:
+            yield Text(f"  {fit.device}: would fit: {fit.instead}")
+    yield Text(f"  gates that can run here: {', '.join(run) or 'none'}")
     reasons: dict[str, list[str]] = {}
     for name, why in skipped:
         reasons.setdefault(why, []).append(name)

@@ -32,7 +32,7 @@ __all__ = [
     "default_scheme",
     "get",
     "held_bits",
-    "loaded_bytes",
+    "loaded",
     "names",
     "scratch_bytes",
     "variants",
@@ -106,10 +106,13 @@ def variants(name: str) -> dict[str, Target]:
     return found | {f"{name} --format {each}": kind(format=each) for each in formats[1:]}  # type: ignore[call-arg]
 
 
-def loaded_bytes(target: Target, quant: Quantized) -> int:
-    """Memory that the runtime makes of weights beside the mapped files: the target's ``loaded_bytes``, or none."""
-    found = getattr(target, "loaded_bytes", None)
-    return int(found(quant)) if found else 0
+def loaded(target: Target, quant: Quantized, size: int) -> tuple[int, int]:
+    """Bytes of weights in memory once files of ``size`` bytes are open: what the runtime keeps, and pages of files that stay mapped beside it.
+
+    The target's ``loaded``; without one the runtime keeps the files' bytes.
+    """
+    found = getattr(target, "loaded", None)
+    return found(quant, size) if found else (size, 0)
 
 
 def scratch_bytes(target: Target, quant: Quantized) -> int:
