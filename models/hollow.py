@@ -36,7 +36,10 @@ class HollowTensor(SourceTensor):
 
 
 def checkpoint(
-    directory: Path, specs: Mapping[str, TensorSpec], dtype: str, known: Mapping[str, SourceTensor] | None = None
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    dtype: str,
+    known: Mapping[str, SourceTensor] | None = None,
 ) -> Checkpoint:
     """The tensors of ``specs`` without bytes; of the type that ``known`` has of each where it is a float, else ``dtype``."""
     found = {}

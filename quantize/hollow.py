@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,5 +74,3 @@ def store_bytes(quant: Quantized) -> int:
 def with_directory(quant: Hollow, directory: Path) -> Hollow:
     """The same of a model whose tokenizer and other small files lie elsewhere."""
     return replace(quant, model=replace(quant.model, directory=directory))
-
-

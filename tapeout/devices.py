@@ -59,7 +59,10 @@ class Device:
     def fraction(self, form: str) -> tuple[Span, str]:
         """The span of the bandwidth that decoding reaches with files of a format, and where that comes from."""
         if self.reaches is None:
-            return (apple_chips.CORE_ML, apple_chips.TUNED), "published figures: tapeout/targets/apple_chips.py"
+            return (
+                apple_chips.CORE_ML,
+                apple_chips.TUNED,
+            ), "published figures: tapeout/targets/apple_chips.py"
         return self.reaches.get(form, self.reaches[""]), self.source
 
 
@@ -104,7 +107,7 @@ def _device(name: str, row: Mapping[str, Any], path: Path) -> Device:
         if key not in known:
             raise RecipeError(f"{path}: [{name}] has the key '{key}'{nearest(key, known)}.")
     if not row.get("targets"):
-        raise RecipeError(f"{path}: [{name}] says no targets, such as [\"cpu\"].")
+        raise RecipeError(f'{path}: [{name}] says no targets, such as ["cpu"].')
     given = dict(row, targets=tuple(row["targets"]))
     if "reaches" in row:
         said = row["reaches"]
@@ -113,14 +116,25 @@ def _device(name: str, row: Mapping[str, Any], path: Path) -> Device:
         if "" not in given["reaches"]:
             given["reaches"][""] = next(iter(given["reaches"].values()))
     if chip := row.get("chip"):
-        chips = [f"{c} {t}" for c, row_ in apple_chips.CHIPS.items() for t, b in zip(apple_chips.TIERS, row_, strict=True) if b]
+        chips = [
+            f"{c} {t}"
+            for c, row_ in apple_chips.CHIPS.items()
+            for t, b in zip(apple_chips.TIERS, row_, strict=True)
+            if b
+        ]
         if chip not in chips:
             raise RecipeError(f"{path}: [{name}] has the chip '{chip}'{nearest(str(chip), chips)}.")
     elif "reaches" not in row:
-        raise RecipeError(f"{path}: [{name}] says no reaches, the fraction of its bandwidth that decoding reaches, such as 0.6.")
+        raise RecipeError(
+            f"{path}: [{name}] says no reaches, the fraction of its bandwidth that decoding reaches, such as 0.6."
+        )
     for key in ("memory_gb", "usable", "gb_per_s", "scaling", "cards"):
         value = row.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int if key == "cards" else int | float) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if key == "cards" else int | float)
+            or value <= 0
+        ):
             raise RecipeError(f"{path}: [{name}] has {key} = {value!r}; what fits: a number above 0.")
     return Device(name=name, **given)
 
@@ -129,4 +143,6 @@ def _span(name: str, value: Any, path: Path) -> Span:
     ends = value if isinstance(value, list) else [value, value]
     if len(ends) == 2 and all(isinstance(end, int | float) for end in ends) and 0 < ends[0] <= ends[1] <= 1:
         return float(ends[0]), float(ends[1])
-    raise RecipeError(f"{path}: [{name}] reaches {value!r}; what fits: a fraction, or two from the least to the most.")
+    raise RecipeError(
+        f"{path}: [{name}] reaches {value!r}; what fits: a fraction, or two from the least to the most."
+    )

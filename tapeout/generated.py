@@ -163,7 +163,12 @@ MIXTRAL_8X7B = LLAMA_8B | {
 def write_config(directory: Path, model_type: str, config: Mapping[str, Any], *, dtype: str = "BF16") -> Path:
     """Write ``config.json`` of a decoder alone: what a plan is made from."""
     directory.mkdir(parents=True, exist_ok=True)
-    said = {"model_type": model_type, "hidden_act": "silu", "torch_dtype": _SAFETENSORS_DTYPES[dtype], **config}
+    said = {
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "torch_dtype": _SAFETENSORS_DTYPES[dtype],
+        **config,
+    }
     (directory / "config.json").write_text(json.dumps(said, indent=1))
     return directory
 

@@ -359,7 +359,9 @@ def _expert_bytes(target: Target, quant: Hollow) -> int:
         for expert in range(moe.experts)
         for name in moe.weights(layer, expert)
     }
-    return int(sum(n * _bits(target, quant, name, width) / 8 for name, n, width in _linear(quant) if name in names))
+    return int(
+        sum(n * _bits(target, quant, name, width) / 8 for name, n, width in _linear(quant) if name in names)
+    )
 
 
 def _read_bytes(target: Target, quant: Hollow, artifact: Artifact, batch: int) -> float:
@@ -384,7 +386,9 @@ def _gates(target: Target, quant: Hollow, no_tokenizer: bool) -> Iterator[tuple[
     floats = 4 * sum(math.prod(spec.shape) for spec in model.specs.values())
     here = psutil.virtual_memory().total
     if not reference and floats > here:
-        reference = f"the reference in float32 takes {floats / 1e9:.1f} GB, and this machine has {here / 1e9:.1f} GB."
+        reference = (
+            f"the reference in float32 takes {floats / 1e9:.1f} GB, and this machine has {here / 1e9:.1f} GB."
+        )
     for name in names:
         why = None
         if name in ("lowering", "decode", "padding", "task"):
@@ -439,5 +443,3 @@ def _writes(way: str) -> str | None:
     if largest.st_blocks * 512 > _SPARSE * largest.st_size:
         return "its exporter cannot lay files out without weights, so that nothing is told before the export."
     return None
-
-

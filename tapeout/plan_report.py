@@ -15,10 +15,14 @@ def show(plan: Planned) -> Iterator[Table | Text]:
     yield Text(
         f"{plan.model} ({plan.family}), {plan.parameters / 1e9:.3g} billion weights; context {plan.context}, batch {plan.batch}"
     )
-    files = Table("target", "scheme", "files", "a token reads", "disk", "export", title="files", title_justify="left")
+    files = Table(
+        "target", "scheme", "files", "a token reads", "disk", "export", title="files", title_justify="left"
+    )
     for row in plan.rows:
         if row.cannot is None:
-            disk = size(row.disk_bytes) + (f" + {size(row.scratch_bytes)} for gates" if row.scratch_bytes else "")
+            disk = size(row.disk_bytes) + (
+                f" + {size(row.scratch_bytes)} for gates" if row.scratch_bytes else ""
+            )
             cells = [size(row.artifact_bytes), size(row.bytes_per_token), disk, seconds(row.export_s)]
             files.add_row(row.target, row.scheme, *cells)
     yield files

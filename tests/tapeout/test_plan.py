@@ -70,9 +70,7 @@ def test_sizes_of_other_schemes(scheme: str, tmp_path: Path) -> None:
         (tmp_path / way).mkdir()
         target = targets.variants(way.split()[0])[way]
         row = next(
-            row
-            for row in plan(model, [], [way.split()[0]], [scheme], context=256).rows
-            if row.target == way
+            row for row in plan(model, [], [way.split()[0]], [scheme], context=256).rows if row.target == way
         )
         if row.cannot:
             with pytest.raises(TapeoutError):
@@ -88,7 +86,8 @@ def test_sizes_of_other_schemes(scheme: str, tmp_path: Path) -> None:
 def test_null_says_that_it_cannot_tell(tmp_path: Path) -> None:
     config = write_config(tmp_path, "llama", LLAMA_7B)
     (row,) = plan(config, [], ["null"]).rows
-    assert row.cannot and "without weights" in row.cannot
+    assert row.cannot
+    assert "without weights" in row.cannot
 
 
 SERVER = """
@@ -152,7 +151,9 @@ def test_fit_table(tmp_path: Path) -> None:
         speed[name, called] = server.tokens_per_s
         cells = ["yes" if fit.fits else f"no: {fit.instead}" for fit in gpus.values()]
         cpu = "does not fit" if server.tokens_per_s is None else f"≈{server.tokens_per_s[0]:.1f} tokens/s"
-        lines.append(f"| {name} | {called} | {size(rows['rocm'].artifact_bytes)} | {' | '.join(cells)} | {cpu} |")
+        lines.append(
+            f"| {name} | {called} | {size(rows['rocm'].artifact_bytes)} | {' | '.join(cells)} | {cpu} |"
+        )
     assert fits["7B", "float32"] == dict(zip(_GPUS, (False, True, True), strict=True))
     assert all(fits["7B", "int4-g32"].values())
     assert fits["8x7B", "int4-g32"] == dict(zip(_GPUS, (False, True, True), strict=True))
@@ -160,8 +161,10 @@ def test_fit_table(tmp_path: Path) -> None:
     assert "experts offloaded" in offloaded
     assert "sharded over 2 cards" in offloaded
     dense, experts = speed["7B", "int4-g32"], speed["8x7B", "int4-g32"]
-    assert dense and 5 <= dense[0] <= 10
-    assert experts and experts[0] < dense[0]
+    assert dense
+    assert 5 <= dense[0] <= 10
+    assert experts
+    assert experts[0] < dense[0]
     text = DOCS.read_text(encoding="utf-8")
     shown = re.search(r"<!-- fit -->\n(.*?)<!-- /fit -->", text, re.DOTALL)
     assert shown
@@ -188,7 +191,9 @@ def test_memory_grows_with_context_and_batch(tmp_path: Path) -> None:
         config_ = load(config, weights=False).decoder
         assert a.cache == kind.memory(config_, 512).cache
         assert b.cache == 4 * a.cache == c.cache
-        assert a.tokens_per_s and c.tokens_per_s and b.tokens_per_s
+        assert a.tokens_per_s
+        assert c.tokens_per_s
+        assert b.tokens_per_s
         assert a.tokens_per_s[0] > b.tokens_per_s[0]
         assert a.tokens_per_s[0] < c.tokens_per_s[0] < 4 * a.tokens_per_s[0]
 
@@ -237,7 +242,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(write_config(tmp_path / "seven", "llama", LLAMA_7B))
     own = tmp_path / "devices.toml"
     own.write_text(SERVER)
-    words = ["plan", config, "--devices", str(own), "--device", "server", "--target", "cpu", "--scheme", "int4-g32"]
+    words = [
+        "plan",
+        config,
+        "--devices",
+        str(own),
+        "--device",
+        "server",
+        "--target",
+        "cpu",
+        "--scheme",
+        "int4-g32",
+    ]
     assert app([*words, "--json"], result_action="return_value") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["rows"][0]["artifact_bytes"] > 3.9e9
