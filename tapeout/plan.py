@@ -163,10 +163,9 @@ def plan(
     rows = []
     for name in names:
         for way, kind in targets.variants(name).items():
-            rows += [
-                _row(model, way, kind, scheme, devices, context, batch)
-                for scheme in schemes or [targets.default_scheme(kind) if not model.quantization else None]
-            ]
+            usual = None if model.quantization else targets.default_scheme(kind)
+            wanted: Sequence[str | None] = schemes or [usual]
+            rows += [_row(model, way, kind, each, devices, context, batch) for each in wanted]
     told = {row.target.split()[0] for row in rows}
     unserved = tuple(each.name for each in devices if not told & set(each.targets))
     parameters = sum(math.prod(spec.shape) for spec in model.specs.values())
