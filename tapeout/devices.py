@@ -14,7 +14,7 @@ import psutil
 
 from tapeout.errors import RecipeError, nearest
 from tapeout.targets import apple_chips
-from tapeout.validate.throughput import bandwidth
+from tapeout.validate.throughput import bandwidth, cores
 
 Span = tuple[float, float]
 
@@ -25,6 +25,7 @@ class Device:
 
     Attributes:
         reaches: by format, and under ``""`` for every other: least and most of the bandwidth that decoding is assumed to reach.
+        attends: by format: 10^9 products of attention a second and core; a format that is not there takes no time for them.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Device:
     cards: int = 1
     scaling: float = 1.0
     reaches: Mapping[str, Span] | None = None
+    cores: int | None = None
+    attends: Mapping[str, float] | None = None
     source: str = ""
 
     @cached_property
@@ -55,6 +58,11 @@ class Device:
             return each * 1e9
         one = bandwidth() if self.gb_per_s is None else self.gb_per_s * 1e9
         return one * self.cards * self.scaling
+
+    def attention_s(self, products: float, form: str) -> float:
+        """Seconds that the products of attention take on all cores; 0 where nothing is known of them."""
+        rate = (self.attends or {}).get(form)
+        return products / (rate * 1e9 * (self.cores or cores())) if rate else 0.0
 
     def fraction(self, form: str) -> tuple[Span, str]:
         """The span of the bandwidth that decoding reaches with files of a format, and where that comes from."""
@@ -115,6 +123,11 @@ def _device(name: str, row: Mapping[str, Any], path: Path) -> Device:
         given["reaches"] = {form: _span(name, value, path) for form, value in spans.items()}
         if "" not in given["reaches"]:
             given["reaches"][""] = next(iter(given["reaches"].values()))
+    rates = row.get("attends", {})
+    if not isinstance(rates, dict) or any(not isinstance(x, int | float) or x <= 0 for x in rates.values()):
+        raise RecipeError(
+            f"{path}: [{name}] has attends = {rates!r}; what fits: 10^9 products a second by format, such as {{gguf = 1.1}}."
+        )
     if chip := row.get("chip"):
         chips = [
             f"{c} {t}"
@@ -128,11 +141,11 @@ def _device(name: str, row: Mapping[str, Any], path: Path) -> Device:
         raise RecipeError(
             f"{path}: [{name}] says no reaches, the fraction of its bandwidth that decoding reaches, such as 0.6."
         )
-    for key in ("memory_gb", "usable", "gb_per_s", "scaling", "cards"):
+    for key in ("memory_gb", "usable", "gb_per_s", "scaling", "cards", "cores"):
         value = row.get(key, 1)
         if (
             isinstance(value, bool)
-            or not isinstance(value, int if key == "cards" else int | float)
+            or not isinstance(value, int if key in ("cards", "cores") else int | float)
             or value <= 0
         ):
             raise RecipeError(f"{path}: [{name}] has {key} = {value!r}; what fits: a number above 0.")

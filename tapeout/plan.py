@@ -57,7 +57,8 @@ class Fit:
         fits: whether weights, cache and work do.
         instead: what would, where they do not.
         tokens_per_s: an estimate, least and most, of all sequences together at the full context; None: there is none.
-        reaches, source: the fractions of the bandwidth that were assumed for it, and where they come from.
+        reaches, attention_s, source: the fractions of the bandwidth that were assumed for it, seconds of a step for the products of
+            attention besides (0: none were assumed), and where they come from.
     """
 
     device: str
@@ -72,6 +73,7 @@ class Fit:
     instead: str | None
     tokens_per_s: tuple[float, float] | None
     reaches: tuple[float, float]
+    attention_s: float
     source: str
 
 
@@ -216,7 +218,7 @@ def _row(
         assumed=assumed,
         notes=artifact.notes,
         fits=tuple(
-            _fit(target, quant, artifact, size, memory or Memory(0, 0), device, devices, batch)
+            _fit(target, quant, artifact, size, memory or Memory(0, 0), device, devices, context, batch)
             for device in devices
             if target.name in device.targets
         ),
@@ -239,17 +241,19 @@ def _fit(
     memory: Memory,
     device: Device,
     devices: Sequence[Device],
+    context: int,
     batch: int,
 ) -> Fit:
     kept, mapped = targets.loaded(target, quant, size)
     weights = max(size, kept)
     needed = _on_a_card(quant, weights, memory, device)
     reaches, source = device.fraction(artifact.format)
+    besides = device.attention_s(batch * _products(quant, context), artifact.format)
     read = _read_bytes(target, quant, artifact, batch) + memory.cache
     speed = None
     if artifact.bytes_per_token >= LEAST:
-        most = batch * device.bandwidth / read
-        speed = (reaches[0] * most, reaches[1] * most)
+        least, most = (batch / (read / (share * device.bandwidth) + besides) for share in reaches)
+        speed = (least, most)
     fits = sum(needed) <= device.room
     return Fit(
         device=device.name,
@@ -264,6 +268,7 @@ def _fit(
         instead=None if fits else _instead(target, quant, weights, memory, device, devices),
         tokens_per_s=speed if fits else None,
         reaches=reaches,
+        attention_s=besides,
         source=source,
     )
 
@@ -361,6 +366,18 @@ def _expert_bytes(target: Target, quant: Hollow) -> int:
     return int(
         sum(n * _bits(target, quant, name, width) / 8 for name, n, width in _linear(quant) if name in names)
     )
+
+
+def _products(quant: Hollow, context: int) -> float:
+    """Products of a token's attention at the end of a context: of every head's query with keys, and of its weights with values."""
+    config = quant.model.config
+    if not isinstance(config, DecoderConfig):
+        return 0.0
+    width = config.head_dim + config.value_dim
+    if config.mla:
+        width = 2 * config.mla.kv_rank + config.mla.rope_dim
+    tokens = sum(min(context, config.window(layer) or context) for layer in range(config.num_layers))
+    return float(config.num_heads * width * tokens)
 
 
 def _read_bytes(target: Target, quant: Hollow, artifact: Artifact, batch: int) -> float:

@@ -225,6 +225,7 @@ def test_device_tables(tmp_path: Path) -> None:
         ("[cpu]\nreaches = 1.5", "fraction"),
         ("[m4]\nchip = 'M4 Maxi'", "M4 Max"),
         ("[cpu]\nmemory_gb = -1", "above 0"),
+        ("[cpu]\nattends = 3", "by format"),
         ("memory_gb = 1", "outside"),
         ("[cpu", "cannot be read"),
     ):
