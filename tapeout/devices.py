@@ -26,6 +26,7 @@ class Device:
     Attributes:
         reaches: by format, and under ``""`` for every other: least and most of the bandwidth that decoding is assumed to reach.
         attends: by format: 10^9 products of attention a second and core; a format that is not there takes no time for them.
+        layer_ms: by format: milliseconds that a layer takes besides, whatever its size.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     reaches: Mapping[str, Span] | None = None
     cores: int | None = None
     attends: Mapping[str, float] | None = None
+    layer_ms: Mapping[str, float] | None = None
     source: str = ""
 
     @cached_property
@@ -59,10 +61,10 @@ class Device:
         one = bandwidth() if self.gb_per_s is None else self.gb_per_s * 1e9
         return one * self.cards * self.scaling
 
-    def attention_s(self, products: float, form: str) -> float:
-        """Seconds that the products of attention take on all cores; 0 where nothing is known of them."""
-        rate = (self.attends or {}).get(form)
-        return products / (rate * 1e9 * (self.cores or cores())) if rate else 0.0
+    def besides_s(self, products: float, layers: int, form: str) -> float:
+        """Seconds that a step takes besides reading: products of attention on all cores, and layers; 0 where nothing is known of them."""
+        rate, each = (self.attends or {}).get(form), (self.layer_ms or {}).get(form, 0.0)
+        return layers * each / 1e3 + (products / (rate * 1e9 * (self.cores or cores())) if rate else 0.0)
 
     def fraction(self, form: str) -> tuple[Span, str]:
         """The span of the bandwidth that decoding reaches with files of a format, and where that comes from."""
@@ -123,11 +125,14 @@ def _device(name: str, row: Mapping[str, Any], path: Path) -> Device:
         given["reaches"] = {form: _span(name, value, path) for form, value in spans.items()}
         if "" not in given["reaches"]:
             given["reaches"][""] = next(iter(given["reaches"].values()))
-    rates = row.get("attends", {})
-    if not isinstance(rates, dict) or any(not isinstance(x, int | float) or x <= 0 for x in rates.values()):
-        raise RecipeError(
-            f"{path}: [{name}] has attends = {rates!r}; what fits: 10^9 products a second by format, such as {{gguf = 1.1}}."
-        )
+    for key in ("attends", "layer_ms"):
+        rates = row.get(key, {})
+        if not isinstance(rates, dict) or any(
+            not isinstance(x, int | float) or x <= 0 for x in rates.values()
+        ):
+            raise RecipeError(
+                f"{path}: [{name}] has {key} = {rates!r}; what fits: a number above 0 by format, such as {{gguf = 1.1}}."
+            )
     if chip := row.get("chip"):
         chips = [
             f"{c} {t}"

@@ -57,8 +57,8 @@ class Fit:
         fits: whether weights, cache and work do.
         instead: what would, where they do not.
         tokens_per_s: an estimate, least and most, of all sequences together at the full context; None: there is none.
-        reaches, attention_s, source: the fractions of the bandwidth that were assumed for it, seconds of a step for the products of
-            attention besides (0: none were assumed), and where they come from.
+        reaches, besides_s, source: the fractions of the bandwidth that were assumed for it, seconds of a step besides, for layers
+            and the products of attention (0: none were assumed), and where they come from.
     """
 
     device: str
@@ -73,7 +73,7 @@ class Fit:
     instead: str | None
     tokens_per_s: tuple[float, float] | None
     reaches: tuple[float, float]
-    attention_s: float
+    besides_s: float
     source: str
 
 
@@ -248,7 +248,8 @@ def _fit(
     weights = max(size, kept)
     needed = _on_a_card(quant, weights, memory, device)
     reaches, source = device.fraction(artifact.format)
-    besides = device.attention_s(batch * _products(quant, context), artifact.format)
+    layers = getattr(quant.model.config, "num_layers", 0)
+    besides = device.besides_s(batch * _products(quant, context), layers, artifact.format)
     read = _read_bytes(target, quant, artifact, batch) + memory.cache
     speed = None
     if artifact.bytes_per_token >= LEAST:
@@ -268,7 +269,7 @@ def _fit(
         instead=None if fits else _instead(target, quant, weights, memory, device, devices),
         tokens_per_s=speed if fits else None,
         reaches=reaches,
-        attention_s=besides,
+        besides_s=besides,
         source=source,
     )
 

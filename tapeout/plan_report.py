@@ -45,7 +45,7 @@ def speed(fit: Fit) -> str:
         return "–"
     (least, most), (low, high) = fit.tokens_per_s, fit.reaches
     if low == high:
-        besides = f", attention {1e3 * fit.attention_s:.2g} ms" if fit.attention_s else ""
+        besides = f", {1e3 * fit.besides_s:.2g} ms besides" if fit.besides_s else ""
         return f"≈{least:.3g} at {low:.0%} of the bandwidth{besides}"
     return f"≈{least:.3g} … {most:.3g} at {low:.0%} … {high:.0%}"
 
