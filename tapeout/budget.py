@@ -30,7 +30,8 @@ from tapeout.models import Model, Role
 from tapeout.quantize import SCHEMES, Calibration, Scheme, assign
 from tapeout.quantize.calibration import digest
 from tapeout.recipe import Recipe
-from tapeout.targets import Target, held_bits
+from tapeout.targets import Target
+from tapeout.targets.held import held_bits
 from tapeout.validate import Limits
 from tapeout.validate.sensitivity import Cost, SensitivitySession, offered
 

@@ -27,6 +27,7 @@ from tapeout.models import DecoderConfig, EncoderConfig, Model, Role, load
 from tapeout.quantize import SCHEMES, Scheme
 from tapeout.quantize.hollow import Hollow, quantized, store_bytes, with_directory
 from tapeout.targets import Memory, Target
+from tapeout.targets.held import held_bits
 from tapeout.validate import ENCODER_GATES, GATES
 
 CONTEXT = 4096
@@ -336,7 +337,7 @@ def _linear(quant: Hollow) -> Iterator[tuple[str, int, int]]:
 
 def _bits(target: Target, quant: Hollow, name: str, width: int) -> float:
     """Bits that a weight of a linear layer takes in the files."""
-    held = targets.held_bits(target, quant.schemes[name], width)
+    held = held_bits(target, quant.schemes[name], width)
     tensor = quant.model.checkpoint[name]
     return held or 8 * tensor.nbytes / math.prod(tensor.shape)
 
@@ -345,7 +346,7 @@ def _saved(target: Target, quant: Hollow, scheme: Scheme) -> int:
     """Bytes that the linear layers would take less as another scheme; 0: it does not fit them."""
     bits = 0.0
     for name, count, width in _linear(quant):
-        other = targets.held_bits(target, scheme, width)
+        other = held_bits(target, scheme, width)
         if other is None or (scheme.group and width % scheme.group):
             return 0
         bits += count * (_bits(target, quant, name, width) - other)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
-from tapeout.exporters import Artifact, Exact, Refused, gguf
+from tapeout.exporters import Artifact, Refused
 from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized, Scheme
 from tapeout.validate.session import KV_BITS, Device, KvCache, SessionSpec
@@ -31,7 +31,6 @@ __all__ = [
     "check_counts",
     "default_scheme",
     "get",
-    "held_bits",
     "loaded",
     "names",
     "scratch_bytes",
@@ -126,20 +125,6 @@ def at(target: Target, context: int, batch: int = 1) -> Target:
     known = {field.name for field in fields(target)}  # type: ignore[arg-type]
     wanted = {"context": context, "sequence_length": context, "batch_size": batch, "max_memory": "999999G"}
     return replace(target, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[type-var]
-
-
-def held_bits(target: Target, scheme: Scheme, in_features: int) -> float | None:
-    """Bits that a weight takes in the target's files as codes of a scheme; None: it is not held as codes."""
-    carry = target.carries(scheme)
-    if scheme.kind == "none" or not isinstance(carry, Exact):
-        return None
-    if carry.bits is not None:
-        return carry.bits
-    block = gguf.block_of(scheme)
-    if block is None or not carry.container.startswith(block.kind):
-        return scheme.bits_per_weight(in_features)
-    # Rows that are no whole blocks become float16.
-    return None if in_features % block.weights else block.bits_per_weight
 
 
 def default_scheme(target: Target | type[Target]) -> str:

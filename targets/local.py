@@ -18,7 +18,8 @@ from tapeout.exporters.onnx.genai import CONFIG as GENAI
 from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized, QuantTensor, Scheme
-from tapeout.targets import Memory, Progress, check_counts, graph_width, held_bits, llama_cpp, onnxruntime
+from tapeout.targets import Memory, Progress, check_counts, graph_width, llama_cpp, onnxruntime
+from tapeout.targets.held import held_bits
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
