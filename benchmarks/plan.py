@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,4 @@ def run(spec: Any, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    begin = time.perf_counter()
     main()
-    print(f"{time.perf_counter() - begin:.0f} s")
