@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
@@ -59,7 +60,7 @@ class Part:
 
 def held(array: Array, dtype: str | None = None) -> Part:
     """A small tensor that is in memory (or mapped)."""
-    return Part(dtype or _TYPES[array.dtype.name], array.shape, lambda rows: array)
+    return Part(dtype or _TYPES[array.dtype.name], array.shape, lambda rows: np.ascontiguousarray(array))
 
 
 def halves(tensor: QuantTensor) -> Part:
@@ -97,11 +98,12 @@ def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
 
 @dataclass(frozen=True)
 class File:
-    """A file: the bytes before its tensors, and where each one's bytes begin, in the order in which they are written."""
+    """A file: the bytes before its tensors, where each one's bytes begin, in the order in which they are written, and its length."""
 
     name: str
     header: bytes
     places: Mapping[str, int]
+    nbytes: int
 
 
 def lay_out(name: str, parts: Mapping[str, Part]) -> File:
@@ -115,14 +117,18 @@ def lay_out(name: str, parts: Mapping[str, Part]) -> File:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
-    return File(name, struct.pack("<Q", len(text)) + text, {each: begin + at for each, at in places.items()})
+    header_bytes = struct.pack("<Q", len(text)) + text
+    return File(name, header_bytes, {each: begin + at for each, at in places.items()}, begin + at)
 
 
-def write(directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor) -> Iterator[int]:
-    """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each."""
+def write(
+    directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor, *, hollow: bool = False
+) -> Iterator[int]:
+    """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each. Hollow: its length alone."""
     with (directory / file.name).open("wb") as opened:
         write_at(opened.fileno(), np.frombuffer(file.header, np.uint8), 0)
-        for name, at in file.places.items():
+        os.ftruncate(opened.fileno(), file.nbytes)
+        for name, at in () if hollow else file.places.items():
             part = part_of(name)
             _write_part(opened.fileno(), part, at, pool)
             yield part.nbytes

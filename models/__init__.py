@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tapeout import embedded
 from tapeout.errors import ModelError
-from tapeout.models import gguf, sentence, traced
+from tapeout.models import gguf, hollow, sentence, traced
 from tapeout.models import module as plain
-from tapeout.models.checkpoint import Checkpoint, SourceTensor
+from tapeout.models.checkpoint import Checkpoint, SourceTensor, has_weights
 from tapeout.models.decoder import ConfigReader, DecoderConfig, Role, TensorSpec
 from tapeout.models.encoder import EncoderConfig
 from tapeout.models.families import family, known
@@ -163,17 +163,20 @@ class Model:
         return named[1] if named else None
 
 
-def load(source: str | Path) -> Model:
+def load(source: str | Path, *, weights: bool = True) -> Model:
     """Load a model: a directory as Hugging Face writes it, a GGUF file, an embedded model's name, a hub id, or ``file.py:factory``.
 
     No weight is read: tensors are mapped when they are asked for. Of a GGUF file, config and tokenizer are written anew into
     the cache, which is the model's directory then. ``file.py:factory`` is called as ``load_module`` wants it. A family that has no
     file here, but one in transformers, gets its graph from optimum, in the worker environment of that name, once.
 
+    Without ``weights`` a directory that holds none will do, and none are fetched: tensors have their shapes then, and the type that
+    config.json names.
+
     Raises:
         ModelError: what was found, what was expected, in which file. MissingToolchain: the worker environment is not there.
     """
-    directory = _locate(source)
+    directory = _locate(source, weights=weights)
     raw = _read_json(directory / "config.json")
     quantization = _quantization(directory, raw)
     model_type = raw.get("model_type")
@@ -206,7 +209,9 @@ def load(source: str | Path) -> Model:
     if isinstance(config, EncoderConfig):
         config = sentence.applied(config, directory)
     specs = kind.tensors(config)
-    if quantization is None:
+    if quantization is None and not weights and not has_weights(directory):
+        checkpoint = hollow.checkpoint(directory, specs, hollow.dtype_of(raw))
+    elif quantization is None:
         checkpoint = Checkpoint(directory, ignored=lambda name: kind.optional(config, name))
         _check_tensors(checkpoint, specs, {n for n in checkpoint if kind.optional(config, n)})
     elif quantization["quant_method"] == "gguf":
@@ -290,7 +295,7 @@ def _check_tensors(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], opti
         )
 
 
-def _locate(source: str | Path) -> Path:
+def _locate(source: str | Path, *, weights: bool = True) -> Path:
     path = Path(source)
     if path.is_dir():
         return path.resolve()
@@ -306,18 +311,18 @@ def _locate(source: str | Path) -> Path:
             f"{path} is a file; a model is the directory that holds config.json, a .gguf file, or file.py:factory for a torch module."
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        return _download(text)
+        return _download(text, weights=weights)
     raise ModelError(
         f"no model at '{text}': neither a directory, nor an embedded model ({', '.join(embedded.NAMES)}), nor a hub id "
         "(owner/name), nor file.py:factory."
     )
 
 
-def _download(hub_id: str) -> Path:
-    """Fetch a snapshot from the hub (cached by huggingface_hub); weights only as safetensors."""
+def _download(hub_id: str, *, weights: bool) -> Path:
+    """Fetch a snapshot from the hub (cached by huggingface_hub); weights, if any, only as safetensors."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md"]
+    wanted = ["config.json", "README.md", *(("*.safetensors", "*.safetensors.index.json") if weights else ())]
     wanted += [*TOKENIZER_FILES, *_QUANTIZATION_FILES]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))

@@ -204,6 +204,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return self._sha256
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds safetensors files, or says that it does."""
+    return any((directory / name).exists() for name in (_INDEX, _SINGLE))
+
+
 def _promised(directory: Path) -> dict[str, set[str]]:
     """Shard file names, in order, with the tensor names that the index promises for each (none without an index)."""
     index = directory / _INDEX

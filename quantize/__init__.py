@@ -65,6 +65,7 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
         calibration_sha256: digest of the windows of text that the rounding looked at; None: it looked at none.
         device: where calibration ran: ``cpu``, or a GPU's name; None: there was none.
         digest: digest of ``quantization.json``, which holds every tensor's digest.
+        hollow: shapes alone, as ``hollow.hollow`` makes them: an exporter gives its files their length and writes no tensor.
     """
 
     model: Model
@@ -80,6 +81,7 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
     calibration_sha256: str | None
     device: str | None
     digest: str
+    hollow: bool = False
 
     def __getitem__(self, name: str) -> QuantTensor | SourceTensor:
         if name in self.folded:

@@ -32,6 +32,8 @@ from tapeout.quantize.tensor import QuantTensor
 
 FORMAT_VERSION = 2
 
+_WIDTHS = {"U8": 1, "F16": 2, "F32": 4}  # bytes of an element
+
 Round = Callable[..., rtn.Rounded]
 """``rtn.round_to_nearest``, or what takes its arguments."""
 
@@ -191,12 +193,11 @@ def _lay_out(
     layout: Mapping[str, tuple[str, tuple[int, ...]]], scheme: Scheme, clamped: int
 ) -> tuple[bytes, dict[str, int]]:
     """The safetensors header of a tensor's file, and where in the file each part begins."""
-    widths = {"U8": 1, "F16": 2, "F32": 4}
     header: dict[str, object] = {"__metadata__": {"scheme": scheme.name, "clamped_groups": f"{clamped:016d}"}}
     begin, offsets = 0, {}
     # Wide parts first: the format wants each part aligned to its own type.
-    for part, (dtype, shape) in sorted(layout.items(), key=lambda item: (-widths[item[1][0]], item[0])):
-        end = begin + int(np.prod(shape)) * widths[dtype]
+    for part, (dtype, shape) in sorted(layout.items(), key=lambda item: (-_WIDTHS[item[1][0]], item[0])):
+        end = begin + int(np.prod(shape)) * _WIDTHS[dtype]
         header[part] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         offsets[part], begin = begin, end
     text = json.dumps(header).encode()
@@ -204,6 +205,13 @@ def _lay_out(
     return struct.pack("<Q", len(text)) + text, {
         part: 8 + len(text) + offset for part, offset in offsets.items()
     }
+
+
+def tensor_bytes(scheme: Scheme, out: int, into: int) -> int:
+    """Bytes of the file of a tensor [out, in], before it is written."""
+    parts = lattice.layout(scheme, out, into)
+    header, _ = _lay_out(parts, scheme, 0)
+    return len(header) + sum(math.prod(shape) * _WIDTHS[dtype] for dtype, shape in parts.values())
 
 
 def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:

@@ -25,13 +25,13 @@ import numpy.typing as npt
 from tapeout import __version__
 from tapeout.errors import MissingToolchain, RecipeError
 from tapeout.exporters import Exact
-from tapeout.exporters.gguf.layout import block_of
 from tapeout.files import cache_directory, canonical_json, lock, writing
 from tapeout.models import Model, Role
 from tapeout.quantize import SCHEMES, Calibration, Scheme, assign
 from tapeout.quantize.calibration import digest
 from tapeout.recipe import Recipe
 from tapeout.targets import Target
+from tapeout.targets.held import held_bits
 from tapeout.validate import Limits
 from tapeout.validate.sensitivity import Cost, SensitivitySession, offered
 
@@ -232,19 +232,9 @@ def choices(model: Model, name: str, cost: Cost, target: Target | None) -> list[
 
 def _held(scheme: Scheme, in_features: int, own: float | None, target: Target | None) -> float | None:
     """Bits a weight of a scheme in the target's file; None where it would not hold the codes exactly."""
-    bits = own if own is not None else scheme.bits_per_weight(in_features)
-    if target is None:
-        return bits
-    carry = target.carries(scheme)
-    if not isinstance(carry, Exact):
-        return None
-    if carry.bits is not None and own is None:
-        return carry.bits
-    block = None if own is not None else block_of(scheme)
-    if block is None or not carry.container.startswith(block.kind):
-        return bits
-    # Rows that are no whole blocks become float16.
-    return None if in_features % block.weights else block.bits_per_weight
+    if own is not None:
+        return own if target is None or isinstance(target.carries(scheme), Exact) else None
+    return scheme.bits_per_weight(in_features) if target is None else held_bits(target, scheme, in_features)
 
 
 def measure(

@@ -233,6 +233,44 @@ def budget(
 
 
 @app.command
+def plan(
+    model: ModelArgument,
+    *,
+    target: Annotated[list[str] | None, Many] = None,
+    scheme: Annotated[list[str] | None, Many] = None,
+    device: Annotated[list[str] | None, Many] = None,
+    devices: Path | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    json: Json = False,
+) -> int:
+    """Say what fits where, before any work: no weight is read, and config.json alone will do.
+
+    Example: tapeout plan arithmetic --target cpu
+
+    Args:
+        target: Plan for this one. May be given several times. Default: all that have a device in the table.
+        scheme: How weights become codes. May be given several times. Default: each target's own.
+        device: A device of the table. May be given several times. Default: all.
+        devices: A TOML file with devices of your own, over the table's.
+        context: Tokens of a sequence. Default: 4096, or the model's own where that is less.
+        batch: Sequences at once.
+        json: Print the plan to stdout.
+    """
+    from tapeout.devices import chosen, table
+    from tapeout.plan import plan as run
+    from tapeout.plan_report import show
+
+    found = run(model, chosen(table(devices), device), target, scheme, context=context, batch=batch)
+    if json:
+        _print_json(found.to_json())
+    else:
+        for each in show(found):
+            stderr.print(each, soft_wrap=isinstance(each, Text))
+    return 0
+
+
+@app.command
 def validate(
     package: Path,
     *,

@@ -7,7 +7,7 @@ a plain initialisation hides a dropped one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,28 @@ LLAMA_8B = LLAMA_7B | {
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
+
+
+MIXTRAL_8X7B = LLAMA_8B | {
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1000000.0,
+}
+
+
+def write_config(directory: Path, model_type: str, config: Mapping[str, Any], *, dtype: str = "BF16") -> Path:
+    """Write ``config.json`` of a decoder alone: what a plan is made from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    said = {
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "torch_dtype": _SAFETENSORS_DTYPES[dtype],
+        **config,
+    }
+    (directory / "config.json").write_text(json.dumps(said, indent=1))
+    return directory
 
 
 def write_model(

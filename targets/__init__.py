@@ -6,8 +6,8 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
@@ -25,12 +25,15 @@ __all__ = [
     "Memory",
     "SessionSpec",
     "Target",
+    "at",
     "check_cache",
     "check_carries",
     "check_counts",
     "default_scheme",
     "get",
+    "loaded",
     "names",
+    "scratch_bytes",
     "variants",
 ]
 
@@ -100,6 +103,28 @@ def variants(name: str) -> dict[str, Target]:
     formats = get_args(get_type_hints(kind).get("format"))
     found = {name: kind()}
     return found | {f"{name} --format {each}": kind(format=each) for each in formats[1:]}  # type: ignore[call-arg]
+
+
+def loaded(target: Target, quant: Quantized, size: int) -> tuple[int, int]:
+    """Bytes of weights in memory once files of ``size`` bytes are open: what the runtime keeps, and pages of files that stay mapped beside it.
+
+    The target's ``loaded``; without one the runtime keeps the files' bytes.
+    """
+    found = getattr(target, "loaded", None)
+    return found(quant, size) if found else (size, 0)
+
+
+def scratch_bytes(target: Target, quant: Quantized) -> int:
+    """Disk that the gates take beside the package while they run: the target's ``scratch_bytes``, or none."""
+    found = getattr(target, "scratch_bytes", None)
+    return int(found(quant)) if found else 0
+
+
+def at(target: Target, context: int, batch: int = 1) -> Target:
+    """The target for sequences of ``context`` tokens, so many at once, by whichever of its options say that; without a limit of memory."""
+    known = {field.name for field in fields(target)}  # type: ignore[arg-type]
+    wanted = {"context": context, "sequence_length": context, "batch_size": batch, "max_memory": "999999G"}
+    return replace(target, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[type-var]
 
 
 def default_scheme(target: Target | type[Target]) -> str:

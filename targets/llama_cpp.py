@@ -370,6 +370,19 @@ def _has_amx() -> bool:
     return False
 
 
+def repacked_bytes(kind: str, each: float, stacked: bool) -> float:
+    """Bytes that a weight of a block type takes in the copy that llama.cpp makes for this CPU's kernels; 0: it makes none.
+
+    Args:
+        kind, each: GGUF's name of the type, and its bytes a weight.
+        stacked: whether it is one of experts that are a tensor together, which AMX's kernels do not take.
+    """
+    if _has_amx() and not stacked:
+        # Tiles of Q8_0 have an int32 a block besides (``TILE_SIZE`` in ggml-cpu/amx/mmq.cpp).
+        return {"Q4_0": each, "Q8_0": each + 4 / 32, "Q4_K": each, "Q5_K": each, "Q6_K": each}.get(kind, 0.0)
+    return each if kind == "Q4_0" else 0.0
+
+
 def _has_short_rows(model: Path) -> bool:
     """Whether codes stand in rows of a single block of 32, of which llama.cpp's AMX kernels (0.3.36) compute nonsense."""
     from gguf import GGMLQuantizationType as Kind

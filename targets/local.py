@@ -16,10 +16,11 @@ import numpy.typing as npt
 from tapeout.errors import TapeoutError, nearest
 from tapeout.exporters import Artifact, Carry, gguf, onnx
 from tapeout.exporters.onnx.genai import CONFIG as GENAI
-from tapeout.models import DecoderConfig, EncoderConfig
+from tapeout.models import DecoderConfig, EncoderConfig, Role
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Memory, Progress, check_counts, graph_width, llama_cpp, onnxruntime
+from tapeout.targets.held import held_bits
 from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _LLAMA_CPP = "tapeout.targets.llama_cpp:open_session"
@@ -119,6 +120,15 @@ class Local:
         """Keys and values as the runtime keeps them, and the activations of a chunk."""
         return self._road.memory(self, config, context)
 
+    def loaded(self, quant: Quantized, size: int) -> tuple[int, int]:
+        """Matrices anew in the order that kernels like; see ``targets.loaded``."""
+        return self._road.loaded(self, quant, size)
+
+    def scratch_bytes(self, quant: Quantized) -> int:
+        """Of gguf a twin in float32, of which the gate ``lowering`` is made."""
+        weights = sum(math.prod(spec.shape) for spec in quant.model.specs.values())
+        return 0 if self.format == "onnx" else 4 * weights
+
     def missing(self) -> str | None:
         """Whether the format's library and runtime are here."""
         absent = [name for name in self._road.packages if importlib.util.find_spec(name) is None]
@@ -217,6 +227,19 @@ class _Gguf:
         return Memory(cache, chunk * (2 * kinds * context + 4 * max(config.vocab_size, graph_width(config))))
 
     @staticmethod
+    def loaded(device: Local, quant: Quantized, size: int) -> tuple[int, int]:
+        """What llama.cpp packs anew on this machine's kind of CPU, and the file but for a table of which single rows are read."""
+        kept, table = 0.0, 0.0
+        for name, weights, width in _matrices(quant):
+            bits = held_bits(device, quant.schemes[name], width)
+            if _looked_up(quant, name):
+                table += weights * (bits or 8 * quant.model.checkpoint[name].nbytes / weights) / 8
+            elif bits is not None and (block := gguf.block_of(quant.schemes[name])):
+                stacked = ".experts." in name
+                kept += weights * llama_cpp.repacked_bytes(block.kind, block.size / block.weights, stacked)
+        return int(kept), int(size - table)
+
+    @staticmethod
     def open(device: Local, artifact: Artifact, **settings: Any) -> SessionSpec:
         given = {
             "model": str(artifact.directory / artifact.files[0]),
@@ -289,6 +312,23 @@ class _Onnx:
         return Memory(onnxruntime.cache_bytes(layers, context), work)
 
     @staticmethod
+    def loaded(device: Local, quant: Quantized, size: int) -> tuple[int, int]:
+        """Codes with their scales and a sum a block; floats, and float8, as float32. Of the mapped data scales stay."""
+        kept, mapped = 0.0, 0.0
+        for name, weights, width in _matrices(quant):
+            scheme = quant.schemes[name]
+            bits = held_bits(device, scheme, width)
+            if _looked_up(quant, name):
+                continue
+            if bits is None or scheme.levels == "e4m3":
+                kept += 4 * weights
+            else:
+                block = onnx.block_of(scheme, width) or width
+                kept += weights * (bits + 32 / block) / 8
+                mapped += weights * 4 / block
+        return int(kept), int(mapped)
+
+    @staticmethod
     def open(device: Local, artifact: Artifact, graph: Path | None = None) -> SessionSpec:
         arguments = {
             "directory": str(artifact.directory),
@@ -350,6 +390,19 @@ class _Onnx:
             "print(words.decode(generator.get_sequence(0)))",
         )
         return "python - <<END\n" + "\n".join(lines) + "\nEND"
+
+
+def _matrices(quant: Quantized) -> Iterator[tuple[str, int, int]]:
+    """Name, weights and row length of every matrix that codes may hold."""
+    for name, spec in quant.model.specs.items():
+        if spec.role.is_matrix:
+            yield name, math.prod(spec.shape), spec.shape[-1]
+
+
+def _looked_up(quant: Quantized, name: str) -> bool:
+    """Whether of a matrix single rows are read, and it is no head."""
+    tied = getattr(quant.model.config, "tie_word_embeddings", False)
+    return quant.model.specs[name].role is Role.EMBEDDING and not tied
 
 
 def _graphs(artifact: Artifact) -> list[str]:

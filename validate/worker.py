@@ -161,6 +161,11 @@ class WorkerSession:
             **self._call("say", strings=list(strings), prompts=list(prompts), generation=asdict(generation))
         )
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
     def time(self, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None) -> Timing:
         """Run ``measure`` in the worker, so that no pipe is in the figures."""
         raw = self._call(

@@ -155,7 +155,8 @@ def _write_package(
     (package / MANIFEST).write_text(manifest(hashlib.sha256(data).hexdigest()), encoding="utf-8")
     with (package / WEIGHTS).open("wb") as opened:
         os.ftruncate(opened.fileno(), graph.layout.end)
-        write_blobs(graph, opened.fileno(), threads, progress)
+        if not graph.quant.hollow:
+            write_blobs(graph, opened.fileno(), threads, progress)
 
 
 def resolved(quant: Quantized, options: Options) -> Options:

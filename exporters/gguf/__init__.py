@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tapeout.exporters.gguf.arch import turns_neighbours
-from tapeout.exporters.gguf.layout import carries
+from tapeout.exporters.gguf.layout import block_of, carries
 from tapeout.exporters.gguf.reader import describe, read_codes
 from tapeout.exporters.gguf.widened import widened
 from tapeout.exporters.gguf.writer import write
 
-__all__ = ["carries", "describe", "read_codes", "turns_neighbours", "widened", "write"]
+__all__ = ["block_of", "carries", "describe", "read_codes", "turns_neighbours", "widened", "write"]

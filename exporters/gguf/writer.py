@@ -80,6 +80,8 @@ def write(
             for file in files:
                 with file.path.open("r+b") as opened:
                     os.ftruncate(opened.fileno(), file.size)
+                    if quant.hollow:
+                        continue
                     for entry in (e for e in layout.entries if e.name in file.offsets):
                         _write_entry(quant, entry, opened.fileno(), file.offsets[entry.name], pool)
                         done += entry.nbytes

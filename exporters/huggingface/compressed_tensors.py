@@ -77,7 +77,7 @@ def files(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
     """The tensors that stand for the weight of module ``base``."""
     out, into = tensor.shape
-    found = {"weight_scale": held(np.ascontiguousarray(tensor.scale))}
+    found = {"weight_scale": held(tensor.scale)}
     if scheme.levels == "e4m3":
         found["weight"] = Part("F8_E4M3", (out, into), lambda rows: tensor.packed[rows], out)
     elif scheme.activations:

@@ -96,7 +96,11 @@ def write(
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
             for shard in shards:
                 for written in write_file(
-                    directory, shard, lambda name: _made(quant, of[name], packing, kv_cache)[name], pool
+                    directory,
+                    shard,
+                    lambda name: _made(quant, of[name], packing, kv_cache)[name],
+                    pool,
+                    hollow=quant.hollow,
                 ):
                     done += written
                     if progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapeout.exporters.onnx.blocks import as_held, carries, input_block
+from tapeout.exporters.onnx.blocks import as_held, block_of, carries, input_block
 from tapeout.exporters.onnx.genai import cache_shape
 from tapeout.exporters.onnx.graph import check_size
 from tapeout.exporters.onnx.reader import describe, inputs, read_codes
@@ -11,6 +11,7 @@ from tapeout.exporters.onnx.writer import Dialect, exact_graph, write
 __all__ = [
     "Dialect",
     "as_held",
+    "block_of",
     "cache_shape",
     "carries",
     "check_size",

@@ -96,7 +96,8 @@ def write(
             shutil.copyfile(file, directory / file.name)
         with (directory / DATA).open("wb") as opened:
             os.ftruncate(opened.fileno(), size)
-            _write_data(graph, opened.fileno(), size, threads, progress)
+            if not quant.hollow:
+                _write_data(graph, opened.fileno(), size, threads, progress)
     return Artifact(
         format="onnx",
         directory=directory,

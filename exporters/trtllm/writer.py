@@ -86,7 +86,9 @@ def write(
         total, done = sum(part.nbytes for parts in ranks for part in parts.values()), 0
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
             for name, parts in zip(names, ranks, strict=True):
-                for written in write_file(directory, lay_out(name, parts), parts.__getitem__, pool):
+                for written in write_file(
+                    directory, lay_out(name, parts), parts.__getitem__, pool, hollow=quant.hollow
+                ):
                     done += written
                     if progress:
                         progress("export", done, total)
