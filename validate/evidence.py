@@ -251,7 +251,9 @@ class Evidence:
         self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
     ) -> None:
         """Keep how KL is spread over the tokens that a gate compared, and the worst with both models' answers."""
-        if not distance.tokens or isinstance(self.model.config, TracedConfig) and self.model.config.is_module:
+        if not distance.tokens or (
+            isinstance(self.model.config, TracedConfig) and self.model.config.is_module
+        ):
             return
         one, two = names
         found = comparison(

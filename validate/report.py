@@ -52,7 +52,7 @@ class GateResult:
 
         A value that must be at least its limit is a share of something, and loses nothing at 1.
         """
-        if self.value is None or self.limit is None or not (self.value == self.value):
+        if self.value is None or self.limit is None or self.value != self.value:
             return None
         at_least = (self.value < self.limit) == (self.status == "failed") and self.value != self.limit
         best = 1.0 if at_least else _UNIT.get(self.metric, 0.0)
