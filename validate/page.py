@@ -5,8 +5,10 @@ Everything is made from what stands in ``report.json``: the same one gives the s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from math import log10
 from typing import Any
 
 from markupsafe import Markup
@@ -34,6 +36,16 @@ def seconds(value: float) -> str:
     if value >= 1:
         return f"{value:.3g} s"
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def share_of(value: float) -> str:
+    """A share in percent; how many times where that is more than ten."""
+    return f"{value:.1%}" if value < 10 else f"{number(value)} times"
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, in which nothing is invisible."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def page(report: Report) -> str:
@@ -87,7 +99,7 @@ def comparison_rows(named: Mapping[str, Report]) -> list[dict[str, Any]]:
         ("quality: equal likeliest tokens", "share", lambda r: _value(r, "quality/top1")),
         ("quality: perplexity / original's", "", lambda r: _value(r, "quality/perplexity")),
         ("task: exact answers", "share", lambda r: _value(r, "task")),
-        ("lowering: runtime's own arithmetic", "KL, nats", lambda r: _value(r, "lowering/runtime")),
+        ("lowering: runtime's own arithmetic", "share of its limit", lambda r: _used(r, "lowering/runtime")),
         ("speed", "tokens/s", lambda r: _speed(r)[0]),
         ("speed measured on", "", lambda r: _speed(r)[2] or None),
         ("time to first token", "ms", lambda r: _scaled(_longest(r).get("first_token_s"), 1e3)),
@@ -246,6 +258,11 @@ def _value(report: Report, name: str) -> float | None:
     return gate.value if gate else None
 
 
+def _used(report: Report, name: str) -> float | None:
+    gate = _gate(report, name)
+    return gate.used if gate else None
+
+
 def _scaled(value: float | None, by: float) -> float | None:
     return None if value is None else value * by
 
@@ -263,7 +280,7 @@ def _shown(report: Report) -> dict[str, Any]:
                 (
                     gate.name,
                     min(share, 1.5),
-                    f"{share:.1%} of its limit",
+                    f"{share_of(share)} of its limit",
                     "bad" if gate.status == "failed" else "good",
                 )
                 for gate, share in used
@@ -311,7 +328,7 @@ def _shown(report: Report) -> dict[str, Any]:
             [
                 (
                     layer["layer"],
-                    layer["grown"] or 0.0,
+                    log10(max(layer["grown"] or 0.0, 1e-8)) + 8,
                     "not a number" if layer["grown"] is None else f"{layer['grown']:.2g}",
                     "bad" if layer["parts"] else "good",
                 )
@@ -357,5 +374,12 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "size": size, "seconds": seconds, "cell": cell_text}
+    environment.filters |= {
+        "number": number,
+        "size": size,
+        "seconds": seconds,
+        "share": share_of,
+        "quoted": quoted,
+        "cell": cell_text,
+    }
     return environment.get_template(name)

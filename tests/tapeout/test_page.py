@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -240,7 +241,8 @@ def test_findings_are_those_of_the_gates(reports: dict[str, Report]) -> None:
         report = reports[name]
         gates = {gate.name: gate for gate in report.gates}
         for gate, each in report.findings["comparisons"].items():
-            assert each["mean"] == pytest.approx(gates[gate].value, rel=1e-12)
+            if gates[gate].metric == "mean KL, nats":
+                assert each["mean"] == pytest.approx(gates[gate].value, rel=1e-9)
             assert sum(each["counts"]) == each["tokens"] > 0
             assert [row["kl"] for row in each["worst"]] == sorted(
                 (row["kl"] for row in each["worst"]), reverse=True
@@ -290,7 +292,7 @@ def test_markdown_fits_a_comment(reports: dict[str, Report]) -> None:
     assert lines[0].startswith("❌ **FAILED** `llama` → `int8` → `cpu`: ")
     assert "Look first: lowering/runtime failed" in text
     rows = [line for line in lines if line.startswith("|")]
-    assert {row.count("|") for row in rows} == {6}  # no reason breaks the table
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6}  # no reason breaks the table
     assert rows[2].startswith("| `lowering/runtime` | **failed** | 0.4 | 0.0001 |")
     assert rows[3].startswith("| `task` | skipped |")
     assert markdown(reports["gguf"]).startswith("✅ **PASSED**")
