@@ -174,10 +174,9 @@ class Report:
             "errors": "0",
             "skipped": str(sum(gate.status == "skipped" for gate in self.gates)),
         }
-        suites = ElementTree.Element("testsuites", name="tapeout", **counts)
-        suite = ElementTree.SubElement(
-            suites, "testsuite", name=f"{self.model} {self.scheme} {self.target}", **counts
-        )
+        suites = ElementTree.Element("testsuites", {"name": "tapeout", **counts})
+        name = f"{self.model} {self.scheme} {self.target}"
+        suite = ElementTree.SubElement(suites, "testsuite", {"name": name, **counts})
         for gate in self.gates:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"tapeout.{self.target}", name=gate.name

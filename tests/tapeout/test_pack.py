@@ -31,7 +31,7 @@ from tapeout.quantize import quantize
 from tapeout.recipe import Recipe
 from tapeout.validate import GateResult, Options, Report
 
-BESIDE = {"golden.safetensors", "report.html", "report.json", "report.xml", "sbom.cdx.json"}
+BESIDE = {"golden.safetensors", "report.html", "report.json", "report.md", "report.xml", "sbom.cdx.json"}
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 LOOSE = Recipe.of({"tokens": 40, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}})
 
