@@ -44,9 +44,9 @@ def bars(rows: Sequence[tuple[str, float, str, str]], said: str, mark: float | N
         parts += [_text(0, y + 14, label), _text(100, y + 14, shown, "end", "soft")]
         parts.append(_rect(0, y + 20, 100, 8, "track"))
         parts.append(_rect(0, y + 20, max(0.3, 100 * value / most), 8, f"bar {kind}", f"{label}: {shown}"))
-    if mark is not None:
-        x, end = 100 * mark / most, len(rows) * _ROW
-        parts.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="17" y2="{end - 4}" class="mark"/>')
+        if mark is not None:
+            x = 100 * mark / most
+            parts.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{y + 17}" y2="{y + 31}" class="mark"/>')
     return _svg(len(rows) * _ROW, said, parts)
 
 

@@ -772,6 +772,7 @@ def measured(original: Logits, quantized: Logits, ids: list[int], limits: Limits
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
         quant=SimpleNamespace(scheme=SCHEMES[scheme], schemes={"a": SCHEMES[scheme]}),
+        compare=lambda *_: None,
         original=[original],
         quantized=[quantized],
         sequences=[ids],
@@ -851,6 +852,7 @@ def test_quality_of_no_text() -> None:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
         quant=SimpleNamespace(scheme=SCHEMES["int8"], schemes={}),
+        compare=lambda *_: None,
         original=[],
         quantized=[],
         scored=list,
@@ -953,6 +955,7 @@ def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
         added_tokens=[],
         gives_text=True,
         artifact=SimpleNamespace(tokenizer_limits=()),
+        findings={},
     )
     result = only(gates.tokenizer(cast(Evidence, evidence)))
     assert (result.status, result.value) == ("failed" if value else "passed", value)
@@ -964,6 +967,7 @@ def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
 
 def answered(before: list[str], after: list[str], wanted: list[str], limit: float) -> GateResult:
     evidence = SimpleNamespace(
+        findings={},
         tasks=[("?", answer) for answer in wanted],
         expected=Said([], [], before),
         said=Said([], [], after),
