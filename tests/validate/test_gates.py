@@ -612,9 +612,18 @@ def test_a_cache_of_floats_has_no_cost_to_tell(look: Look) -> None:
     ],
 )  # fmt: skip
 def test_lowering_of_a_broken_runtime(look: Look, defect: str, told: str) -> None:
-    for result in gates.lowering(look(Device(defect=defect))):
+    evidence = look(Device(defect=defect))
+    found = gates.lowering(evidence)
+    for result in found:
         assert result.status == "failed"
         assert told in result.reason
+    if defect == "NaN":  # where it is made is looked for
+        assert all("rimitive" in result.reason for result in found)
+        told_of = [{"gate": result.name, "finding": result.reason} for result in found]
+        assert evidence.findings["not_finite"] == told_of
+        assert evidence.findings["divergence"]["layers"]
+    else:
+        assert "not_finite" not in evidence.findings
 
 
 class Narrow(Device):
