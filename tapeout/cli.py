@@ -295,7 +295,7 @@ def validate(
         calibration: The text that its rounding looked at, when that was one of your own.
         require: A gate that must run: skipped counts as failed. May be given several times.
         device_report: What the package's own script found on a device (device_report.json): its gates and figures become part of the report.
-        report: A directory to write report.json, report.html and report.xml to.
+        report: A directory to write report.json, report.html, report.md and report.xml to.
         json: Print the report to stdout.
     """
     from tapeout.pack import Package
@@ -464,6 +464,36 @@ def diff(
         stderr.print(Text(f"note: {note}"), soft_wrap=True)
     stderr.print(Text(found.divergence.words()), soft_wrap=True)
     return 0 if found.divergence.first is None else 1
+
+
+@app.command
+def compare(*packages: Path, html: Path | None = None, json: Json = False) -> int:
+    """Set the reports of several packages side by side, as a table in Markdown. Exit status 1: one of them did not pass.
+
+    Example: tapeout compare build/demo build/onnx --html build/compare.html
+
+    Args:
+        packages: Their directories, two or more.
+        html: Write the same as a page, with charts.
+        json: Print the figures to stdout as JSON instead.
+    """
+    from tapeout.compare import reports
+    from tapeout.files import writing
+    from tapeout.validate.page import comparison_markdown, comparison_page, comparison_rows
+
+    if len(packages) < 2:
+        raise TapeoutError(f"compare takes two packages or more, found {len(packages)}.")
+    found = reports(packages)
+    if html:
+        with writing(html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(comparison_page(found), encoding="utf-8")
+        stderr.print(Text(f"{html}"), soft_wrap=True)
+    if json:
+        _print_json({"packages": list(found), "rows": comparison_rows(found)})
+    else:
+        sys.stdout.write(comparison_markdown(found))
+    return 0 if all(report.passed for report in found.values()) else 1
 
 
 @app.command

@@ -44,6 +44,10 @@ class RuntimeCrash(TapeoutError):
     status = 1
 
 
+class NotFinite(RuntimeCrash):
+    """A model gave NaN or an infinite number."""
+
+
 class GateFailed(TapeoutError):
     """At least one gate failed."""
 

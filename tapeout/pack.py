@@ -8,7 +8,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +131,28 @@ class Package:
         config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return config
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What its report says of it: digests of what it was made from and of, versions, sizes in bytes."""
+        manifest = self.manifest
+        sizes = {path: entry["size"] for path, entry in manifest["files"].items()}
+        return {
+            "tapeout": manifest["tapeout"],
+            "root_sha256": manifest["root_sha256"],
+            "source_sha256": manifest["model"]["source_sha256"],
+            "codes_sha256": manifest["codes_sha256"],
+            "calibration_sha256": manifest["calibration_sha256"],
+            "family": manifest["model"]["family"],
+            "licence": manifest["model"]["licence"],
+            "rounding": manifest["rounding"],
+            "format": manifest["artifact"]["format"],
+            "runtime": manifest["needs"]["runtime"],
+            "context": manifest["artifact"]["context"],
+            "artifact_bytes": sum(size for path, size in sizes.items() if path.startswith("artifact/")),
+            "memory_bytes": manifest["needs"]["memory_bytes"],
+            "key_value_cache_bytes": manifest["needs"]["key_value_cache_bytes"],
+        }
+
     def target(self) -> Target:
         """The target that it was made for, with the options that it was made with."""
         return targets.get(self.manifest["target"]["name"])(**self.manifest["target"]["options"])
@@ -196,7 +218,7 @@ def pack(
     (directory / "README.md").write_text(_card(artifact, facts, model, target), encoding="utf-8")
     manifest = {**facts, "files": _digests(directory)}
     manifest["root_sha256"] = _root(manifest)
-    report.write(directory)
+    replace(report, provenance=Package(directory, manifest).provenance).write(directory)
     (directory / "sbom.cdx.json").write_text(_sbom(manifest), encoding="utf-8")
     if report.golden or report.golden_arrays:
         _write_golden(directory / "golden.safetensors", report)

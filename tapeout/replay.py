@@ -75,6 +75,7 @@ def revalidate(
         found = _without_model(package, required)
     else:
         found = _with_model(package, source, recipe, calibration, required, progress)
+    found = replace(found, provenance=package.provenance)
     return told.merged(found) if told else found
 
 

@@ -97,11 +97,12 @@ def validate(
         )
         try:
             found = [
-                *gates.guarded("codes", gates.codes, evidence),
-                *gates.guarded("lowering", gates.lowering, evidence),
+                *_gate("codes", gates.codes, evidence),
+                *_gate("lowering", gates.lowering, evidence),
                 *_own_gates(evidence, options.limits),
             ]
-            throughput = _throughput(evidence) if options.throughput else {}
+            with evidence.stage("throughput"):
+                throughput = _throughput(evidence) if options.throughput else {}
             golden = _golden(evidence)
             arrays = _golden_arrays(evidence)
         finally:
@@ -118,6 +119,7 @@ def validate(
         golden=golden,
         golden_arrays=arrays,
         graph=model.graph,
+        findings=evidence.findings,
     )
 
 
@@ -134,25 +136,31 @@ def _own_gates(evidence: Evidence, limits: Limits) -> list[GateResult]:
     """The gates between lowering and throughput, which differ by the kind of model."""
     if isinstance(evidence, ModuleEvidence):
         return [
-            *gates.guarded("quality", lambda e: gates.module_quality(e, limits), evidence),
+            *_gate("quality", lambda e: gates.module_quality(e, limits), evidence),
             *gates.absent(_NOT_OF_MODULES),
         ]
     of_text = [
-        *gates.guarded("tokenizer", gates.tokenizer, evidence),
-        *gates.guarded("task", lambda e: gates.task(e, limits), evidence),
+        *_gate("tokenizer", gates.tokenizer, evidence),
+        *_gate("task", lambda e: gates.task(e, limits), evidence),
     ]
     if isinstance(evidence, EncoderEvidence):
         return [
-            *gates.guarded("padding", gates.padding, evidence),
-            *gates.guarded("quality", lambda e: gates.encoder_quality(e, limits), evidence),
+            *_gate("padding", gates.padding, evidence),
+            *_gate("quality", lambda e: gates.encoder_quality(e, limits), evidence),
             *of_text,
         ]
     return [
-        *gates.guarded("decode", gates.decode, evidence),
-        *gates.guarded("quality", lambda e: gates.quality(e, limits), evidence),
-        *gates.guarded("quality/cache", lambda e: gates.cache(e, limits), evidence),
+        *_gate("decode", gates.decode, evidence),
+        *_gate("quality", lambda e: gates.quality(e, limits), evidence),
+        *_gate("quality/cache", lambda e: gates.cache(e, limits), evidence),
         *of_text,
     ]
+
+
+def _gate(name: str, gate: gates.Gate[gates.E], evidence: gates.E) -> list[GateResult]:
+    """Run a gate, and keep how long it took."""
+    with evidence.stage(name):
+        return gates.guarded(name, gate, evidence)
 
 
 def check_names(required: frozenset[str]) -> None:

@@ -9,7 +9,9 @@ from typing import Any, cast
 from tapeout.errors import RuntimeCrash
 from tapeout.models import EncoderConfig
 from tapeout.validate.encoders import padded
+from tapeout.validate.findings import comparison
 from tapeout.validate.generate import Said
+from tapeout.validate.metrics import Distance
 from tapeout.validate.session import EncoderSession, Logits
 from tapeout.validate.uncached_evidence import UncachedEvidence
 from tapeout.validate.worker import WorkerSession
@@ -40,6 +42,22 @@ class EncoderEvidence(UncachedEvidence):
                 "the evaluation text gives no sequence with this tokenizer: give a longer one."
             )
         return [ids[: max(1, len(ids) * at // max(1, len(first) - 1))] for at, ids in enumerate(first)]
+
+    def compare(
+        self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
+    ) -> None:
+        """Of class logits alone: KL means nothing of states. A text has one row, and the classes have names."""
+        if self.config.output != "logits":
+            return
+        one, two = names
+        self.findings.setdefault("comparisons", {})[gate] = comparison(
+            distance.kls,
+            reference,
+            other,
+            names=(one, two),
+            before=lambda sequence, _: self.text_of(self.sequences[sequence]),
+            called=lambda entry: str(self.config.labels[entry]),
+        )
 
     def encode(self, session: EncoderSession, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Rows of each sequence, [tokens, hidden] or [1, width], from one padded batch."""

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import DecoderConfig, Model
+from tapeout.models import DecoderConfig, Model, TracedConfig
 from tapeout.quantize import Quantized
 from tapeout.validate import corpus
 from tapeout.validate.divergence import Divergence, added_rounding, against_graph
+from tapeout.validate.findings import comparison
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
@@ -57,6 +61,8 @@ class Evidence:
     _deployed: WorkerSession | None = None
     _lowered: list[Logits] | None = None
     _walks: dict[int, Divergence | None] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+    """What the report shows beside the verdicts; each gate adds its own (``report.schema.json`` says what)."""
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -242,6 +248,46 @@ class Evidence:
     def added_tokens(self) -> list[str]:
         """The texts of the tokens that the model's tokenizer looks for before anything else."""
         return [token["content"] for token in self._tokenizer.get("added_tokens", [])]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Keep how many seconds a stage took. What several gates look at counts to the first that asks."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            taken = {"name": name, "seconds": perf_counter() - begin}
+            self.findings.setdefault("stages", []).append(taken)
+
+    def compare(
+        self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
+    ) -> None:
+        """Keep how KL is spread over the tokens that a gate compared, and the worst with both models' answers."""
+        if not distance.tokens or (
+            isinstance(self.model.config, TracedConfig) and self.model.config.is_module
+        ):
+            return
+        one, two = names
+        found = comparison(
+            distance.kls,
+            reference,
+            other,
+            names=(one, two),
+            before=lambda sequence, row: self.text_of(self.scored(self.sequences[sequence])[: row + 1]),
+            called=lambda entry: self.text_of([entry]),
+        )
+        self.findings.setdefault("comparisons", {})[gate] = found
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens by the model's ``tokenizer.json``, or without one their ids."""
+        if self._decoder is None:
+            return " ".join(f"#{each}" for each in ids)
+        return str(self._decoder.decode(list(ids), skip_special_tokens=False))
+
+    @cached_property
+    def _decoder(self) -> Any:
+        path = self.model.directory / "tokenizer.json"
+        return tokenizers.Tokenizer.from_file(str(path)) if path.exists() else None
 
     @property
     def gives_text(self) -> bool:

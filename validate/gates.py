@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
+from tapeout.errors import MissingToolchain, NotFinite, RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
 from tapeout.models import TracedConfig
@@ -18,6 +18,7 @@ from tapeout.models.text_limits import LIMITS
 from tapeout.quantize import QuantTensor, Scheme
 from tapeout.validate.encoder_evidence import EncoderEvidence
 from tapeout.validate.evidence import DECODED, Evidence
+from tapeout.validate.findings import differing_answers, differing_strings, error_by_layer
 from tapeout.validate.metrics import Distance, negative_log_likelihood
 from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult
@@ -89,6 +90,8 @@ def guarded(name: str, gate: Gate[E], evidence: E) -> list[GateResult]:
     except MissingToolchain as error:
         return [GateResult(name, "skipped", reason=str(error))]
     except TapeoutError as error:
+        if isinstance(error, NotFinite):
+            evidence.findings.setdefault("not_finite", []).append({"gate": name, "finding": str(error)})
         return [GateResult(name, "failed", reason=str(error))]
 
 
@@ -201,11 +204,17 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> list[GateResult
         logits = evidence.lowered(f"lowering-{check.check}")
     else:
         logits = evidence.record(f"lowering-{check.check}", check.session, evidence.sequences)
-    distance = _distance(reference, logits)
+    try:
+        distance = _distance(reference, logits)
+    except NotFinite as error:
+        bad = next(at for at, rows in enumerate(logits) if not np.isfinite(rows).all())
+        raise NotFinite(f"{error} {_first_divergence(evidence, bad)}") from error
     limit, value = check.limit, distance.max if check.metric == "max" else evidence.cost(distance)
     metric = "largest logit difference / std" if check.metric == "max" else evidence.metric
     reason = check.derivation
     if check.check == "runtime":
+        if check.metric != "max":
+            evidence.compare(name, distance, reference, logits, "dequantized reference", "device")
         predicted = evidence.cost(evidence.predicted)
         limit = _TWICE * predicted + _FLOAT_FLOOR
         reason = f"{check.derivation} Predicted for this model and text: {predicted:.2g} ({evidence.metric})."
@@ -214,7 +223,8 @@ def _lowering(evidence: Evidence, check: Lowering, name: str) -> list[GateResult
         limit = max(limit, _NOISES * noise)
         reason += f" Float32 takes the reference {noise:.2g} from float64 on this text; {_NOISES:g} times that is allowed."
     if value > limit:
-        reason = f"{_first_divergence(evidence, reference, logits)} {reason}"
+        farthest = [Distance.between([a], [b]).max for a, b in zip(reference, logits, strict=True)]
+        reason = f"{_first_divergence(evidence, int(np.argmax(farthest)))} {reason}"
     result = _verdict(name, metric, value, limit, reason)
     return [result, _range(peaks, sum(map(len, logits)))] if check.peaks else [result]
 
@@ -238,15 +248,16 @@ def _range(peaks: Mapping[str, float], rows: int) -> GateResult:
     return _verdict("lowering/range", "largest float16 value / 65504", share, _RANGE, reason)
 
 
-def _first_divergence(evidence: Evidence, reference: Sequence[Logits], logits: Sequence[Logits]) -> str:
-    """Walk the artifact along the graph over the sequence on which it is farthest from the reference."""
+def _first_divergence(evidence: Evidence, index: int) -> str:
+    """Walk the artifact along the graph over one of the sequences."""
     if isinstance(evidence.model.config, TracedConfig):
         return f"A graph that {evidence.model.graph} made has no names in common with ours to find where it first parts."
-    farthest = [Distance.between([a], [b]).max for a, b in zip(reference, logits, strict=True)]
     try:
-        found = evidence.walk(int(np.argmax(farthest)))
+        found = evidence.walk(index)
     except TapeoutError as error:
         return f"Where it first parts could not be found: {error}"
+    if found:
+        evidence.findings["divergence"] = error_by_layer(found)
     return found.words() if found else f"Target {evidence.device.name} does not show where it first parts."
 
 
@@ -316,6 +327,9 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.top1 is not None
     assert limits.perplexity is not None
     distance = _distance(evidence.original, evidence.quantized)
+    evidence.compare(
+        "quality/kl", distance, evidence.original, evidence.quantized, "original weights", "quantized weights"
+    )
     scored = [evidence.scored(ids) for ids in evidence.sequences]
     tokens = max(1, sum(len(ids) - 1 for ids in scored))
     loss = [
@@ -390,6 +404,9 @@ def tokenizer(evidence: Evidence) -> list[GateResult]:
     }
     apart = set().union(*classes.values())
     wrong = [i for i in (*changed, *back) if i not in apart]
+    evidence.findings["tokenizer"] = differing_strings(
+        strings, expected.ids, found.ids, [*wrong, *sorted({*changed, *back} & apart)]
+    )
     reason = f"{len(strings) - len(apart)} hostile strings give the same ids, and their ids the same text."
     if wrong and wrong[0] in known:
         i = wrong[0]
@@ -432,6 +449,9 @@ def task(evidence: Evidence, limits: Limits) -> list[GateResult]:
         return right / len(evidence.tasks)
 
     before, after = accuracy(evidence.expected.answers), accuracy(evidence.said.answers)
+    evidence.findings["tasks"] = differing_answers(
+        evidence.tasks, evidence.expected.answers, evidence.said.answers
+    )
     reason = f"{len(evidence.tasks)} tasks; the original answers {before:.1%} exactly, at most {limits.task:.1%} may be lost."
     return [_verdict("task", "exact answers", after, before - limits.task, reason, at_least=True)]
 
@@ -469,6 +489,14 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
     distance = _distance(evidence.original, evidence.quantized)
     what = f"original ‖ dequantized on {len(evidence.sequences)} texts."
     if evidence.config.output == "logits":
+        evidence.compare(
+            "quality/kl",
+            distance,
+            evidence.original,
+            evidence.quantized,
+            "original weights",
+            "quantized weights",
+        )
         return [
             _verdict("quality/kl", "mean KL, nats", distance.kl, limits.kl, what),
             _verdict(

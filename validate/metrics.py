@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import RuntimeCrash
+from tapeout.errors import NotFinite, RuntimeCrash
 from tapeout.validate.session import Logits
 
 _STEP_VALUES = 1 << 22  # logits in work at a time: their float64 copies stay below a few hundred megabytes
@@ -61,7 +61,7 @@ class Distance:
             mine, theirs = reference[rows].astype(np.float64), other[rows].astype(np.float64)
             bad = ~np.isfinite(theirs).all(axis=1)
             if bad.any():
-                raise RuntimeCrash(
+                raise NotFinite(
                     f"{who} gives NaN or infinite logits after token {rows.start + int(np.argmax(bad))}."
                 )
             kl = kl_divergence(mine, theirs)
@@ -86,9 +86,14 @@ class Distance:
         return self.kl_sum / max(1, self.tokens)
 
     @property
+    def kls(self) -> npt.NDArray[np.float64]:
+        """KL of each token in nats, in the order that they were added: float64 [tokens]."""
+        return np.concatenate(self._kls) if self._kls else np.zeros(0)
+
+    @property
     def typical_kl(self) -> float:
         """KL of the median token, in nats."""
-        return float(np.median(np.concatenate(self._kls))) if self.tokens else 0.0
+        return float(np.median(self.kls)) if self.tokens else 0.0
 
     @property
     def top1(self) -> float:

@@ -1,11 +1,11 @@
-"""The report: what each gate found, how fast it ran, on which machine; as JSON, HTML and JUnit."""
+"""The report: what each gate found, how fast it ran, on which machine; as JSON, HTML, Markdown and JUnit."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT_VERSION = 1
+# What XML 1.0 cannot hold: a runtime's last words may have a terminal's colours in them.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNIT = {"perplexity / original's": 1.0}
+"""The value of a metric that loses nothing, where that is not zero."""
 Status = Literal["passed", "failed", "skipped"]
 
 
@@ -42,6 +46,20 @@ class GateResult:
     limit: float | None = None
     reason: str = ""
 
+    @property
+    def used(self) -> float | None:
+        """The share of its limit that the value takes: 0 is no loss, 1 the limit, more has failed; None where that says nothing.
+
+        A value that must be at least its limit is a share of something, and loses nothing at 1.
+        """
+        if self.value is None or self.limit is None or self.value != self.value:
+            return None
+        at_least = (self.value < self.limit) == (self.status == "failed") and self.value != self.limit
+        best = 1.0 if at_least else _UNIT.get(self.metric, 0.0)
+        if self.limit == best:
+            return None
+        return max(0.0, (self.value - best) / (self.limit - best))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -55,6 +73,8 @@ class Report:
         golden_arrays: the same of a module, inputs and outputs by name.
         graph: which road the model's graph took: ``built``, ``torch.export`` or ``optimum``.
         device: the machine of a report that was merged (see ``tapeout.device_report``), its runtime, and throughput of its ``units``.
+        provenance: what it was made from and of, by digests, and its size; see ``Package.provenance``.
+        findings: what the gates saw on the way: see ``validate.findings``, and ``stages`` with their seconds.
     """
 
     model: str
@@ -68,12 +88,21 @@ class Report:
     golden_arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     graph: str = "built"
     device: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Whether no gate failed and at least one passed."""
         statuses = {gate.status for gate in self.gates}
         return "failed" not in statuses and "passed" in statuses
+
+    def preceded(self, **seconds: float) -> Report:
+        """The same report, with what came before validation and the seconds that it took."""
+        before = [{"name": name, "seconds": taken} for name, taken in seconds.items()]
+        return replace(
+            self, findings={**self.findings, "stages": [*before, *self.findings.get("stages", [])]}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``data/report.schema.json`` describes."""
@@ -88,7 +117,15 @@ class Report:
             "throughput": dict(self.throughput),
             "machine": dict(self.machine),
             "notes": list(self.notes),
-            **({"device": dict(self.device)} if self.device else {}),
+            **{
+                key: dict(value)
+                for key, value in {
+                    "device": self.device,
+                    "provenance": self.provenance,
+                    "findings": self.findings,
+                }.items()
+                if value
+            },
         }
 
     @classmethod
@@ -110,46 +147,52 @@ class Report:
                 tuple(raw["notes"]),
                 graph=raw.get("graph", "built"),
                 device=raw.get("device", {}),
+                provenance=raw.get("provenance", {}),
+                findings=raw.get("findings", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{path} is not a report: {error!r}.") from error
 
     def write(self, directory: Path) -> None:
-        """Write ``report.json``, ``report.html`` and ``report.xml`` (JUnit)."""
-        (directory / "report.json").write_text(canonical_json(self.to_json()), encoding="utf-8")
-        (directory / "report.html").write_text(self._html(), encoding="utf-8")
-        (directory / "report.xml").write_text(self._junit(), encoding="utf-8")
+        """Write ``report.json``, and from it ``report.html``, ``report.md`` and ``report.xml`` (JUnit)."""
+        from tapeout.validate.page import markdown, page
 
-    def _html(self) -> str:
-        counts = {
-            status: sum(gate.status == status for gate in self.gates)
-            for status in ("passed", "failed", "skipped")
+        forms = {
+            "json": canonical_json(self.to_json()),
+            "html": page(self),
+            "md": markdown(self),
+            "xml": self._junit(),
         }
-        return str(_page().render(report=self, counts=counts))
+        for ending, text in forms.items():
+            (directory / f"report.{ending}").write_text(text, encoding="utf-8")
 
     def _junit(self) -> str:
-        suite = ElementTree.Element(
-            "testsuite",
-            name=f"{self.model} {self.scheme} {self.target}",
-            tests=str(len(self.gates)),
-            failures=str(sum(gate.status == "failed" for gate in self.gates)),
-            errors="0",
-            skipped=str(sum(gate.status == "skipped" for gate in self.gates)),
-        )
+        """One suite, a test a gate, in the form that GitHub's actions, GitLab, Jenkins and Azure read alike."""
+        counts = {
+            "tests": str(len(self.gates)),
+            "failures": str(sum(gate.status == "failed" for gate in self.gates)),
+            "errors": "0",
+            "skipped": str(sum(gate.status == "skipped" for gate in self.gates)),
+        }
+        suites = ElementTree.Element("testsuites", {"name": "tapeout", **counts})
+        name = f"{self.model} {self.scheme} {self.target}"
+        suite = ElementTree.SubElement(suites, "testsuite", {"name": name, **counts})
         for gate in self.gates:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"tapeout.{self.target}", name=gate.name
             )
+            reason = _NO_XML.sub("\ufffd", gate.reason)
             if gate.status == "failed":
-                ElementTree.SubElement(case, "failure", message=gate.reason).text = _measured(gate)
+                failure = ElementTree.SubElement(case, "failure", message=reason, type="GateFailed")
+                failure.text = f"{_measured(gate)} {reason}".strip()
             elif gate.status == "skipped":
-                ElementTree.SubElement(case, "skipped", message=gate.reason)
+                ElementTree.SubElement(case, "skipped", message=reason)
             else:
-                ElementTree.SubElement(case, "system-out").text = f"{_measured(gate)} {gate.reason}"
-        ElementTree.indent(suite)
+                ElementTree.SubElement(case, "system-out").text = f"{_measured(gate)} {reason}"
+        ElementTree.indent(suites)
         return (
             '<?xml version="1.0" encoding="UTF-8"?>\n'
-            + ElementTree.tostring(suite, encoding="unicode")
+            + ElementTree.tostring(suites, encoding="unicode")
             + "\n"
         )
 
@@ -287,19 +330,3 @@ def _runs_table(figures: Mapping[str, Any]) -> Table:
         quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
         table.add_row(f"{quantiles} ms", f"{figures['bytes_per_token'] / 1e6:.2f} MB")
     return table
-
-
-@cache
-def _page() -> Any:
-    """The template of ``report.html``, compiled once."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tapeout.validate", "data"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = number
-    return environment.get_template("report.html.j2")

@@ -25,6 +25,7 @@ VERBS = (
     "validate",
     "bench",
     "run",
+    "compare",
     "diff",
     "inspect",
     "verify",

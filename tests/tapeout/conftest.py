@@ -11,7 +11,7 @@ import pytest
 from tapeout.models import Generation
 from tapeout.validate.generate import Said, say
 from tapeout.validate.session import SessionSpec
-from tapeout.validate.timing import Timing, measure
+from tapeout.validate.timing import Timing, measure, measure_encoding
 
 
 class Here:
@@ -44,6 +44,9 @@ class Here:
 
     def time(self, prompt_tokens: int, new_tokens: int, repeats: int) -> Timing:
         return measure(self._session, prompt_tokens, new_tokens, repeats)
+
+    def time_encoding(self, batch: int, tokens: int, repeats: int) -> list[float]:
+        return measure_encoding(self._session, batch, tokens, repeats)
 
 
 @pytest.fixture(scope="session")

@@ -635,9 +635,18 @@ def test_a_cache_of_floats_has_no_cost_to_tell(look: Look) -> None:
     ],
 )  # fmt: skip
 def test_lowering_of_a_broken_runtime(look: Look, defect: str, told: str) -> None:
-    for result in gates.lowering(look(Device(defect=defect))):
+    evidence = look(Device(defect=defect))
+    found = gates.lowering(evidence)
+    for result in found:
         assert result.status == "failed"
         assert told in result.reason
+    if defect == "NaN":  # where it is made is looked for
+        assert all("rimitive" in result.reason for result in found)
+        told_of = [{"gate": result.name, "finding": result.reason} for result in found]
+        assert evidence.findings["not_finite"] == told_of
+        assert evidence.findings["divergence"]["layers"]
+    else:
+        assert "not_finite" not in evidence.findings
 
 
 class Narrow(Device):
@@ -795,6 +804,7 @@ def measured(original: Logits, quantized: Logits, ids: list[int], limits: Limits
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
         quant=SimpleNamespace(scheme=SCHEMES[scheme], schemes={"a": SCHEMES[scheme]}),
+        compare=lambda *_: None,
         original=[original],
         quantized=[quantized],
         sequences=[ids],
@@ -874,6 +884,7 @@ def test_quality_of_no_text() -> None:
     evidence = SimpleNamespace(
         model=SimpleNamespace(quantization=None),
         quant=SimpleNamespace(scheme=SCHEMES["int8"], schemes={}),
+        compare=lambda *_: None,
         original=[],
         quantized=[],
         scored=list,
@@ -976,6 +987,7 @@ def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
         added_tokens=[],
         gives_text=True,
         artifact=SimpleNamespace(tokenizer_limits=()),
+        findings={},
     )
     result = only(gates.tokenizer(cast(Evidence, evidence)))
     assert (result.status, result.value) == ("failed" if value else "passed", value)
@@ -987,6 +999,7 @@ def test_one_string_is_enough(found: Said, value: int, told: str) -> None:
 
 def answered(before: list[str], after: list[str], wanted: list[str], limit: float) -> GateResult:
     evidence = SimpleNamespace(
+        findings={},
         tasks=[("?", answer) for answer in wanted],
         expected=Said([], [], before),
         said=Said([], [], after),
