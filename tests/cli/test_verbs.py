@@ -307,7 +307,7 @@ def test_targets() -> None:
     assert all(cells.keys() == table["targets"].keys() for cells in table["schemes"].values())
     assert [table["kv_caches"][cache]["cpu"] for cache in ("kv-f16", "kv-int8", "kv-int4")] == ["yes"] * 3
     assert {cache: cells["null"] for cache, cells in table["kv_caches"].items()} == {
-        "kv-f32": "yes", "kv-f16": "no", "kv-int8": "no", "kv-int4": "no",
+        "kv-f32": "yes", "kv-f16": "no", "kv-fp8": "no", "kv-int8": "no", "kv-int4": "no",
     }  # fmt: skip
     said = told(process("targets", env={"COLUMNS": "200"}))
     assert "null: No device: canonical codes in safetensors, run by transformers. Runtime: installed" in said
