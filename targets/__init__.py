@@ -122,8 +122,10 @@ def scratch_bytes(target: Target, quant: Quantized) -> int:
 
 def at(target: Target, context: int, batch: int = 1) -> Target:
     """The target for sequences of ``context`` tokens, so many at once, by whichever of its options say that; without a limit of memory."""
-    known = {field.name for field in fields(target)}  # type: ignore[arg-type]
-    wanted = {"context": context, "sequence_length": context, "batch_size": batch, "max_memory": "999999G"}
+    known = getattr(target, "known_flags", None) or {field.name for field in fields(target)}  # type: ignore[arg-type]
+    wanted = dict.fromkeys(("context", "sequence_length", "max_seq_len"), context)
+    wanted |= dict.fromkeys(("batch_size", "max_batch", "max_batch_size"), batch)
+    wanted["max_memory"] = "999999G"  # type: ignore[assignment]
     return replace(target, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[type-var]
 
 

@@ -89,6 +89,11 @@ class Roads:
         return self.roads[self.format]
 
     @property
+    def known_flags(self) -> tuple[str, ...]:
+        """The fields that the chosen format knows."""
+        return self._road.flags
+
+    @property
     def default_scheme(self) -> str:
         """What a model is quantized as where nobody says."""
         return self._road.default_scheme

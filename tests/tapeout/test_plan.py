@@ -72,6 +72,9 @@ def test_sizes_of_other_schemes(scheme: str, tmp_path: Path) -> None:
         row = next(
             row for row in plan(model, [], [way.split()[0]], [scheme], context=256).rows if row.target == way
         )
+        if row.cannot and "cannot lay files out" in row.cannot:
+            assert way == "rocm --format iree"  # its module is what a compiler makes of it
+            continue
         if row.cannot:
             with pytest.raises(TapeoutError):
                 targets.check_carries(target, set(quant.schemes.values()))
