@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
-from tapeout.errors import TapeoutError
+from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.validate import pretrained
@@ -32,6 +32,9 @@ def on_gpu(path: Path, servers: Sequence[Server]) -> Session | None:
     """The directory on this machine's GPU: by the first of these servers that is installed, else by transformers with kernels of ours.
 
     None: torch sees no GPU. Called in a worker process.
+
+    Raises:
+        MissingToolchain: neither a server nor what the kernels need is installed.
     """
     import torch
 
@@ -39,6 +42,12 @@ def on_gpu(path: Path, servers: Sequence[Server]) -> Session | None:
         return None
     if server := next((name for name in servers if importlib.util.find_spec(name)), None):
         return open_session(path, server)
+    absent = [name for name in ("triton", "accelerate") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise MissingToolchain(
+            f"a GPU is here, and running {path} on it needs {' and '.join(absent)}: pip install {' '.join(absent)}. "
+            "CUDA_VISIBLE_DEVICES= keeps to the CPU."
+        )
     from tapeout.targets import gpu
 
     return gpu.open_session(path)

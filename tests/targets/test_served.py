@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tapeout.errors import TapeoutError
+from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.generated import write_model
 from tapeout.targets import huggingface, modelopt_loader, served
 from tapeout.validate import reference
@@ -134,3 +135,10 @@ def test_a_server_that_fails_is_quoted(gpu: pytest.MonkeyPatch, tmp_path: Path) 
     install(gpu, "vllm", refuse)  # type: ignore[arg-type]
     with pytest.raises(TapeoutError, match=r"vLLM does not load .*: no kernel for this card"):
         served.open_session(write_model(tmp_path, "llama", {}, dtype="F32"), "vllm")
+
+
+def test_a_gpu_without_what_its_session_needs(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    gpu.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    with pytest.raises(MissingToolchain, match=r"needs triton: pip install triton\. CUDA_VISIBLE_DEVICES="):
+        served.on_gpu(tmp_path, ())
