@@ -110,6 +110,7 @@ def _register_export(kind: type[targets.Target]) -> None:
             )
         _show(report, as_json=json)
         stderr.print(f"{place}  root digest {package.manifest['root_sha256']}", soft_wrap=True)
+        stderr.print(f"{place / 'report.html'}  shows what was measured", soft_wrap=True)
         return 0 if report.passed else 1
 
     export.__annotations__["options"] = Annotated[
