@@ -124,7 +124,7 @@ def test_export_for_a_device_and_what_runs_there(cpu: Exported) -> None:
     said = told(cpu.done)
     assert "PASSED arithmetic → int4-g32 → cpu" in said
     assert "failed" not in said
-    assert re.search(r"demo root digest [0-9a-f]{64}$", said)
+    assert re.search(r"demo root digest [0-9a-f]{64} \S*demo/report\.html shows what was measured$", said)
     manifest = json.loads((cpu.package / "tapeout.json").read_text())
     assert manifest["target"] == {"name": "cpu", "options": {"threads": 1}}
     assert [Path(file).suffix for file in manifest["artifact"]["files"]] == [".gguf"]
