@@ -174,18 +174,21 @@ def figures() -> str:
     if one := found.get("coreml_export_8b", {}).get("rows"):
         ours = f"{one['tapeout']['wall_s']:.1f} s, {one['tapeout']['peak_rss_gb']:.2f} GB"
         rows.append(f"| 8B shape to Core ML in INT4 | {ours} peak | | |")
-    if one := found.get("rocm_export", {}).get("rows"):
-        ours, theirs = (
-            f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB"
-            for who in ("tapeout", "llm_compressor")
-        )
-        speedup = _times(one["llm_compressor"]["wall_s"] / one["tapeout"]["wall_s"])
-        rows.append(
-            f"| 1.1B checkpoint to compressed-tensors in INT4 | {ours} peak | {theirs} (llm-compressor) | {speedup} |"
-        )
-    if one := found.get("rocm_export_8b", {}).get("rows"):
-        ours = f"{one['tapeout']['wall_s']:.1f} s, {one['tapeout']['peak_rss_gb']:.2f} GB"
-        rows.append(f"| 8B shape to compressed-tensors in INT4 | {ours} peak | | |")
+    for name, what, peer, called in (
+        ("rocm_export", "compressed-tensors", "llm_compressor", "llm-compressor"),
+        ("nvidia_export", "ModelOpt's directory", "modelopt", "ModelOpt"),
+    ):
+        if one := found.get(name, {}).get("rows"):
+            ours, theirs = (
+                f"{one[who]['wall_s']:.1f} s, {one[who]['peak_rss_gb']:.2f} GB" for who in ("tapeout", peer)
+            )
+            speedup = _times(one[peer]["wall_s"] / one["tapeout"]["wall_s"])
+            rows.append(
+                f"| 1.1B checkpoint to {what} in INT4 | {ours} peak | {theirs} ({called}) | {speedup} |"
+            )
+        if one := found.get(f"{name}_8b", {}).get("rows"):
+            ours = f"{one['tapeout']['wall_s']:.1f} s, {one['tapeout']['peak_rss_gb']:.2f} GB"
+            rows.append(f"| 8B shape to {what} in INT4 | {ours} peak | | |")
     if one := found.get("onnx_decode", {}).get("rows"):
         mine, built = one["tapeout, onnxruntime-genai"], one["genai's builder, onnxruntime-genai"]
         for what in ("decode", "prefill"):
