@@ -222,6 +222,13 @@ class DecoderConfig:
         """Elements of a head's value."""
         return self.mla.v_dim if self.mla else self.head_dim
 
+    @property
+    def cache_width(self) -> int:
+        """Elements that a token has in a layer's cache, the key's and the value's; of latents both are the same ones."""
+        if self.mla:
+            return self.mla.kv_rank + self.mla.rope_dim
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, in tokens."""
         return self.sliding_window if not self.window_layers or self.window_layers[layer] else None

@@ -313,7 +313,7 @@ def _cache_kind() -> Any:
     return Fixed
 
 
-class GpuSession:
+class GpuSession(pretrained.Words):
     """A Session on a GPU; see ``load``."""
 
     facts: Facts
@@ -328,9 +328,8 @@ class GpuSession:
         dtype: torch.dtype,
     ) -> None:
         self.facts = facts
-        self._directory, self._network, self._config = directory, network, config
+        self.words, self._network, self._config = directory, network, config
         self._device, self._dtype = device, dtype
-        self._tokenizer: Any = None
         self._cache = _cache_kind()()
         self._length = 0
         self._graph: Any = None
@@ -366,14 +365,6 @@ class GpuSession:
     def reset(self) -> None:
         """Begin a new sequence."""
         self._length = 0
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        return list(self._words().encode(text, add_special_tokens=False))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        return pretrained.text_of(self._words(), ids)
 
     def close(self) -> None:
         """Free the model."""
@@ -452,8 +443,3 @@ class GpuSession:
             self.graphs = False
             return
         self._graph = graph
-
-    def _words(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = pretrained.tokenizer(self._directory)
-        return self._tokenizer

@@ -110,16 +110,13 @@ class Iree:
         """The caches, whole from the start; of work the scores of a chunk against all of them, twice, and a layer's float32 weights."""
         chunk = min(device.prefill_chunk, context)
         rows = context + chunk
-        width = config.num_kv_heads * (config.head_dim + config.value_dim)
-        if config.mla:
-            width = config.mla.kv_rank + config.mla.rope_dim
         wide = config.hidden_size * max(config.intermediate_size, config.num_heads * config.head_dim)
         if config.moe:  # of a chunk all experts are computed, for every token
             wide = max(
                 wide, config.moe.experts * config.moe.intermediate_size * (config.hidden_size + 3 * chunk)
             )
         work = chunk * (graph_width(config) + 2 * config.num_heads * rows + config.vocab_size) + 3 * wide
-        return Memory(4 * width * rows * config.num_layers, 4 * work)
+        return Memory(4 * config.cache_width * rows * config.num_layers, 4 * work)
 
     @staticmethod
     def missing() -> str | None:

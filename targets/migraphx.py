@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
 from tapeout.exporters import Artifact, Carry, onnx
-from tapeout.exporters.onnx import migraphx as dialect
+from tapeout.exporters.onnx import migraphx
 from tapeout.models import DecoderConfig
-from tapeout.quantize import Quantized, QuantTensor, Scheme
+from tapeout.quantize import Quantized, Scheme
 from tapeout.targets import Memory, Progress, graph_width, onnx_typed
-from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 if TYPE_CHECKING:
     from tapeout.targets.rocm import Rocm
@@ -24,18 +19,17 @@ _CONTEXT = 4096  # tokens that caches have room for where nobody says: it is tak
 _CHECKED = "checked on onnxruntime on a CPU; not run on AMD hardware, nor compiled by MIGraphX"
 
 
-class MiGraphX:
+class MiGraphX(onnx_typed.TypedGraph):
     """See ``roads.Road``."""
 
     default_scheme: ClassVar[str] = "int4-g32"
-    arithmetic: ClassVar[Arithmetic] = "scheme"
-    cache: ClassVar[KvCache] = "kv-f16"
+    dialect: ClassVar[onnx.Dialect] = "migraphx"
     needs: ClassVar[str] = "ROCm 7 with MIGraphX, or onnxruntime-migraphx"
     flags: ClassVar[tuple[str, ...]] = ("context", "prefill_chunk")
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:
-        return dialect.carries(scheme)
+        return migraphx.carries(scheme)
 
     @staticmethod
     def missing() -> str | None:
@@ -66,25 +60,6 @@ class MiGraphX:
                 "onnxruntime-migraphx 1.27 leaves graphs with MatMulBnb4 to the CPU; MIGraphX itself parses them"
             )
         return replace(artifact, notes=tuple(notes))
-
-    @staticmethod
-    def session(device: Rocm, artifact: Artifact) -> SessionSpec:
-        return onnx_typed.opened(artifact, device.prefill_chunk)
-
-    @staticmethod
-    def read_codes(
-        artifact: Artifact, quant: Quantized
-    ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
-        return onnx.read_codes(artifact, quant, dialect="migraphx")
-
-    @staticmethod
-    def lowerings(device: Rocm, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
-        deployed = MiGraphX.session(device, artifact)
-        return onnx_typed.lowerings(artifact, quant, scratch, deployed, "migraphx", device.prefill_chunk)
-
-    @staticmethod
-    def traced(device: Rocm, artifact: Artifact, scratch: Path) -> SessionSpec:
-        return onnx_typed.traced(artifact)
 
     @staticmethod
     def card(device: Rocm, artifact: Artifact) -> str:

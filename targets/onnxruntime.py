@@ -155,7 +155,7 @@ class OnnxGrown(OnnxRuntime):
         self._vocab_size = int(session.get_outputs()[0].shape[2])
         self._given = {each.name: each for each in session.get_inputs()}
         self._names = [each.name for each in session.get_outputs()]
-        self._past: dict[str, npt.NDArray[np.float32]] = {}
+        self._past: dict[str, npt.NDArray[Any]] = {}
         self.reset()
 
     def reset(self) -> None:

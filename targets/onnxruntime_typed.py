@@ -15,7 +15,7 @@ import psutil
 from tapeout.errors import PackageError, RuntimeCrash
 from tapeout.exporters.onnx import check_size
 from tapeout.quantize.scheme import E2M1
-from tapeout.targets.onnxruntime import OnnxRuntime, load_graph, tokenizer_of
+from tapeout.targets.onnxruntime import OnnxGrown, load_graph, tokenizer_of
 from tapeout.targets.onnxruntime_trace import TracedOnnx, named_values, observed
 from tapeout.validate.divergence import HALF
 from tapeout.validate.session import Facts, Logits
@@ -30,27 +30,16 @@ _PEAK = ".peak"
 _SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
-class OnnxTyped(OnnxRuntime):
+class OnnxTyped(OnnxGrown):
     """A Session on onnxruntime; see ``open_session``. The cache grows by what a step gives, or stays as large as the graph says."""
 
     def __init__(self, facts: Facts, session: Any, tokenizer: Any, chunk: int) -> None:
-        self.facts = facts
-        self._session, self._tokenizer, self._chunk = session, tokenizer, chunk
-        self._vocab_size = int(session.get_outputs()[0].shape[2])
-        self._given = {each.name: each for each in session.get_inputs()}
-        self._names = [each.name for each in session.get_outputs()]
         self._peaks: dict[str, float] = {}
-        self._past: dict[str, npt.NDArray[Any]] = {}
-        self.reset()
+        super().__init__(facts, session, tokenizer, chunk)
 
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""
         self._length, self._past = 0, empty_cache(self._given.values())
-
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        self._session = None
-        self._past = {}
 
     def peaks(self) -> dict[str, float]:
         """The largest magnitude so far of each value that the device holds as float16, by its name."""

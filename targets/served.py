@@ -90,15 +90,14 @@ class Engine(Protocol):
         """Free the model."""
 
 
-class Served:
+class Served(pretrained.Words):
     """A Session on a server; see ``open_session``."""
 
     facts: Facts
 
     def __init__(self, directory: Path, engine: Engine, vocab_size: int, facts: Facts) -> None:
         self.facts = facts
-        self._directory, self._engine, self._vocab = directory, engine, vocab_size
-        self._tokenizer: Any = None
+        self.words, self._engine, self._vocab = directory, engine, vocab_size
         self._ids: list[int] = []
 
     def prefill(self, ids: Sequence[int]) -> Logits:
@@ -123,14 +122,6 @@ class Served:
         """Begin a new sequence."""
         self._ids = []
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        return list(self._words().encode(text, add_special_tokens=False))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        return pretrained.text_of(self._words(), ids)
-
     def close(self) -> None:
         """Free the model."""
         self._engine.close()
@@ -142,11 +133,6 @@ class Served:
                 f"{length} tokens and one more do not fit the context of {self.facts.context}."
             )
         check_ids(ids, self._vocab)
-
-    def _words(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = pretrained.tokenizer(self._directory)
-        return self._tokenizer
 
 
 class _Vllm:

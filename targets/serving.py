@@ -25,12 +25,11 @@ _CHUNK = 2048  # tokens of a prompt that are computed at once, vLLM's own
 
 def memory(config: DecoderConfig, context: int, bits: float) -> Memory:
     """Keys and values of every token in ``bits`` a number, in windows those of the window; of work a chunk of 2048 tokens."""
-    width = config.num_kv_heads * (config.head_dim + config.value_dim)
-    if config.mla:
-        width = config.mla.kv_rank + config.mla.rope_dim
     tokens = sum(min(context, config.window(layer) or context) for layer in range(config.num_layers))
     chunk = min(_CHUNK, context)
-    return Memory(int(width * tokens * bits / 8), 2 * chunk * graph_width(config) + 4 * config.vocab_size)
+    return Memory(
+        int(config.cache_width * tokens * bits / 8), 2 * chunk * graph_width(config) + 4 * config.vocab_size
+    )
 
 
 def float_values(artifact: Artifact, quant: Quantized) -> tuple[str, ...]:

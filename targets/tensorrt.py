@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact, Carry, onnx
-from tapeout.exporters.onnx import tensorrt as dialect
+from tapeout.exporters.onnx import tensorrt
 from tapeout.models import DecoderConfig
 from tapeout.quantize import Quantized, QuantTensor, Scheme
 from tapeout.targets import Memory, Progress, graph_width, onnx_typed
 from tapeout.targets import tensorrt_engine as engines
 from tapeout.targets.local import parse_size
-from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
+from tapeout.validate.session import SessionSpec
 
 if TYPE_CHECKING:
     from tapeout.targets.nvidia import Nvidia
@@ -27,12 +27,11 @@ _RUN = "tapeout.targets.tensorrt_run:open_session"
 _CHECKED = "checked on onnxruntime on a CPU; not run on NVIDIA hardware"
 
 
-class OnnxTrt:
+class OnnxTrt(onnx_typed.TypedGraph):
     """The road of the format; see ``Road``."""
 
     default_scheme: ClassVar[str] = "int4-g64"
-    arithmetic: ClassVar[Arithmetic] = "scheme"
-    cache: ClassVar[KvCache] = "kv-f16"
+    dialect: ClassVar[onnx.Dialect] = "tensorrt"
     needs: ClassVar[str] = "TensorRT 10.13 or newer, or TensorRT-RTX 1.7"
     flags: ClassVar[tuple[str, ...]] = (
         "context",
@@ -46,7 +45,7 @@ class OnnxTrt:
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:
-        return dialect.carries(scheme)
+        return tensorrt.carries(scheme)
 
     @staticmethod
     def missing() -> str | None:
@@ -86,31 +85,22 @@ class OnnxTrt:
             files = (*files, engines.PLAN, engines.FOUND)
         return replace(artifact, files=(*artifact.files, *files), notes=(*artifact.notes, said, _CHECKED))
 
-    @staticmethod
-    def session(device: Nvidia, artifact: Artifact) -> SessionSpec:
+    @classmethod
+    def session(cls, device: Nvidia, artifact: Artifact) -> SessionSpec:
         """The engine where TensorRT runs it; elsewhere the graph on onnxruntime."""
-        spec = onnx_typed.opened(artifact, device.prefill_chunk)
+        spec = super().session(device, artifact)
         if engines.PLAN in artifact.files and engines.runs(artifact.directory):
             return replace(spec, factory=_RUN)
         return spec
 
-    @staticmethod
+    @classmethod
     def read_codes(
-        artifact: Artifact, quant: Quantized
+        cls, artifact: Artifact, quant: Quantized
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:
         """From the graph by onnx; and those that the engine held when it was built must stand in it still."""
         if engines.PLAN in artifact.files:
             engines.check_plan(artifact.directory)
-        return onnx.read_codes(artifact, quant, dialect="tensorrt")
-
-    @staticmethod
-    def lowerings(device: Nvidia, artifact: Artifact, quant: Quantized, scratch: Path) -> list[Lowering]:
-        deployed = OnnxTrt.session(device, artifact)
-        return onnx_typed.lowerings(artifact, quant, scratch, deployed, "tensorrt", device.prefill_chunk)
-
-    @staticmethod
-    def traced(device: Nvidia, artifact: Artifact, scratch: Path) -> SessionSpec:
-        return onnx_typed.traced(artifact)
+        return super().read_codes(artifact, quant)
 
     @staticmethod
     def card(device: Nvidia, artifact: Artifact) -> str:

@@ -446,7 +446,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-class Ranks:
+class Ranks(pretrained.Words):
     """A Session on all ranks of a checkpoint; see ``open_session``."""
 
     facts: Facts
@@ -461,7 +461,7 @@ class Ranks:
         self._vocab = int(said["vocab_size"])
         self._children: list[subprocess.Popen[str]] = []
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
-        self._words: Any = None
+        self.words = directory / WORDS
         if self._world > 1:
             self._start(inputs)
         try:
@@ -533,14 +533,6 @@ class Ranks:
         self._tell({"reset": True})
         self._rank.reset()
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        return list(self._tokenizer().encode(text, add_special_tokens=False))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens kept."""
-        return pretrained.text_of(self._tokenizer(), ids)
-
     def close(self) -> None:
         """End the other ranks, and free the model."""
         import torch.distributed as dist
@@ -560,11 +552,6 @@ class Ranks:
         if self._meeting:
             self._meeting.cleanup()
             self._meeting = None
-
-    def _tokenizer(self) -> Any:
-        if self._words is None:
-            self._words = pretrained.tokenizer(self._directory / WORDS)
-        return self._words
 
     def _chunks(self, ids: Sequence[int]) -> Iterable[Sequence[int]]:
         length = self._rank.length + len(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,28 @@ def loaded(kind: Any, directory: Path, config: Any) -> tuple[Any, dict[str, Any]
         output_loading_info=True,
     )
     return found
+
+
+class Words:
+    """What a session answers with the tokenizer of a directory, which is read when it is first asked for.
+
+    Attributes:
+        words: the directory.
+    """
+
+    words: Path
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return tokenizer(self.words)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``; special tokens in it are recognised, none are added."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
+        return text_of(self._tokenizer, ids)
 
 
 def tokenizer(directory: Path) -> Any:

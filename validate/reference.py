@@ -43,17 +43,16 @@ Arithmetic = Literal["float32", "float64", "ggml", "mlas", "scheme", "modelopt"]
 _CHUNK = 512
 
 
-class Reference:
+class Reference(pretrained.Words):
     """A Session on transformers; see ``open_session``."""
 
     facts: Facts
 
     def __init__(self, directory: Path, network: Any, facts: Facts) -> None:
         self.facts = facts
-        self._directory = directory
+        self.words = directory
         self._network = network
         self._vocab_size = int(network.config.vocab_size)
-        self._tokenizer: Any = None
         self.reset()
 
     def prefill(self, ids: Sequence[int]) -> Logits:
@@ -81,17 +80,9 @@ class Reference:
         # With the configuration, layers with a sliding window keep no more than the window.
         self._cache = DynamicCache(config=self._network.config)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens in it are recognised, none are added."""
-        return list(self._load_tokenizer().encode(text, add_special_tokens=False))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        return pretrained.text_of(self._load_tokenizer(), ids)
-
     def twin(self) -> Reference:
         """Another sequence on the same network."""
-        return Reference(self._directory, self._network, self.facts)
+        return Reference(self.words, self._network, self.facts)
 
     def substitute(self, name: str, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Put a weight in the place of tensor ``name``, and return what stood there; a tied head follows its embedding."""
@@ -132,11 +123,6 @@ class Reference:
                 logits_to_keep=keep,
             )
         return cast(Logits, out.logits[0].float().numpy())
-
-    def _load_tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = pretrained.tokenizer(self._directory)
-        return self._tokenizer
 
 
 def open_session(
