@@ -15,8 +15,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tapeout import budget, cli, targets
+from tapeout import budget, targets
 from tapeout.budget import Floats, allocate, plan
+from tapeout.commands import make
 from tapeout.errors import MissingToolchain, RecipeError, RuntimeCrash
 from tapeout.models import Model, load
 from tapeout.quantize import SCHEMES, Calibration, assign, quantize
@@ -348,7 +349,7 @@ def test_a_budget_from_the_command_line(
     pytest.importorskip("transformers")
     directory, out = make_model(num_hidden_layers=1), tmp_path / "made" / "recipe.toml"
     arguments: dict[str, Any] = {"calibration": text, "bits": 5.0}
-    assert cli.budget("null", str(directory), **arguments, rounding="gptq", out=out, json=True) == 0
+    assert make.budget("null", str(directory), **arguments, rounding="gptq", out=out, json=True) == 0
     said = json.loads(capsys.readouterr().out)
     recipe = Recipe.read(out)
     assert (recipe.rounding, recipe.calibration) == ("gptq", Calibration(text))
@@ -368,10 +369,10 @@ def test_a_budget_from_the_command_line(
     # Errors of a few small random matrices partly cancel or add up: 2 is far from any mistake.
     assert said["kl"] / 2 < distance.kl < said["kl"] * 2
     # The same inline, and with what it must not be given.
-    assert cli.quantize(str(directory), **arguments, out=tmp_path / "codes") == 0
+    assert make.quantize(str(directory), **arguments, out=tmp_path / "codes") == 0
     assert json.loads((tmp_path / "codes" / "quantization.json").read_text())["scheme"] != "int8"
     with pytest.raises(RecipeError, match="leave out --scheme"):
-        cli.quantize(str(directory), **arguments, scheme="nf4", out=tmp_path / "other")
+        make.quantize(str(directory), **arguments, scheme="nf4", out=tmp_path / "other")
 
 
 @pytest.mark.usefixtures("costs")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tapeout import cli
 from tapeout.build import export, target
+from tapeout.commands.terminal import recipe_of
 from tapeout.errors import RecipeError, SchemeError
 from tapeout.models import load
 from tapeout.quantize import Calibration, Quantized, quantize
@@ -191,7 +191,7 @@ def test_what_it_says_reaches_the_gates(
         return Report(model.name, device.name, quant.scheme.name, (GateResult("codes", "passed"),))
 
     monkeypatch.setattr("tapeout.build.validate", judged)
-    recipe = cli._recipe(tmp_path / "recipe.toml", None, scheme="nf4", rounding=None)
+    recipe = recipe_of(tmp_path / "recipe.toml", None, scheme="nf4", rounding=None)
     export(target("null"), make_model(), tmp_path / "out", recipe, require=frozenset({"task"}))
     (options,) = asked
     assert options.limits == Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125)

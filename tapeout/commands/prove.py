@@ -1,0 +1,252 @@
+"""Verbs that run what was made: validate, bench, run, diff, compare."""
+
+from __future__ import annotations
+
+import sys
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.table import Table
+from rich.text import Text
+
+from tapeout.commands.terminal import Flag, Json, Many, print_json, progress_bars, show, stderr, where_it_runs
+from tapeout.errors import TapeoutError
+from tapeout.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tapeout.validate.divergence import Divergence
+
+
+def validate(
+    package: Path,
+    *,
+    model: str | None = None,
+    recipe: Path | None = None,
+    calibration: Path | None = None,
+    require: Annotated[list[str] | None, Many] = None,
+    device_report: Path | None = None,
+    report: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Run the gates of a package again, on this machine.
+
+    Without its model, the gates that need it are skipped; the golden logits are compared all the same.
+
+    Example: tapeout validate build/demo --model arithmetic
+
+    Args:
+        package: The package's directory.
+        model: The model that it was made from: a directory, a hub id or an embedded name.
+        recipe: Other limits, or the evaluation text. Default: the limits that it was made with; its schemes are its own.
+        calibration: The text that its rounding looked at, when that was one of your own.
+        require: A gate that must run: skipped counts as failed. May be given several times.
+        device_report: What the package's own script found on a device (device_report.json): its gates and figures become part of the report.
+        report: A directory to write report.json, report.html, report.md and report.xml to.
+        json: Print the report to stdout.
+    """
+    from tapeout.pack import Package
+    from tapeout.replay import revalidate
+
+    where_it_runs(Package.open(package).manifest["target"]["name"])
+    with progress_bars() as progress:
+        found = revalidate(
+            package,
+            model,
+            Recipe.read(recipe) if recipe else None,
+            calibration=calibration,
+            required=frozenset(require or ()),
+            device_report=device_report,
+            progress=progress,
+        )
+    if report:
+        report.mkdir(parents=True, exist_ok=True)
+        found.write(report)
+    show(found, as_json=json)
+    return 0 if found.passed else 1
+
+
+def bench(
+    package: Path,
+    *,
+    contexts: Annotated[list[int] | None, Many] = None,
+    json: Json = False,
+) -> int:
+    """Measure a package's throughput on this machine, and nothing else.
+
+    Example: tapeout bench build/demo
+
+    Args:
+        package: The package's directory.
+        contexts: Context length to measure at, in tokens. May be given several times.
+        json: Print the figures to stdout.
+    """
+    from tapeout.pack import Package
+    from tapeout.replay import bench as run
+    from tapeout.validate.report import throughput_table
+
+    where_it_runs(Package.open(package).manifest["target"]["name"])
+    with progress_bars() as progress:
+        figures = run(package, tuple(contexts or ()), progress)
+    if json:
+        print_json(figures)
+    stderr.print(throughput_table(figures))
+    return 0
+
+
+def run(
+    package: Path,
+    *,
+    prompt: str,
+    chat: Annotated[bool, Flag] = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    json: Json = False,
+) -> int:
+    """Generate on the target's runtime, with the package's own generation settings; or encode a text with an encoder's package.
+
+    Example: tapeout run build/demo --prompt "12*3="
+
+    Args:
+        package: The package's directory.
+        prompt: The text to go on from.
+        chat: Put the prompt into the package's chat template, as the user's turn.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from this many likeliest tokens; 0: from all.
+        repetition_penalty: Above 1 makes tokens that occurred less likely.
+        max_new_tokens: Stop after this many.
+        seed: Of the sampling.
+        json: Print one document with the text and its token ids instead of streaming.
+    """
+    from tapeout.pack import Package
+    from tapeout.replay import generate
+
+    opened = Package.open(package)
+    where_it_runs(opened.manifest["target"]["name"])
+    if not opened.passed:
+        stderr.print(f"[yellow]warning: {package} failed its gates; see {package / 'report.html'}[/]")
+    if opened.encoder_output:
+        import numpy as np
+
+        from tapeout.replay import encode
+
+        found = encode(opened, prompt)
+        if json:
+            print_json(found)
+        else:
+            said = found.get("label") or " ".join(
+                f"{value:.6g}" for value in np.ravel(found[opened.encoder_output])
+            )
+            sys.stdout.write(f"{said}\n")
+        return 0
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    ids: list[int] = []
+    text = ""
+    for token, piece in generate(
+        opened, prompt, chat=chat, seed=seed, **{k: v for k, v in given.items() if v is not None}
+    ):
+        ids.append(token)
+        text += piece
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json:
+        print_json({"prompt": prompt, "text": text, "token_ids": ids})
+    else:
+        sys.stdout.write("\n")
+    return 0
+
+
+def diff(
+    one: str,
+    other: str,
+    *,
+    prompt: str | None = None,
+    calibration: Path | None = None,
+    picture: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Find the first primitive where two models part: two packages, or a package and the model that it was made from.
+
+    Artifacts run the numbers that their files hold, without the rounding of matmul inputs that their runtime adds. Exit status 1: one parts.
+
+    Example: tapeout diff build/demo arithmetic
+
+    Args:
+        one: A package, a .gguf file, an ONNX directory, or a model.
+        other: The same. A model beside a package stands for the reference with the package's own codes.
+        prompt: What both are run on. Default: the longest golden prompt of the package.
+        calibration: The text that the package's rounding looked at, when that was one of your own.
+        picture: Draw how the difference grows to this file (.svg).
+        json: Print every value's difference to stdout.
+    """
+    from tapeout.diff import check_picture
+    from tapeout.diff import diff as run
+    from tapeout.diff import picture as draw
+
+    if picture:
+        check_picture(picture)
+    with progress_bars() as progress:
+        found = run(one, other, prompt, calibration=calibration, progress=progress)
+    if picture:
+        draw(found, picture)
+    if json:
+        print_json(found.to_json())
+    stderr.print(_growth(found.divergence))
+    for note in found.notes:
+        stderr.print(Text(f"note: {note}"), soft_wrap=True)
+    stderr.print(Text(found.divergence.words()), soft_wrap=True)
+    return 0 if found.divergence.first is None else 1
+
+
+def compare(*packages: Path, html: Path | None = None, json: Json = False) -> int:
+    """Set the reports of several packages side by side, as a table in Markdown. Exit status 1: one of them did not pass.
+
+    Example: tapeout compare build/demo build/onnx --html build/compare.html
+
+    Args:
+        packages: Their directories, two or more.
+        html: Write the same as a page, with charts.
+        json: Print the figures to stdout as JSON instead.
+    """
+    from tapeout.compare import reports
+    from tapeout.files import writing
+    from tapeout.validate.page import comparison_markdown, comparison_page, comparison_rows
+
+    if len(packages) < 2:
+        raise TapeoutError(f"compare takes two packages or more, found {len(packages)}.")
+    found = reports(packages)
+    if html:
+        with writing(html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(comparison_page(found), encoding="utf-8")
+        stderr.print(Text(f"{html}"), soft_wrap=True)
+    if json:
+        print_json({"packages": list(found), "rows": comparison_rows(found)})
+    else:
+        sys.stdout.write(comparison_markdown(found))
+    return 0 if all(report.passed for report in found.values()) else 1
+
+
+def _growth(found: Divergence) -> Table:
+    """What each layer gives is off by, with a bar of a block a factor of ten above float32's rounding, and where most of it was made."""
+    alone = any(value.own is not None for value in found.values)
+    table = Table("", "off by", "", "alone" if alone else "most", "where", title_justify="left")
+    table.title = f"difference / size, {found.tokens} tokens"
+    for layer, (grown, own, worst) in found.layers().items():
+        bar = "█" * max(0, round(log10(max(grown, 1e-8)) + 8))
+        style = "bold red" if worst.parts else "green"
+        largest = worst.grown if own is None else own
+        table.add_row(layer, f"{grown:.2g}", Text(bar, style), f"{largest:.2g}", f"{worst.name} ({worst.op})")
+    return table
