@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import SchemeError
-from tapeout.exporters.steps import by_rows
+from tapeout.exporters.steps import by_rows, steps
 from tapeout.models import SourceTensor
 from tapeout.quantize.store import write_at
 from tapeout.quantize.tensor import QuantTensor
@@ -89,7 +89,9 @@ def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
     if isinstance(tensor, QuantTensor):
         largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
     else:
-        largest = float(np.abs(tensor.float32()).max(initial=0))
+        rows = tensor.shape[0] if tensor.shape else 1
+        pieces = steps(rows, math.prod(tensor.shape[1:]))
+        largest = max((float(np.abs(tensor.float32(piece)).max(initial=0)) for piece in pieces), default=0.0)
     if largest > np.finfo(np.float16).max:
         raise SchemeError(
             f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."

@@ -177,6 +177,7 @@ def figures() -> str:
     for name, what, peer, called in (
         ("rocm_export", "compressed-tensors", "llm_compressor", "llm-compressor"),
         ("nvidia_export", "ModelOpt's directory", "modelopt", "ModelOpt"),
+        ("trtllm_export", "two ranks of TensorRT-LLM", "modelopt", "ModelOpt"),
     ):
         if one := found.get(name, {}).get("rows"):
             ours, theirs = (

@@ -1,7 +1,7 @@
-"""Quantizes and exports a Llama checkpoint with tapeout, no gates: ``python ours.py TARGET SCHEME MODEL OUT [LAYERS [OVERRIDES]]``.
+"""Quantizes and exports a Llama checkpoint with tapeout, no gates: ``python ours.py TARGET SCHEME MODEL OUT [LAYERS [OVERRIDES [OPTIONS]]]``.
 
 With LAYERS the model has so many, and its checkpoint fewer, which stand for the others in turn: every layer is read, quantized and written
-as any other, and a disk need not hold all of them. OVERRIDES: schemes by glob, JSON.
+as any other, and a disk need not hold all of them. OVERRIDES: schemes by glob, OPTIONS: of the target, both JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tapeout import Model, load, quantize, target
 from tapeout.models import Checkpoint
@@ -33,16 +34,24 @@ def unfolded(model: Model, layers: int) -> Model:
     return replace(model, raw_config=raw, config=config, specs=specs, checkpoint=checkpoint)
 
 
-def main(device: str, scheme: str, source: Path, out: Path, layers: int, overrides: dict[str, str]) -> None:
+def main(
+    device: str,
+    scheme: str,
+    source: Path,
+    out: Path,
+    layers: int,
+    overrides: dict[str, str],
+    options: dict[str, Any],
+) -> None:
     model = load(source)
     if layers:
         model = unfolded(model, layers)
     out.mkdir(parents=True)
     known = {name: each for name, each in overrides.items() if f"{name}.weight" in model.specs}
-    target(device).export(quantize(model, scheme, overrides=known), out)
+    target(device, **options).export(quantize(model, scheme, overrides=known), out)
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    layers, overrides = (*words[4:], *("0", "{}")[len(words) - 4 :])
-    main(words[0], words[1], Path(words[2]), Path(words[3]), int(layers), json.loads(overrides))
+    layers, *named = (*words[4:], *("0", "{}", "{}")[len(words) - 4 :])
+    main(words[0], words[1], Path(words[2]), Path(words[3]), int(layers), *map(json.loads, named))

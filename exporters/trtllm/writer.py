@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def write(
     dtype = _dtype(quant)
     made = _Maker(quant, algorithm, dtype)
     ranks = [made.rank(mapping, rank) for rank in range(mapping.world)]
+    sizes = [{name: part for name, (part, _) in parts.items()} for parts in ranks]
     left = sorted(made.left)
     if left and mapping.pipeline > 1:
         raise SchemeError(
@@ -83,11 +85,15 @@ def write(
     names = [f"rank{rank}.safetensors" for rank in range(mapping.world)]
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        total, done = sum(part.nbytes for parts in ranks for part in parts.values()), 0
+        total, done = sum(part.nbytes for parts in sizes for part in parts.values()), 0
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-            for name, parts in zip(names, ranks, strict=True):
+            for name, parts, sized in zip(names, ranks, sizes, strict=True):
+
+                def part_of(each: str, parts: dict[str, tuple[Part, Place]] = parts) -> Part:
+                    return made.parts(parts[each][1])[each]
+
                 for written in write_file(
-                    directory, lay_out(name, parts), parts.__getitem__, pool, hollow=quant.hollow
+                    directory, lay_out(name, sized), part_of, pool, hollow=quant.hollow
                 ):
                     done += written
                     if progress:
@@ -103,7 +109,7 @@ def write(
         directory=directory,
         files=("config.json", *names, *(f"{WORDS}/{name}" for name in ("config.json", *(f.name for f in tokenizer)))),
         context=model.config.max_position_embeddings,
-        bytes_per_token=made.bytes_per_token(ranks),
+        bytes_per_token=made.bytes_per_token(sizes),
         containers=made.containers,
         notes=_notes(quant, made, algorithm, said),
     )  # fmt: skip
@@ -155,27 +161,36 @@ class _Maker:
         self.left: set[str] = set()
         self._quant, self._algorithm, self._dtype = quant, algorithm, dtype
 
-    def rank(self, mapping: Mapping, rank: int) -> dict[str, Part]:
-        """The tensors of a rank by name, in the order of the model."""
-        found: dict[str, Part] = {}
-        for place in places(self._quant.model, mapping, rank):
-            if place.kind not in ("column", "row"):
-                dtype = "F32" if place.kind == "router" else self._dtype
-                found[place.name] = packing.under(
+    def rank(self, mapping: Mapping, rank: int) -> dict[str, tuple[Part, Place]]:
+        """The tensors of a rank by name, in the order of the model: what each measures, and the place that makes it when its turn comes."""
+        return {
+            name: (replace(part, rows=_unmade), place)
+            for place in places(self._quant.model, mapping, rank)
+            for name, part in self.parts(place).items()
+        }
+
+    def parts(self, place: Place) -> dict[str, Part]:
+        """The tensors of one place by name."""
+        if place.kind not in ("column", "row"):
+            dtype = "F32" if place.kind == "router" else self._dtype
+            found = {
+                place.name: packing.under(
                     [self._floats(block, dtype, place.offset) for block in place.blocks[0]]
                 )
-                continue
-            each = [self._linear(blocks, place) for blocks in place.blocks]
-            for suffix, part in each[0].items():
-                joined = packing.stacked([other[suffix] for other in each]) if place.stacked else part
-                found[f"{place.name}.{suffix}"] = joined
-        if self._algorithm == packing.PER_TOKEN:  # read, and multiplied with nothing
-            for name in [
-                n for n in found if n.endswith((".input_layernorm.weight", ".post_layernorm.weight"))
-            ]:
-                scale = name.removesuffix("weight") + "scale_to_int"
+            }
+            if self._algorithm == packing.PER_TOKEN and place.name.endswith(
+                (".input_layernorm.weight", ".post_layernorm.weight")
+            ):  # read, and multiplied with nothing
+                scale = place.name.removesuffix("weight") + "scale_to_int"
                 found[scale] = Part("F32", (1,), lambda rows: np.ones(1, np.float32))
-        return found
+            return found
+        each = [self._linear(blocks, place) for blocks in place.blocks]
+        return {
+            f"{place.name}.{suffix}": packing.stacked([other[suffix] for other in each])
+            if place.stacked
+            else part
+            for suffix, part in each[0].items()
+        }
 
     def _linear(self, blocks: tuple[Block, ...], place: Place) -> dict[str, Part]:
         """What stands for blocks of one linear, or of one expert's."""
@@ -246,6 +261,10 @@ class _Maker:
                     share = c.moe.top_k / c.moe.experts
                 total += share * part.nbytes
         return round(total)
+
+
+def _unmade(rows: slice) -> Array:
+    raise AssertionError("a part that only says its size")
 
 
 def as_bits(values: Array, dtype: str) -> Array:
