@@ -327,6 +327,7 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.top1 is not None
     assert limits.perplexity is not None
     distance = _distance(evidence.original, evidence.quantized)
+    evidence.compare_layers()
     evidence.compare(
         "quality/kl", distance, evidence.original, evidence.quantized, "original weights", "quantized weights"
     )
@@ -487,6 +488,7 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
     assert limits.kl is not None
     assert limits.top1 is not None
     distance = _distance(evidence.original, evidence.quantized)
+    evidence.compare_layers()
     what = f"original ‖ dequantized on {len(evidence.sequences)} texts."
     if evidence.config.output == "logits":
         evidence.compare(
@@ -508,6 +510,14 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
                 at_least=True,
             ),
         ]
+    evidence.compare(
+        "quality/cosine",
+        distance,
+        evidence.original,
+        evidence.quantized,
+        "original weights",
+        "quantized weights",
+    )
     reason = f"the angle between {evidence.config.output} of {what}"
     return [_verdict("quality/cosine", "mean of 1 - cosine", distance.cosine, limits.kl, reason)]
 
@@ -520,6 +530,14 @@ def module_quality(evidence: ModuleEvidence, limits: Limits) -> list[GateResult]
     limits = limits.for_scheme(evidence.quant.scheme)
     assert limits.kl is not None
     distance = _distance(evidence.original, evidence.quantized)
+    evidence.compare(
+        "quality/error",
+        distance,
+        evidence.original,
+        evidence.quantized,
+        "original weights",
+        "quantized weights",
+    )
     reason = f"original ‖ dequantized on {len(evidence.samples)} samples; twice what KL may be, which is half the variance of errors."
     return [_verdict("quality/error", evidence.metric, distance.error, 2 * limits.kl, reason)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -74,7 +74,7 @@ class Report:
         graph: which road the model's graph took: ``built``, ``torch.export`` or ``optimum``.
         device: the machine of a report that was merged (see ``tapeout.device_report``), its runtime, and throughput of its ``units``.
         provenance: what it was made from and of, by digests, and its size; see ``Package.provenance``.
-        findings: what the gates saw on the way: see ``validate.findings``, and ``stages`` with their seconds.
+        findings: what the gates saw on the way: see ``validate.findings``; ``stages`` and ``memory`` of ``validate.watch``.
     """
 
     model: str
@@ -96,13 +96,6 @@ class Report:
         """Whether no gate failed and at least one passed."""
         statuses = {gate.status for gate in self.gates}
         return "failed" not in statuses and "passed" in statuses
-
-    def preceded(self, **seconds: float) -> Report:
-        """The same report, with what came before validation and the seconds that it took."""
-        before = [{"name": name, "seconds": taken} for name, taken in seconds.items()]
-        return replace(
-            self, findings={**self.findings, "stages": [*before, *self.findings.get("stages", [])]}
-        )
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``data/report.schema.json`` describes."""
