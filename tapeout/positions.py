@@ -42,12 +42,10 @@ def placed(report: Report, artifact: Artifact, quant: Quantized, target: Target)
     """
     gate = next((gate for gate in report.gates if gate.name in _LOSSES and gate.value is not None), None)
     evaluated = report.findings.get("evaluated")
-    if gate is None or evaluated is None:
+    if gate is None or evaluated is None or not math.isfinite(gate.value or 0.0):
         return report
     schemes = {
-        name: scheme.name
-        for name, scheme in quant.schemes.items()
-        if quant.model.specs[name].role.is_matrix
+        name: scheme.name for name, scheme in quant.schemes.items() if quant.model.specs[name].role.is_matrix
     }
     usual = planned(quant.model, None if quant.model.quantization else quant.scheme, quant.rounding, {})
     files = (path for path in artifact.directory.rglob("*") if path.is_file())

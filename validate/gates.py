@@ -561,4 +561,6 @@ def _verdict(
 ) -> GateResult:
     # Written so that NaN fails.
     good = value >= limit if at_least else value <= limit
+    if not np.isfinite(value):
+        reason = f"it comes to {value:g}, which is no figure. {reason}"
     return GateResult(name, "passed" if good else "failed", metric, float(value), float(limit), reason)

@@ -103,9 +103,7 @@ class Distance:
     @property
     def errors(self) -> npt.NDArray[np.float64]:
         """Mean squared difference of each row, in units of the variance of the reference's values: float64 [rows]."""
-        return (
-            np.concatenate(self._errors) / max(1e-30, self._deviation**2) if self._errors else np.zeros(0)
-        )
+        return np.concatenate(self._errors) / max(1e-30, self._deviation**2) if self._errors else np.zeros(0)
 
     @property
     def typical_kl(self) -> float:

@@ -13,29 +13,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tapeout.validate import charts
+from tapeout.validate import charts, page_parts
+from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
 
 __all__ = ["comparison_markdown", "comparison_page", "comparison_rows", "markdown", "page", "size"]
 
 _LONGEST = 300  # letters of a reason in Markdown
-
-
-def size(count: float | None) -> str:
-    """Bytes for people, in units of a thousand."""
-    if count is None:
-        return ""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= one:
-            return f"{count / one:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def seconds(value: float) -> str:
-    """A duration for people."""
-    if value >= 1:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
 def share_of(value: float) -> str:
@@ -77,7 +61,9 @@ def comparison_page(named: Mapping[str, Report]) -> str:
             same_codes=len({report.provenance.get("codes_sha256") for report in reports}) == 1,
             gates={name: [_gate(report, name) for report in reports] for name in gates},
             quality=len(placed) > 1
-            and charts.points(placed, "size and quality of each package", ("size, bytes", "mean KL, nats")),
+            and charts.points(
+                placed, "size and quality of each package", (("size", size), ("mean KL, nats", number))
+            ),
             speed=len(speeds) > 1 and charts.bars(speeds, "speed of each package"),
         )
     )
@@ -318,11 +304,7 @@ def _shown(report: Report) -> dict[str, Any]:
         )
     if rows := speed.get("runs"):
         drawn["latency"] = _latency(rows, "run", lambda _: "a run of the first sample")
-    if stages := found.get("stages"):
-        drawn["stages"] = charts.bars(
-            [(stage["name"], stage["seconds"], seconds(stage["seconds"]), "") for stage in stages],
-            "seconds of each stage",
-        )
+    drawn |= page_parts.drawn(report)
     if layers := found.get("divergence", {}).get("layers"):
         drawn["layers"] = charts.bars(
             [
@@ -340,11 +322,19 @@ def _shown(report: Report) -> dict[str, Any]:
         gate: charts.columns(each["edges"], each["counts"], f"tokens by their KL, {gate}")
         for gate, each in found.get("comparisons", {}).items()
     }
+    spread |= {
+        gate: charts.columns(
+            each["edges"], each["counts"], f"{each['of']} by their {each['measure']}, {gate}"
+        )
+        for gate, each in found.get("distances", {}).items()
+    }
     return {
         "counts": counts(report),
         "headline": headline(report),
         "risk": risk(report),
         "charts": drawn,
+        "steepest": page_parts.steepest(report),
+        "alternatives": page_parts.alternatives(report),
         "spread": spread,
     }
 

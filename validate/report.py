@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
@@ -45,6 +46,11 @@ class GateResult:
     value: float | None = None
     limit: float | None = None
     reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; JSON has no NaN and no infinity, which the reason tells of."""
+        value = self.value if self.value is None or isfinite(self.value) else None
+        return asdict(self) | {"value": value}
 
     @property
     def used(self) -> float | None:
@@ -106,7 +112,7 @@ class Report:
             "target": self.target,
             "scheme": self.scheme,
             "graph": self.graph,
-            "gates": [asdict(gate) for gate in self.gates],
+            "gates": [gate.to_json() for gate in self.gates],
             "throughput": dict(self.throughput),
             "machine": dict(self.machine),
             "notes": list(self.notes),
@@ -229,19 +235,20 @@ def verdict_table(report: Report) -> Table:
         table.add_row(
             gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason)
         )
-    for note in report.notes:
-        table.caption = f"{table.caption or ''}\n{note}".strip()
+    if report.notes:
+        table.caption = Text("\n".join(report.notes))
     return table
 
 
 def device_table(device: Mapping[str, Any]) -> Table:
     """What a device measured, as a table for the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         "unit", "size", "p50 / p90 / p99", "prefill", "decode", "load", "peak", title_justify="left"
     )
-    table.title = f"{device['runtime']} on {device['chip']}, {device['system']}"
+    table.title = Text(f"{device['runtime']} on {device['chip']}, {device['system']}")
     for unit, figures in device["units"].items():
         peak = figures["peak_resident_bytes"]
         beside = f"{figures['load_s']:.2f} s", "" if peak is None else f"{peak / 1e6:.0f} MB"
