@@ -17,7 +17,15 @@ from tapeout.validate import charts, page_parts
 from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
 
-__all__ = ["comparison_markdown", "comparison_page", "comparison_rows", "markdown", "page", "size"]
+__all__ = [
+    "comparison_markdown",
+    "comparison_page",
+    "comparison_rows",
+    "fragment",
+    "markdown",
+    "page",
+    "size",
+]
 
 _LONGEST = 300  # letters of a reason in Markdown
 
@@ -35,6 +43,12 @@ def quoted(text: str) -> str:
 def page(report: Report) -> str:
     """``report.html``: one file that asks for no other."""
     return str(_template("report.html.j2").render(report=report, **_shown(report)))
+
+
+def fragment(report: Report, where: str = "") -> str:
+    """What a notebook shows of a report, in its own colours; ``where`` it stands."""
+    told = {"counts": counts(report), "headline": headline(report), "risk": risk(report), "where": where}
+    return str(_template("notebook.html.j2").render(report=report, **told))
 
 
 def comparison_page(named: Mapping[str, Report]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy.typing as npt
 
-from tapeout.errors import PackageError
+from tapeout.errors import NewerFormat, PackageError
 from tapeout.files import canonical_json
 from tapeout.validate.session import Logits
 
@@ -46,6 +46,11 @@ class GateResult:
     value: float | None = None
     limit: float | None = None
     reason: str = ""
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> GateResult:
+        """Of a report; what a later version has added is left out."""
+        return cls(**{name: raw[name] for name in (each.name for each in fields(cls)) if name in raw})
 
     def to_json(self) -> dict[str, Any]:
         """The fields; JSON has no NaN and no infinity, which the reason tells of."""
@@ -133,14 +138,14 @@ class Report:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format_version"] > FORMAT_VERSION:
-                raise PackageError(
+                raise NewerFormat(
                     f"{path} has format_version {raw['format_version']}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
                 )
             return cls(
                 raw["model"],
                 raw["target"],
                 raw["scheme"],
-                tuple(GateResult(**gate) for gate in raw["gates"]),
+                tuple(GateResult.of(gate) for gate in raw["gates"]),
                 raw["throughput"],
                 raw["machine"],
                 tuple(raw["notes"]),
@@ -151,6 +156,12 @@ class Report:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{path} is not a report: {error!r}.") from error
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from tapeout.validate.page import fragment
+
+        return fragment(self)
 
     def write(self, directory: Path) -> None:
         """Write ``report.json``, and from it ``report.html``, ``report.md`` and ``report.xml`` (JUnit)."""

@@ -21,7 +21,7 @@ def inspect(path: Path, *, json: Json = False) -> int:
     Example: tapeout inspect build/demo
 
     Args:
-        path: A model directory, a store, a .gguf file or a package.
+        path: A model directory, a store, a package, a report.json, a .gguf or .onnx file.
         json: Print it to stdout.
     """
     from tapeout.describe import describe

@@ -21,7 +21,7 @@ from tapeout.commands.terminal import (
     stdout,
     where_it_runs,
 )
-from tapeout.errors import TapeoutError
+from tapeout.errors import PackageError, TapeoutError
 from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,6 +141,10 @@ def run(
     if not opened.passed:
         said = f"warning: {package} failed its gates; see {package / 'report.html'}"
         stderr.print(Text(said, "yellow"), soft_wrap=True)
+    try:
+        opened.report()
+    except PackageError as error:
+        stderr.print(Text(f"warning: {error}", "yellow"), soft_wrap=True)
     if opened.encoder_output:
         import numpy as np
 
