@@ -19,6 +19,7 @@ from tapeout.commands.terminal import (
     show,
     stderr,
     stdout,
+    typed,
     where_it_runs,
 )
 from tapeout.errors import PackageError, TapeoutError
@@ -136,7 +137,7 @@ def run(
     from tapeout.pack import Package
     from tapeout.replay import generate
 
-    opened = Package.open(package)
+    opened, prompt = Package.open(package), typed(prompt)
     where_it_runs(opened.manifest["target"]["name"])
     if not opened.passed:
         said = f"warning: {package} failed its gates; see {package / 'report.html'}"
@@ -213,7 +214,7 @@ def diff(
     if picture:
         check_picture(picture)
     with progress_bars() as progress:
-        found = run(one, other, prompt, calibration=calibration, progress=progress)
+        found = run(one, other, prompt and typed(prompt), calibration=calibration, progress=progress)
     if picture:
         draw(found, picture)
     if json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tapeout import targets
+from tapeout.errors import TapeoutError
 from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -79,6 +81,14 @@ def any_encoding() -> None:
 
 def _unicode(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("_", "-").startswith("utf")
+
+
+def typed(text: str) -> str:
+    """A text of the command line as UTF-8, where the locale says less; TapeoutError for one that is not."""
+    try:
+        return os.fsencode(text).decode("utf-8") if not text.isascii() else text
+    except UnicodeError as error:
+        raise TapeoutError(f"the prompt is not UTF-8: {error}.") from error
 
 
 def where_it_runs(target: str) -> None:
