@@ -109,6 +109,7 @@ def validate(
             ]
             with evidence.stage("throughput"):
                 throughput = _throughput(evidence) if options.throughput else {}
+            evidence.compare_layers()
             with contextlib.suppress(TapeoutError):  # a gate has said why
                 evidence.findings["evaluated"] = evidence.evaluated
             golden = _golden(evidence)

@@ -403,7 +403,8 @@ class Evidence:
         """Keep what the difference from the original comes to after each layer, where the references told of theirs."""
         one = self.layers.get("original", [])
         other = self.layers.get("quantized") or self.layers.get("dequantized", [])
-        if one and len(one) == len(other):
+        # A model that came quantized has no other original than its codes.
+        if one and len(one) == len(other) and not self.model.quantization:
             tokens = sum(len(next(iter(each.values()))) for each in one)
             grown = by_layer.error_by_layer(one, other)
             told = [{"layer": name, "error": error} for name, error in grown.items()]

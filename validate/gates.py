@@ -327,7 +327,6 @@ def quality(evidence: Evidence, limits: Limits) -> list[GateResult]:
     assert limits.top1 is not None
     assert limits.perplexity is not None
     distance = _distance(evidence.original, evidence.quantized)
-    evidence.compare_layers()
     evidence.compare(
         "quality/kl", distance, evidence.original, evidence.quantized, "original weights", "quantized weights"
     )
@@ -488,7 +487,6 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
     assert limits.kl is not None
     assert limits.top1 is not None
     distance = _distance(evidence.original, evidence.quantized)
-    evidence.compare_layers()
     what = f"original ‖ dequantized on {len(evidence.sequences)} texts."
     if evidence.config.output == "logits":
         evidence.compare(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +19,7 @@ from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
-from commands import Done, process, tapeout
+from commands import PROGRAM, Done, process, tapeout
 
 from tapeout.generated import write_model
 
@@ -261,6 +266,25 @@ def test_a_poor_terminal_shows_verdicts(null: Exported) -> None:
         plain("run", null.package, "--prompt", "\u00e9a", "--max-new-tokens", "3", "--json").stdout
     )
     assert found["prompt"] == "\u00e9a"
+
+
+def test_a_dumb_terminal_has_its_own_width(null: Exported) -> None:
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 44, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "dumb"}
+    command = [PROGRAM, "inspect", null.package]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment) as done:
+        os.close(its)
+        said = b""
+        with contextlib.suppress(OSError):  # of which Linux tells that the other end is closed
+            while part := os.read(ours, 4096):
+                said += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"\x1b" not in said
+    drawn = [line for line in said.decode().splitlines() if line.startswith(("│", "┌", "└"))]
+    assert drawn
+    assert max(map(len, drawn)) <= 44
 
 
 def test_names_are_no_markup(null: Exported, tmp_path: Path) -> None:

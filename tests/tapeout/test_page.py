@@ -381,6 +381,45 @@ def test_junit_tells_each_gate(reports: dict[str, Report], tmp_path: Path) -> No
     assert cases["integrity"].find("system-out") is not None
 
 
+def test_a_gate_without_a_figure_can_be_written(tmp_path: Path) -> None:
+    gate = GateResult(
+        "lowering/range", "failed", "share", float("nan"), 0.5, "it comes to nan, which is no figure."
+    )
+    Report("tiny", "apple", "int8", (gate,)).write(tmp_path)
+    raw = json.loads((tmp_path / "report.json").read_text())
+    assert raw["gates"][0]["value"] is None
+    # A later version may say more of a gate: that is left out.
+    raw["gates"][0]["unit"] = "1"
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    assert Report.read(tmp_path / "report.json").gates == (replace(gate, value=None),)
+
+
+def test_the_layers_of_a_deep_model_fit(browser: Any, reports: dict[str, Report], tmp_path: Path) -> None:
+    layers = [{"layer": "embedding", "error": 0.001}]
+    layers += [{"layer": f"layers.{k}", "error": 0.01 + 0.02 * (k > 40) - 1e-4 * k} for k in range(80)]
+    deep = {"tokens": 64, "layers": [*layers, {"layer": "logits", "error": 0.02}]}
+    for name, changed, said in (
+        ("deep", deep, "It grows most in layers.41: from 0.60% to 2.59%."),
+        (
+            "broken",
+            {**deep, "layers": [*layers[:3], {"layer": "layers.2", "error": None}]},
+            "layers.2 is the first that has NaN",
+        ),
+    ):
+        path = tmp_path / f"{name}.html"
+        report = replace(reports["gguf"], findings={**reports["gguf"].findings, "layers": changed})
+        path.write_text(page(report), encoding="utf-8")
+        tab = browser.new_page(viewport={"width": 390, "height": 844})
+        tab.goto(path.as_uri())
+        assert said in tab.locator("main").inner_text()
+        chart = tab.locator('svg[aria-label="difference from the original after each layer"]')
+        assert chart.bounding_box()["height"] < 250
+        assert chart.locator(".bar").count() == len(changed["layers"])  # type: ignore[arg-type]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        chart.screenshot(path=SCREENSHOTS / f"layers-{name}.png")
+        tab.close()
+
+
 def test_markdown_fits_a_comment(reports: dict[str, Report]) -> None:
     text = markdown(reports["failed"])
     assert len(text) < 8000  # GitHub takes 65,536
