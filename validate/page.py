@@ -139,11 +139,11 @@ def markdown(report: Report) -> str:
     figures = [f"{name} {value}" for name, value, _ in headline(report)]
     told = ", ".join(f"{n} {status}" for status, n in count.items())
     lines = [
-        f"{verdict} `{report.model}` → `{report.scheme}` → `{report.target}`: {told}",
+        f"{verdict} {_code(report.model)} → {_code(report.scheme)} → {_code(report.target)}: {told}",
         "",
         " · ".join(figures),
         "",
-        f"{'Largest risk' if report.passed else 'Look first'}: {_cut(risk(report))}",
+        f"{'Largest risk' if report.passed else 'Look first'}: {_plain(_cut(risk(report)))}",
         "",
         _row(["gate", "verdict", "measured", "limit", "what"]),
         _row(["---", "---", "---:", "---:", "---"]),
@@ -159,7 +159,17 @@ def markdown(report: Report) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(words: str) -> str:
+    """Words of others in a line of Markdown: no tag of theirs is one."""
+    return " ".join(words.replace("<", "&lt;").split())
+
+
+def _code(name: str) -> str:
+    """A name as code, which nothing in it ends."""
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 
 def _cut(words: str) -> str:

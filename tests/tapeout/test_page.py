@@ -22,7 +22,7 @@ from tapeout.generated import write_model
 from tapeout.models import load
 from tapeout.pack import Package
 from tapeout.recipe import Recipe
-from tapeout.validate.page import comparison_page, markdown, page
+from tapeout.validate.page import comparison_markdown, comparison_page, markdown, page
 from tapeout.validate.report import GateResult, Report
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
@@ -431,6 +431,41 @@ def test_markdown_fits_a_comment(reports: dict[str, Report]) -> None:
     assert rows[2].startswith("| `lowering/runtime` | **failed** | 0.4 | 0.0001 |")
     assert rows[3].startswith("| `task` | skipped |")
     assert markdown(reports["gguf"]).startswith("✅ **PASSED**")
+
+
+def test_nothing_that_a_model_says_is_a_tag(reports: dict[str, Report]) -> None:
+    tag = "<img src=x onerror=alert(1)>"
+    gate = GateResult("codes", "failed", "share", 0.5, 0.1, tag)
+    whole = reports["failed"]
+    layers = {"tokens": 1, "layers": [{"layer": tag, "error": 0.1}, {"layer": "output", "error": 0.2}]}
+    tasks = {
+        **whole.findings["tasks"],
+        "examples": [dict.fromkeys(("prompt", "wanted", "reference", "other"), tag)],
+    }
+    states = reports["states"].findings["distances"]
+    farthest = {"what": tag, "value": 1.0, "reference": tag, "other": tag}
+    found = {
+        **whole.findings,
+        "layers": layers,
+        "tasks": tasks,
+        "distances": {gate: {**each, "worst": [farthest]} for gate, each in states.items()},
+        "tokenizer": {
+            "strings": 1,
+            "differing": 1,
+            "examples": [{"text": tag, "source": [1], "artifact": [2]}],
+        },
+        "stages": [{"name": tag, "seconds": 1.0, "begin_s": 0.0, "peak_bytes": 1}],
+    }
+    hostile = replace(
+        whole, model=f"`{tag}\n# head", gates=(*whole.gates, gate), notes=(tag,), findings=found
+    )
+    for text in (page(hostile), hostile._repr_html_(), comparison_page({tag: hostile, "two": whole})):
+        assert "<img" not in text
+        assert "&lt;img" in text
+    lines = markdown(hostile).splitlines()
+    assert lines[0].startswith(f"❌ **FAILED** `'{tag} # head` → ")
+    assert not any("<img" in line for line in lines[1:])
+    assert "<img" not in comparison_markdown({tag: hostile, "two": whole})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import time
@@ -21,10 +22,9 @@ def test_stages_have_their_seconds_and_their_peak() -> None:
     with Watch() as seen:
         with seen.stage("small"):
             time.sleep(0.02)
-        with seen.stage("large"):
-            held = bytearray(b"x") * SIZE  # every page is written
+        with seen.stage("large"), mmap.mmap(-1, SIZE) as held:  # pages that nobody had before
+            held.write(bytes(SIZE))
             time.sleep(3 * watch._LEAST_S)
-            del held
         with seen, seen.stage("after"):  # what enters it again does not end it
             time.sleep(0.02)
         with seen.stage("last"):
@@ -32,7 +32,7 @@ def test_stages_have_their_seconds_and_their_peak() -> None:
     found = seen.findings()
     small, large, after, last = found["stages"]
     assert [stage["name"] for stage in found["stages"]] == ["small", "large", "after", "last"]
-    # Not the whole of it: freed pages of before may be taken again.
+    # What else the process holds may shrink meanwhile, by less than that.
     assert large["peak_bytes"] - small["peak_bytes"] > SIZE // 2
     assert large["peak_bytes"] - after["peak_bytes"] > SIZE // 2
     assert large["seconds"] >= 3 * watch._LEAST_S
@@ -60,8 +60,8 @@ def test_workers_count(monkeypatch: pytest.MonkeyPatch) -> None:
         with seen.stage("gone"):  # a process that is listed and has ended is no error
             pass
     alone, together, gone = (stage["peak_bytes"] for stage in seen.findings()["stages"])
-    assert together - alone > SIZE
-    assert together - gone > SIZE
+    assert together - alone > SIZE * 3 // 4
+    assert together - gone > SIZE * 3 // 4
 
 
 def test_a_watch_that_nobody_entered_keeps_seconds() -> None:
@@ -73,13 +73,23 @@ def test_a_watch_that_nobody_entered_keeps_seconds() -> None:
     }
 
 
-def test_reading_costs_a_hundredth_of_a_core_at_most() -> None:
-    with Watch() as seen:
-        begin = time.perf_counter()
-        time.sleep(0.5)
-        taken = time.perf_counter() - begin
-    # It rests a hundred times as long as a reading takes, so each takes a hundred-and-first of its turn; two more for the ends.
-    assert len(seen.findings()["memory"]["points"]) <= taken / watch._LEAST_S + 2
+def test_reading_costs_a_hundredth_of_a_core_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_FAMILY_S", 0.0)  # the dearest way
+    spent: list[float] = []
+    read = Watch._read
+
+    def timed(self: Watch) -> None:
+        begin = time.thread_time()
+        read(self)
+        spent.append(time.thread_time() - begin)
+
+    monkeypatch.setattr(Watch, "_read", timed)
+    begin = time.perf_counter()
+    with Watch():
+        time.sleep(1.0)
+    assert len(spent) > 1
+    # After each but the last it rested a hundred times as long as that took, of which no more was computing.
+    assert sum(spent[:-1]) <= (time.perf_counter() - begin) / 100
 
 
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=3000), st.integers(1, 300))
