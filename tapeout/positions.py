@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tapeout.errors import TapeoutError
-from tapeout.exporters import Artifact
+from tapeout.exporters import Artifact, Exact
 from tapeout.files import cache_directory, canonical_json
-from tapeout.quantize import SCHEMES, Quantized, planned
+from tapeout.quantize import SCHEMES, Quantized, Scheme, planned
 from tapeout.targets import Target
-from tapeout.targets.held import held_bits
 from tapeout.validate.report import Report
 
 __all__ = ["FORMAT_VERSION", "placed"]
@@ -95,21 +94,26 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _unmeasured(quant: Quantized, target: Target, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Schemes that the target carries exactly and no row has: name, and bits a weight over all matrices as its files hold them."""
+    """Schemes that the target carries exactly and no row has: name, and bits a weight over all matrices, codes and scales."""
     if quant.model.quantization is not None:
         return []
     measured = {row["scheme"] for row in rows if row["target"] == target.name and not row["mixed"]}
+    matrices = {name: spec.shape for name, spec in quant.model.specs.items() if spec.role.is_matrix}
     found = []
     for scheme in SCHEMES.values():
         if scheme.kind == "none" or scheme.name in measured:
             continue
         with contextlib.suppress(TapeoutError):  # its groups divide no rows of this model
-            weights = bits = 0.0
-            for name, each in planned(quant.model, scheme, "rtn", {}).schemes.items():
-                if quant.model.specs[name].role.is_matrix:
-                    held = held_bits(target, each, quant.model.specs[name].shape[1])
-                    count = math.prod(quant.model.specs[name].shape)
-                    weights, bits = weights + count, bits + count * (math.nan if held is None else held)
-            if weights and not math.isnan(bits):
-                found.append({"scheme": scheme.name, "bits": round(bits / weights, 3)})
+            schemes = planned(quant.model, scheme, "rtn", {}).schemes
+            bits = {name: _bits(target, schemes[name], shape[1]) for name, shape in matrices.items()}
+            if matrices and None not in bits.values():
+                total = sum((bits[name] or 0.0) * math.prod(shape) for name, shape in matrices.items())
+                mean = total / sum(map(math.prod, matrices.values()))
+                found.append({"scheme": scheme.name, "bits": round(mean, 3)})
     return sorted(found, key=lambda each: each["bits"])
+
+
+def _bits(target: Target, scheme: Scheme, in_features: int) -> float | None:
+    """Bits a weight of a scheme, or those that the target says it holds it in; None: it does not carry it exactly."""
+    carry = target.carries(scheme)
+    return (carry.bits or scheme.bits_per_weight(in_features)) if isinstance(carry, Exact) else None
