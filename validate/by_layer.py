@@ -59,9 +59,9 @@ def _stacks(network: Any) -> dict[str, Any]:
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.ModuleList) and not any(name.startswith(f"{o}.") for o in found):
             found[name] = module
-    if len(found) == 1:
-        return dict(zip(["layers"], found.values(), strict=True))
-    return {name.rpartition(".")[0] or name: each for name, each in found.items()}
+    parents = [name.rpartition(".")[0] for name in found]
+    names = parents if all(parents) and len(set(parents)) == len(parents) else list(found)
+    return dict(zip(["layers"] if len(found) == 1 else names, found.values(), strict=True))
 
 
 def write(
