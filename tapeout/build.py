@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from tapeout import targets
 from tapeout.files import new_directory
 from tapeout.models import Model, load
 from tapeout.pack import Package, pack
+from tapeout.positions import placed
 from tapeout.quantize import planned, quantize
 from tapeout.recipe import Recipe
 from tapeout.targets import Target, check_cache, check_carries, default_scheme
 from tapeout.validate import Options, Report, validate
+from tapeout.validate.watch import Watch
 
 __all__ = ["export", "pack", "target", "validate"]
 
@@ -59,15 +60,14 @@ def export(
     check_carries(
         target, set(planned(model, recipe.scheme_given, recipe.rounding, recipe.tensors).schemes.values())
     )
-    with new_directory(out, force=force) as directory:
-        begun = perf_counter()
-        quant = quantize(model, **recipe.rounds(), progress=progress)
-        quantized = perf_counter()
+    watch = Watch()
+    with new_directory(out, force=force) as directory, watch:
+        with watch.stage("quantize"):
+            quant = quantize(model, **recipe.rounds(), progress=progress)
         (directory / "artifact").mkdir()
-        artifact = target.export(quant, directory / "artifact", progress)
-        exported = perf_counter()
-        options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress)
-        report = validate(artifact, model, quant, target, options)
-        report = report.preceded(quantize=quantized - begun, export=exported - quantized)
+        with watch.stage("export"):
+            artifact = target.export(quant, directory / "artifact", progress)
+        options = Options(recipe.limits, recipe.text, recipe.tokens, require, progress, watch=watch)
+        report = placed(validate(artifact, model, quant, target, options), artifact, quant, target)
         package = pack(artifact, report, quant, target, recipe.kept(quant))
     return replace(package, directory=out), replace(report, provenance=package.provenance)

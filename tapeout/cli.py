@@ -11,12 +11,14 @@ from cyclopts import App
 
 from tapeout import __version__, targets
 from tapeout.commands import deliver, look, make, prove
-from tapeout.commands.terminal import Stopped, say, stop, stopped
+from tapeout.commands.terminal import Stopped, any_encoding, say, stderr, stdout, stop, stopped
 from tapeout.errors import MissingToolchain, OutputError, TapeoutError
 
 app = App(
     name="tapeout",
     version=__version__,
+    console=stdout,
+    error_console=stderr,
     suppress_keyboard_interrupt=False,  # main says what became of the work
     help="Quantize a language model once, lower those exact codes to every device, and prove it.",
 )
@@ -41,6 +43,7 @@ app.command(look.list_targets, name="targets")
 
 def main() -> None:
     """Run the command line; exit status 0 all gates pass, 1 a gate failed, 2 bad input or usage, 3 something is missing."""
+    any_encoding()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:

@@ -15,6 +15,8 @@ from tapeout.exporters import Carry, Exact, Rounded, gguf, onnx
 from tapeout.models import EncoderConfig, Seq2SeqConfig, TracedConfig, load
 from tapeout.pack import MANIFEST, Package
 from tapeout.quantize import SCHEMES
+from tapeout.validate.page import counts, risk
+from tapeout.validate.report import Report
 from tapeout.validate.session import KV_BITS
 
 
@@ -28,9 +30,13 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "artifact"} | gguf.describe(path)
     if path.suffix == ".onnx":
         return {"kind": "artifact"} | onnx.describe(path)
+    if path.suffix == ".json" and path.is_file():
+        return {"kind": "report"} | _said(Report.read(path))
     if path.is_dir() or not path.exists():
         return _model(path)
-    raise PackageError(f"{path} is neither a model, a store, a package nor a .gguf or .onnx file.")
+    raise PackageError(
+        f"{path} is neither a model, a store, a package, a report.json nor a .gguf or .onnx file."
+    )
 
 
 def _package(path: Path) -> dict[str, Any]:
@@ -48,7 +54,34 @@ def _package(path: Path) -> dict[str, Any]:
         "context": manifest["artifact"]["context"],
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "passed": manifest["passed"],
+        "report": _reported(Package.open(path)),
         "root_sha256": manifest["root_sha256"],
+    }
+
+
+def _reported(package: Package) -> str:
+    """Its gates in short, or why nobody should go by its report; PackageError where that is of a newer format."""
+    if not (package.directory / "report.json").exists():
+        return "missing"
+    Report.read(package.directory / "report.json")
+    try:
+        return str(_said(package.report())["gates"])
+    except PackageError:
+        return "not the one that the package was made with: tapeout verify says what else has changed"
+
+
+def _said(report: Report) -> dict[str, Any]:
+    """The facts of a report."""
+    count = ", ".join(f"{number} {status}" for status, number in counts(report).items())
+    return {
+        "model": report.model,
+        "scheme": report.scheme,
+        "target": report.target,
+        "passed": report.passed,
+        "gates": count,
+        "look_first": risk(report),
+        "bytes": report.provenance.get("artifact_bytes"),
+        "root_sha256": report.provenance.get("root_sha256"),
     }
 
 

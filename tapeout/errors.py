@@ -32,6 +32,10 @@ class PackageError(TapeoutError):
     """A package or a store is not whole: a file is missing, differs from its digest, or is of a newer format."""
 
 
+class NewerFormat(PackageError):
+    """A file is of a newer format than this version reads."""
+
+
 class MissingToolchain(TapeoutError):
     """A runtime or toolchain is not installed; the message holds the command that installs it."""
 

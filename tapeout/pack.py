@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from safetensors.numpy import load_file, save_file
 
 from tapeout import CalledByItsName, __version__, targets
@@ -157,6 +158,31 @@ class Package:
         """The target that it was made for, with the options that it was made with."""
         return targets.get(self.manifest["target"]["name"])(**self.manifest["target"]["options"])
 
+    def report(self) -> Report:
+        """The report that it was made with.
+
+        Raises:
+            PackageError: there is none, it is of a newer format, or not the one whose digest the manifest has.
+        """
+        path = self.directory / "report.json"
+        promised = self.manifest["beside"].get(path.name)
+        found = Report.read(path)
+        if promised is None or file_sha256(path) != promised["sha256"]:
+            raise PackageError(
+                f"{path} is not the report that the package was made with: its digest is not in {MANIFEST}. "
+                "tapeout verify says what else has changed; tapeout validate --report writes a new report beside it."
+            )
+        return found
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: its report, or why that is none to go by."""
+        from tapeout.validate.page import fragment
+
+        try:
+            return fragment(self.report(), f"{self.directory}, root digest {self.manifest['root_sha256']}")
+        except PackageError as error:
+            return str(Markup("<p>{}</p>").format(str(error)))
+
     def files(self) -> dict[str, str]:
         """Every file with its SHA-256, those beside the root digest too."""
         every = {**self.manifest["files"], **self.manifest["beside"]}
@@ -188,16 +214,15 @@ class Package:
         ]
         if _root(self.manifest) != self.manifest["root_sha256"]:
             found.append(f"{MANIFEST} differs from its root digest")
-        if (self.directory / "report.json").exists() and self._reported() != self.passed:
-            found.append(f"{MANIFEST} says passed = {json.dumps(self.passed)}, and report.json does not")
+        if (report := self.directory / "report.json").exists():
+            try:
+                if Report.read(report).passed != self.passed:
+                    found.append(
+                        f"{MANIFEST} says passed = {json.dumps(self.passed)}, and report.json does not"
+                    )
+            except PackageError as error:
+                found.append(str(error).removesuffix("."))
         return found
-
-    def _reported(self) -> bool | None:
-        """The verdict of ``report.json``; None when it cannot be read."""
-        try:
-            return Report.read(self.directory / "report.json").passed
-        except PackageError:
-            return None
 
 
 def pack(

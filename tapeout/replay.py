@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from tapeout.device_report import DeviceReport
-from tapeout.errors import MissingToolchain, ModelError, PackageError, RecipeError, TapeoutError
+from tapeout.errors import MissingToolchain, ModelError, NewerFormat, PackageError, RecipeError, TapeoutError
 from tapeout.models import Model, load
 from tapeout.models.chat import render, special_tokens
 from tapeout.pack import Package
@@ -67,6 +67,7 @@ def revalidate(
     Raises:
         ModelError: ``source`` is not the model that the package was made from.
         RecipeError: it was calibrated on a text that is not at hand. PackageError: ``device_report`` is not of this package.
+        NewerFormat: its report is of a newer format.
         TapeoutError: one of its kinds.
     """
     package = Package.open(directory)
@@ -183,6 +184,8 @@ def _without_model(package: Package, required: frozenset[str]) -> Report:
             throughput = {} if session.facts.emulated else _measure(package, session)
     except MissingToolchain as error:
         found.append(GateResult("golden", "skipped", reason=str(error)))
+    except NewerFormat:
+        raise
     except TapeoutError as error:
         found.append(GateResult("golden", "failed", reason=str(error)))
     every = MODULE_GATES if package.is_module else ENCODER_GATES if package.encoder_output else GATES
@@ -221,8 +224,7 @@ def _golden(package: Package, session: Any) -> GateResult:
             session.reset()
             logits = session.prefill(ids)[-1:]
         distance.add(arrays[f"logits.{index}"][None], logits)
-    reported = package.directory / "report.json"
-    told = Report.read(reported).gates if reported.exists() else ()
+    told = package.report().gates if (package.directory / "report.json").exists() else ()
     predicted = [gate.limit or 0.0 for gate in told if gate.name == "lowering/runtime"]
     limit = max([_GOLDEN_KL, *predicted])
     metric, value = "mean KL, nats", distance.kl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from tapeout.validate.report import GateResult, Report
 from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
+from tapeout.validate.watch import Watch
 
 __all__ = [
     "ENCODER_GATES",
@@ -62,6 +64,7 @@ class Options:
         throughput: whether it is measured too.
         files: digests that a package's manifest promises, by path below ``root``; None: the artifact's files must stay as they
             are while the gates run.
+        watch: takes down stages and memory; None: one of its own.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -72,6 +75,7 @@ class Options:
     throughput: bool = True
     files: Mapping[str, str] | None = None
     root: Path | None = None
+    watch: Watch | None = None
 
 
 def validate(
@@ -91,10 +95,12 @@ def validate(
     root, files = options.root or artifact.directory, options.files
     if files is None:
         files = gates.digests(artifact)
-    with tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
+    watch = options.watch or Watch()
+    with watch, tempfile.TemporaryDirectory(prefix="tapeout-") as scratch:
         evidence = evidence_of(model)(
             artifact, model, quant, device, Path(scratch), options.text, options.tokens, options.progress
         )
+        evidence.watch = watch
         try:
             found = [
                 *_gate("codes", gates.codes, evidence),
@@ -103,6 +109,9 @@ def validate(
             ]
             with evidence.stage("throughput"):
                 throughput = _throughput(evidence) if options.throughput else {}
+            evidence.compare_layers()
+            with contextlib.suppress(TapeoutError):  # a gate has said why
+                evidence.findings["evaluated"] = evidence.evaluated
             golden = _golden(evidence)
             arrays = _golden_arrays(evidence)
         finally:
@@ -119,7 +128,7 @@ def validate(
         golden=golden,
         golden_arrays=arrays,
         graph=model.graph,
-        findings=evidence.findings,
+        findings={**evidence.findings, **watch.findings()},
     )
 
 
@@ -158,7 +167,7 @@ def _own_gates(evidence: Evidence, limits: Limits) -> list[GateResult]:
 
 
 def _gate(name: str, gate: gates.Gate[gates.E], evidence: gates.E) -> list[GateResult]:
-    """Run a gate, and keep how long it took."""
+    """Run a gate, and keep what it took."""
     with evidence.stage(name):
         return gates.guarded(name, gate, evidence)
 

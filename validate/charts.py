@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import floor, log10
+from collections.abc import Callable, Sequence
+from math import log10
 
 from markupsafe import Markup, escape
 
-__all__ = ["bars", "columns", "points", "ranges"]
+__all__ = ["bars", "columns", "curve", "heights", "points", "ranges"]
 
 _ROW = 36  # pixels of a row: a line of text, and what is drawn below it
 _MORE = 1.05  # the axis goes a little beyond the largest value
@@ -85,30 +85,108 @@ def columns(edges: Sequence[float], counts: Sequence[int], said: str) -> Markup:
     return _svg(base + 22, said, parts)
 
 
-def points(rows: Sequence[tuple[str, float, float]], said: str, axes: tuple[str, str]) -> Markup:
+def points(
+    rows: Sequence[tuple[str, float, float]],
+    said: str,
+    axes: tuple[tuple[str, Callable[[float], str]], tuple[str, Callable[[float], str]]],
+    this: int | None = None,
+) -> Markup:
     """Points over two logarithmic axes, numbered as they come.
 
     Args:
         rows: what each is, and its x and y, all above zero.
         said: what the chart shows.
-        axes: what x and y are, with their unit.
+        axes: what x and y are, and how their values are written.
+        this: which of the points stands out.
     """
     base, high = 200, 170
-    (left, right), (low, top) = _decades([x for _, x, _ in rows]), _decades([y for *_, y in rows])
+    (x_name, x_shown), (y_name, y_shown) = axes
+    (left, right), (low, top) = _span([x for _, x, _ in rows]), _span([y for *_, y in rows])
     parts = [f'<line x1="0" x2="100%" y1="{base}" y2="{base}" class="axis"/>']
-    for at, (label, x, y) in enumerate(rows, 1):
-        px = 3 + 94 * (log10(x) - left) / (right - left)
-        py = base - 12 - (high - 12) * (log10(y) - low) / (top - low)
+    order = sorted(
+        range(len(rows)), key=lambda at: at == this
+    )  # the one that stands out lies above the others
+    for at in order:
+        label, x, y = rows[at]
+        px = 4 + 92 * (log10(x) - left) / (right - left)
+        py = base - 16 - (high - 16) * (log10(y) - low) / (top - low)
+        kind = "point" if this in (at, None) else "point other"
         parts.append(
-            f'<circle cx="{px:.2f}%" cy="{py:.1f}" r="10" class="point"><title>{escape(label)}</title></circle>'
+            f'<circle cx="{px:.2f}%" cy="{py:.1f}" r="10" class="{kind}"><title>{escape(label)}</title></circle>'
         )
-        parts.append(_text(px, py + 4, str(at), "middle", "in"))
-    parts += [_text(0, 14, f"{axes[1]}, from 1e{low} to 1e{top}", "start", "soft")]
-    parts += [_text(100, base + 16, f"{axes[0]}, from 1e{left} to 1e{right}", "end", "soft")]
+        parts.append(_text(px, py + 4, str(at + 1), "middle", "in"))
+    xs, ys = [x for _, x, _ in rows], [y for *_, y in rows]
+    parts += [_text(0, 12, f"↑ {y_name}: {y_shown(min(ys))} … {y_shown(max(ys))}", "start", "soft")]
+    parts += [_text(100, base + 16, f"{x_name}: {x_shown(min(xs))} … {x_shown(max(xs))} →", "end", "soft")]
     return _svg(base + 22, said, parts)
 
 
-def _decades(values: Sequence[float]) -> tuple[int, int]:
-    """Powers of ten around values above zero, never the same two."""
-    low = floor(log10(min(values)))
-    return low, max(low + 1, floor(log10(max(values))) + 1)
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Decimal logarithms around values above zero, never the same two."""
+    low, top = log10(min(values)), log10(max(values))
+    return (low, top) if top - low > 1e-9 else (low - 1, top + 1)
+
+
+def heights(rows: Sequence[tuple[str, float, str, str]], said: str) -> Markup:
+    """The rows of ``bars`` as columns side by side, for many of them: the first, the last and the tallest have their words."""
+    base, high = 140, 108
+    most = max([value for _, value, *_ in rows] + [1e-300])
+    wide = 100 / len(rows)
+    tallest = max(range(len(rows)), key=lambda at: rows[at][1])
+    parts = [_text(wide * (tallest + 0.5), 14, rows[tallest][2], _anchor(tallest, len(rows)), "soft")]
+    for at, (label, value, shown, kind) in enumerate(rows):
+        tall = max(1.0, high * value / most)
+        gap = min(0.4, wide / 8)
+        parts.append(
+            _rect(at * wide + gap, base - tall, wide - 2 * gap, tall, f"bar {kind}", f"{label}: {shown}")
+        )
+    parts.append(f'<line x1="0" x2="100%" y1="{base}" y2="{base}" class="axis"/>')
+    parts += [
+        _text(0, base + 16, rows[0][0], "start", "soft"),
+        _text(100, base + 16, rows[-1][0], "end", "soft"),
+    ]
+    if 2 < tallest < len(rows) - 3:
+        parts.append(_text(wide * (tallest + 0.5), base + 16, rows[tallest][0], "middle", "soft"))
+    return _svg(base + 22, said, parts)
+
+
+def _anchor(at: int, count: int) -> str:
+    return "start" if at < count / 8 else "end" if at > count * 7 / 8 else "middle"
+
+
+def curve(
+    points: Sequence[Sequence[float]],
+    spans: Sequence[tuple[str, float, float]],
+    said: str,
+    shown: tuple[Callable[[float], str], Callable[[float], str]],
+) -> Markup:
+    """An area under points over time, both axes from zero.
+
+    Args:
+        points: (x, y), x ascending.
+        spans: names of parts of the axis with their begin and end, which are drawn in turns; those with room are named.
+        said: what the chart shows. shown: how x and y are written.
+    """
+    base, high = 152, 112
+    last = max([x for x, _ in points] + [end for *_, end in spans] + [1e-9])
+    most = max([y for _, y in points] + [1e-300])
+    parts = []
+    for at, (name, begin, end) in enumerate(spans):
+        x, wide = 100 * begin / last, 100 * (end - begin) / last
+        if at % 2 == 0:
+            parts.append(_rect(x, base - high, wide, high, "track", name))
+        if wide > 3 + 2.2 * len(name):  # a letter takes about 2 % of a phone's width
+            parts.append(_text(x + wide / 2, base - high - 6, name, "middle", "soft"))
+    corners = " ".join(f"{1000 * x / last:.1f},{100 - 100 * y / most:.2f}" for x, y in points)
+    first, final = (1000 * points[at][0] / last for at in (0, -1))
+    parts.append(
+        f'<svg x="0" y="{base - high}" width="100%" height="{high}" viewBox="0 0 1000 100" preserveAspectRatio="none">'
+        f'<polygon points="{first:.1f},100 {corners} {final:.1f},100" class="bar area"/></svg>'
+    )
+    parts.append(f'<line x1="0" x2="100%" y1="{base}" y2="{base}" class="axis"/>')
+    parts += [_text(0, 14, f"↑ 0 … {shown[1](most)}", "start", "soft")]
+    parts += [
+        _text(0, base + 16, "0 s", "start", "soft"),
+        _text(100, base + 16, shown[0](last), "end", "soft"),
+    ]
+    return _svg(base + 22, said, parts)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
+
+import numpy as np
 
 from tapeout.errors import RuntimeCrash
 from tapeout.models import EncoderConfig
 from tapeout.validate.encoders import padded
-from tapeout.validate.findings import comparison
+from tapeout.validate.findings import comparison, distances
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import EncoderSession, Logits
@@ -46,18 +48,42 @@ class EncoderEvidence(UncachedEvidence):
     def compare(
         self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
     ) -> None:
-        """Of class logits alone: KL means nothing of states. A text has one row, and the classes have names."""
-        if self.config.output != "logits":
-            return
+        """A text has one row of class logits, and the classes have names. KL means nothing of states and embeddings: theirs is the angle."""
         one, two = names
-        self.findings.setdefault("comparisons", {})[gate] = comparison(
-            distance.kls,
+        if self.config.output == "logits":
+            self.findings.setdefault("comparisons", {})[gate] = comparison(
+                distance.kls,
+                reference,
+                other,
+                names=(one, two),
+                before=lambda sequence, _: self.text_of(self.sequences[sequence]),
+                called=lambda entry: str(self.config.labels[entry]),
+            )
+            return
+        embeds = self.config.output == "sentence_embedding" and len(reference) > 1
+        self.findings.setdefault("distances", {})[gate] = distances(
+            distance.angles,
             reference,
-            other,
             names=(one, two),
-            before=lambda sequence, _: self.text_of(self.sequences[sequence]),
-            called=lambda entry: str(self.config.labels[entry]),
+            measure="1 - cosine",
+            of="texts",
+            called=lambda sequence: self.text_of(self.sequences[sequence]),
+            answers=self._nearest(reference, other) if embeds else None,
         )
+
+    def _nearest(
+        self, reference: Sequence[Logits], other: Sequence[Logits]
+    ) -> Callable[[int], tuple[str, str]]:
+        """Which other text lies nearest to a text by the embeddings of each of two models: what a search would find."""
+        found = []
+        for rows in (reference, other):
+            units = np.concatenate(rows).astype(np.float64)
+            units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-30)
+            near = units @ units.T
+            np.fill_diagonal(near, -np.inf)
+            found.append(near.argmax(axis=1))
+        one, two = found
+        return lambda at: (self.text_of(self.sequences[one[at]]), self.text_of(self.sequences[two[at]]))
 
     def encode(self, session: EncoderSession, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Rows of each sequence, [tokens, hidden] or [1, width], from one padded batch."""

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from tapeout.errors import TapeoutError
 from tapeout.models import EncoderConfig, Model, efficient
-from tapeout.validate import pretrained
+from tapeout.validate import by_layer, pretrained
 from tapeout.validate.given import check_ids
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.session import Facts, Logits, Shown
 
 __all__ = ["EncoderReference", "check_batch", "network", "padded"]
 
@@ -70,6 +70,12 @@ class EncoderReference:
             given, real = torch.from_numpy(rows), torch.from_numpy(seen)
             out = self._forward(given, real)
         return cast(Logits, out.float().numpy())
+
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """Write what each layer gives of one sequence, and the output, to ``out``/NAME.npy; see ``by_layer``."""
+        with by_layer.kept(self._module) as found:
+            output = self.encode([ids], [[1] * len(ids)])
+        return by_layer.write(found, output.reshape(-1, output.shape[-1]), "output", out)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` as the model takes it, the tokens around it too."""

@@ -5,6 +5,7 @@ Logits go to mapped files, so that no two models and no text's logits need be in
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,15 @@ import tokenizers
 from tapeout.errors import RuntimeCrash
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
-from tapeout.models import DecoderConfig, Model, TracedConfig
+from tapeout.models import DecoderConfig, Model
 from tapeout.quantize import Quantized
-from tapeout.validate import corpus
+from tapeout.validate import by_layer, corpus
 from tapeout.validate.divergence import Divergence, added_rounding, against_graph
 from tapeout.validate.findings import comparison
 from tapeout.validate.generate import Said
 from tapeout.validate.metrics import Distance
 from tapeout.validate.session import KV_BITS, Device, Logits, Session, SessionSpec
+from tapeout.validate.watch import Watch
 from tapeout.validate.worker import WorkerSession, borrow, borrowed, give_back
 
 _REFERENCE = "tapeout.validate.reference:open_session"
@@ -37,6 +38,8 @@ DECODED = 64  # tokens that the decode gate takes one by one
 _GOLDEN_TOKENS = 16  # of a golden prompt at most
 _WINDOW = 512  # tokens of a sequence of text
 _AT_ONCE = 20  # tasks that a worker answers before it is heard of
+_LAYERED = ("original", "dequantized", "quantized")  # references whose layers are held against one another
+_LAYERED_SEQUENCES, _LAYERED_TOKENS = 3, 64  # of them, at most
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,6 +66,9 @@ class Evidence:
     _walks: dict[int, Divergence | None] = field(default_factory=dict)
     findings: dict[str, Any] = field(default_factory=dict)
     """What the report shows beside the verdicts; each gate adds its own (``report.schema.json`` says what)."""
+    layers: dict[str, by_layer.Layers] = field(default_factory=dict)
+    """What the layers of a reference gave, by the name that it was asked under."""
+    watch: Watch = field(default_factory=Watch)
 
     @cached_property
     def sequences(self) -> list[list[int]]:
@@ -78,6 +84,16 @@ class Evidence:
     def expected(self) -> Said:
         """What the reference's tokenizer and the original weights say."""
         return self._original[2]
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """How much is evaluated, and the digest of all of it: losses on the same can be compared."""
+        told = hashlib.sha256(canonical_json(self.sequences).encode()).hexdigest()
+        return {
+            "sequences": len(self.sequences),
+            "tokens": sum(map(len, self.sequences)),
+            "sha256": told,
+        }
 
     @cached_property
     def dequantized(self) -> list[Logits]:
@@ -251,21 +267,15 @@ class Evidence:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Keep how many seconds a stage took. What several gates look at counts to the first that asks."""
-        begin = perf_counter()
-        try:
+        """Keep how many seconds and how much memory a stage took. What several gates look at counts to the first that asks."""
+        with self.watch.stage(name):
             yield
-        finally:
-            taken = {"name": name, "seconds": perf_counter() - begin}
-            self.findings.setdefault("stages", []).append(taken)
 
     def compare(
         self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
     ) -> None:
         """Keep how KL is spread over the tokens that a gate compared, and the worst with both models' answers."""
-        if not distance.tokens or (
-            isinstance(self.model.config, TracedConfig) and self.model.config.is_module
-        ):
+        if not distance.tokens:
             return
         one, two = names
         found = comparison(
@@ -362,13 +372,43 @@ class Evidence:
         how = replace(spec, arguments=arguments | {"codes": spec.arguments.get("store") is not None})
         asked = (canonical_json(how.to_json()), tuple(map(tuple, sequences)))
         if asked not in answers:
-            answers[asked] = self.record(name, spec, sequences)
-        return answers[asked]
+            answers[asked] = self.record(name, spec, sequences), self.layers.get(name, [])
+        found, self.layers[name] = answers[asked]
+        return found
 
     def record(self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]) -> list[Logits]:
         """Open a session, run the sequences through it, close it; logits in mapped files, float32 [tokens, vocab] each."""
         with borrowed(spec) as session:
-            return self.run(name, session, sequences)
+            found = self.run(name, session, sequences)
+            if name in _LAYERED:
+                self.layers[name] = self.layers_of(name, session, sequences)
+            return found
+
+    def layers_of(
+        self, name: str, session: WorkerSession, sequences: Sequence[Sequence[int]]
+    ) -> by_layer.Layers:
+        """What each layer of a reference gives of the first sequences; in mapped files."""
+        found: by_layer.Layers = []
+        left = _LAYERED_TOKENS
+        for ids in sequences[:_LAYERED_SEQUENCES]:
+            if found and len(ids) > left:
+                break
+            place = self.scratch / f"{name}-layers-{len(found)}"
+            place.mkdir(exist_ok=True)
+            found.append(by_layer.read(list(session.trace(ids[:left], str(place))), place))
+            left -= len(ids)
+        return found
+
+    def compare_layers(self) -> None:
+        """Keep what the difference from the original comes to after each layer, where the references told of theirs."""
+        one = self.layers.get("original", [])
+        other = self.layers.get("quantized") or self.layers.get("dequantized", [])
+        # A model that came quantized has no other original than its codes.
+        if one and len(one) == len(other) and not self.model.quantization:
+            tokens = sum(len(next(iter(each.values()))) for each in one)
+            grown = by_layer.error_by_layer(one, other)
+            told = [{"layer": name, "error": error} for name, error in grown.items()]
+            self.findings["layers"] = {"tokens": tokens, "layers": told}
 
     def record_peaks(
         self, name: str, spec: SessionSpec, sequences: Sequence[Sequence[int]]
@@ -418,9 +458,11 @@ class Evidence:
             with borrowed(self.reference(quantized=False)) as session:
                 sequences = self._sequences(session)
                 found = sequences, self.run("original", session, sequences), self.say(session, "tasks")
+                layers = self.layers_of("original", session, sequences)
             _originals.clear()
-            _originals[key] = found
-        return _originals[key]
+            _originals[key] = found, layers
+        told, self.layers["original"] = _originals[key]
+        return told
 
     @property
     def _asked(self) -> tuple[object, ...]:
@@ -467,7 +509,7 @@ class Evidence:
             self.progress(stage, done, total)
 
 
-_originals: dict[object, tuple[list[list[int]], list[Logits], Said]] = {}
+_originals: dict[object, tuple[tuple[list[list[int]], list[Logits], Said], by_layer.Layers]] = {}
 """What the last model said with its own weights: its next scheme or target is held against the same."""
-_references: dict[object, dict[object, list[Logits]]] = {}
+_references: dict[object, dict[object, tuple[list[Logits], by_layer.Layers]]] = {}
 """What the references of the last codes said: those codes on the next target are held against the same."""

@@ -12,10 +12,10 @@ from tapeout.validate.divergence import Divergence
 from tapeout.validate.metrics import log_softmax
 from tapeout.validate.session import Logits
 
-__all__ = ["comparison", "differing_answers", "differing_strings", "error_by_layer"]
+__all__ = ["comparison", "differing_answers", "differing_strings", "distances", "error_by_layer"]
 
 _EDGES = 10.0 ** np.arange(-10, 2)
-"""Edges of the histogram of KL, in nats: a bin a factor of ten, [edges]; what is outside counts with the nearest bin."""
+"""Edges of the histogram of KL in nats, and of other distances: a bin a factor of ten, [edges]; what is outside counts with the nearest bin."""
 _WORST = 5  # tokens that are shown with both models' answers
 _ANSWERS = 3  # the likeliest, of each
 _EXAMPLES = 8  # tasks and strings that are shown
@@ -40,7 +40,6 @@ def comparison(
         before: the text that row ``j`` of sequence ``i`` follows.
         called: the text of an entry of the vocabulary, or the name of a class.
     """
-    counts, _ = np.histogram(np.clip(kls, _EDGES[0], _EDGES[-1]), _EDGES)
     ends = np.cumsum([len(rows) for rows in reference])
     worst = []
     for flat in np.argsort(-kls, kind="stable")[:_WORST].tolist():
@@ -56,20 +55,45 @@ def comparison(
                 "other": _likeliest(other[sequence][row], called),
             }
         )
-    p50, p90, p99 = (float(np.quantile(kls, q)) for q in (0.5, 0.9, 0.99))
-    return {
-        "reference": names[0],
-        "other": names[1],
-        "tokens": len(kls),
-        "mean": float(kls.mean()),
-        "p50": p50,
-        "p90": p90,
-        "p99": p99,
-        "max": float(kls.max()),
-        "edges": _EDGES.tolist(),
-        "counts": counts.tolist(),
-        "worst": worst,
-    }
+    return {"reference": names[0], "other": names[1], "tokens": len(kls), **_spread(kls), "worst": worst}
+
+
+def distances(
+    rows: npt.NDArray[np.float64],
+    reference: Sequence[Logits],
+    *,
+    names: tuple[str, str],
+    measure: str,
+    of: str,
+    called: Callable[[int], str],
+    answers: Callable[[int], tuple[str, str]] | None = None,
+) -> dict[str, Any]:
+    """The same of outputs that are no probabilities: how a distance is spread over texts or samples, and the farthest of them.
+
+    Args:
+        rows: the distance of every row of the sequences, float64 [rows]; that of a sequence is their mean.
+        reference: rows [rows, width] of each sequence.
+        names: what both are. measure: what the distance is, with its unit. of: what a sequence is.
+        called: what sequence ``i`` is. answers: what both models make of it.
+    """
+    ends = np.cumsum([len(each) for each in reference])[:-1]
+    values = np.array([each.mean() for each in np.split(rows, ends)])
+    worst = []
+    for at in np.argsort(-values, kind="stable")[:_WORST].tolist():
+        told = {"what": called(at)[:_LETTERS], "value": float(values[at])}
+        if answers:
+            told["reference"], told["other"] = (answer[:_LETTERS] for answer in answers(at))
+        worst.append(told)
+    told_of = {"reference": names[0], "other": names[1], "measure": measure, "of": of, "count": len(values)}
+    return {**told_of, **_spread(values), "worst": worst}
+
+
+def _spread(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Mean, quantiles and a histogram of distances."""
+    counts, _ = np.histogram(np.clip(values, _EDGES[0], _EDGES[-1]), _EDGES)
+    p50, p90, p99 = (float(np.quantile(values, q)) for q in (0.5, 0.9, 0.99))
+    found = {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99, "max": float(values.max())}
+    return found | {"edges": _EDGES.tolist(), "counts": counts.tolist()}
 
 
 def _likeliest(logits: npt.NDArray[np.float32], called: Callable[[int], str]) -> list[dict[str, Any]]:

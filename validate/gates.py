@@ -508,6 +508,14 @@ def encoder_quality(evidence: EncoderEvidence, limits: Limits) -> list[GateResul
                 at_least=True,
             ),
         ]
+    evidence.compare(
+        "quality/cosine",
+        distance,
+        evidence.original,
+        evidence.quantized,
+        "original weights",
+        "quantized weights",
+    )
     reason = f"the angle between {evidence.config.output} of {what}"
     return [_verdict("quality/cosine", "mean of 1 - cosine", distance.cosine, limits.kl, reason)]
 
@@ -520,6 +528,14 @@ def module_quality(evidence: ModuleEvidence, limits: Limits) -> list[GateResult]
     limits = limits.for_scheme(evidence.quant.scheme)
     assert limits.kl is not None
     distance = _distance(evidence.original, evidence.quantized)
+    evidence.compare(
+        "quality/error",
+        distance,
+        evidence.original,
+        evidence.quantized,
+        "original weights",
+        "quantized weights",
+    )
     reason = f"original ‖ dequantized on {len(evidence.samples)} samples; twice what KL may be, which is half the variance of errors."
     return [_verdict("quality/error", evidence.metric, distance.error, 2 * limits.kl, reason)]
 
@@ -543,4 +559,6 @@ def _verdict(
 ) -> GateResult:
     # Written so that NaN fails.
     good = value >= limit if at_least else value <= limit
+    if not np.isfinite(value):
+        reason = f"it comes to {value:g}, which is no figure. {reason}"
     return GateResult(name, "passed" if good else "failed", metric, float(value), float(limit), reason)

@@ -34,6 +34,8 @@ class Distance:
     worst: float = 0.0
     cosine_sum: float = 0.0
     _kls: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    _angles: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    _errors: list[npt.NDArray[np.float64]] = field(default_factory=list)
     _squared_error: float = 0.0
     _sum: float = 0.0
     _squares: float = 0.0
@@ -74,7 +76,10 @@ class Distance:
             lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
             cosines = (mine * theirs).sum(axis=1) / np.maximum(lengths, 1e-30)
             self.cosine_sum += float((1 - cosines).sum())
-            self._squared_error += float(((mine - theirs) ** 2).sum())
+            self._angles.append(1 - cosines)
+            squares = ((mine - theirs) ** 2).sum(axis=1)
+            self._errors.append(squares / max(1, mine.shape[1]))
+            self._squared_error += float(squares.sum())
             self._sum += float(mine.sum())
             self._squares += float((mine**2).sum())
             self._values += mine.size
@@ -89,6 +94,16 @@ class Distance:
     def kls(self) -> npt.NDArray[np.float64]:
         """KL of each token in nats, in the order that they were added: float64 [tokens]."""
         return np.concatenate(self._kls) if self._kls else np.zeros(0)
+
+    @property
+    def angles(self) -> npt.NDArray[np.float64]:
+        """1 - the cosine of the angle between both, of each row: float64 [rows], never below zero."""
+        return np.maximum(np.concatenate(self._angles), 0.0) if self._angles else np.zeros(0)
+
+    @property
+    def errors(self) -> npt.NDArray[np.float64]:
+        """Mean squared difference of each row, in units of the variance of the reference's values: float64 [rows]."""
+        return np.concatenate(self._errors) / max(1e-30, self._deviation**2) if self._errors else np.zeros(0)
 
     @property
     def typical_kl(self) -> float:

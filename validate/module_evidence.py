@@ -8,8 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from tapeout.files import file_sha256
 from tapeout.models import TracedConfig
 from tapeout.models.module import SAMPLES
+from tapeout.validate.by_layer import Layers
+from tapeout.validate.findings import distances
+from tapeout.validate.metrics import Distance
 from tapeout.validate.modules import Samples
 from tapeout.validate.session import Logits
 from tapeout.validate.uncached_evidence import UncachedEvidence
@@ -41,10 +45,42 @@ class ModuleEvidence(UncachedEvidence):
             for output in range(len(self.config.scales))
         ]
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The samples."""
+        told = file_sha256(self.model.directory / SAMPLES)
+        return {"sequences": len(self.samples), "tokens": 0, "sha256": told}
+
     @cached_property
     def original(self) -> list[Logits]:
         """What the module gives with its own weights."""
         return self.record("original", self.reference(quantized=False), self.sequences)
+
+    def compare(
+        self, gate: str, distance: Distance, reference: Sequence[Logits], other: Sequence[Logits], *names: str
+    ) -> None:
+        """By the squared error of each output of each sample, with the value that is off most."""
+        one, two = names
+
+        def farthest(at: int) -> tuple[str, str]:
+            mine, theirs = reference[at], other[at]
+            place = np.unravel_index(int(np.abs(mine - theirs).argmax()), mine.shape)
+            where = f"row {place[0]}, column {place[1]}"
+            return f"{mine[place]:.4g} at {where}", f"{theirs[place]:.4g}"
+
+        self.findings.setdefault("distances", {})[gate] = distances(
+            distance.errors,
+            reference,
+            names=(one, two),
+            measure=self.metric,
+            of="outputs of samples",
+            called=lambda at: "sample {}, output {}".format(*self.sequences[at]),
+            answers=farthest,
+        )
+
+    def layers_of(self, *_: Any) -> Layers:
+        """Of a module nobody knows which of its parts are layers."""
+        return []
 
     def golden_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs ``inputs.N.NAME`` and what must come out, ``outputs.N.K`` [rows, width], of the first samples."""

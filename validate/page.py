@@ -13,29 +13,21 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tapeout.validate import charts
+from tapeout.validate import charts, page_parts
+from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
 
-__all__ = ["comparison_markdown", "comparison_page", "comparison_rows", "markdown", "page", "size"]
+__all__ = [
+    "comparison_markdown",
+    "comparison_page",
+    "comparison_rows",
+    "fragment",
+    "markdown",
+    "page",
+    "size",
+]
 
 _LONGEST = 300  # letters of a reason in Markdown
-
-
-def size(count: float | None) -> str:
-    """Bytes for people, in units of a thousand."""
-    if count is None:
-        return ""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= one:
-            return f"{count / one:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def seconds(value: float) -> str:
-    """A duration for people."""
-    if value >= 1:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
 def share_of(value: float) -> str:
@@ -51,6 +43,12 @@ def quoted(text: str) -> str:
 def page(report: Report) -> str:
     """``report.html``: one file that asks for no other."""
     return str(_template("report.html.j2").render(report=report, **_shown(report)))
+
+
+def fragment(report: Report, where: str = "") -> str:
+    """What a notebook shows of a report, in its own colours; ``where`` it stands."""
+    told = {"counts": counts(report), "headline": headline(report), "risk": risk(report), "where": where}
+    return str(_template("notebook.html.j2").render(report=report, **told))
 
 
 def comparison_page(named: Mapping[str, Report]) -> str:
@@ -77,7 +75,9 @@ def comparison_page(named: Mapping[str, Report]) -> str:
             same_codes=len({report.provenance.get("codes_sha256") for report in reports}) == 1,
             gates={name: [_gate(report, name) for report in reports] for name in gates},
             quality=len(placed) > 1
-            and charts.points(placed, "size and quality of each package", ("size, bytes", "mean KL, nats")),
+            and charts.points(
+                placed, "size and quality of each package", (("size", size), ("mean KL, nats", number))
+            ),
             speed=len(speeds) > 1 and charts.bars(speeds, "speed of each package"),
         )
     )
@@ -139,11 +139,11 @@ def markdown(report: Report) -> str:
     figures = [f"{name} {value}" for name, value, _ in headline(report)]
     told = ", ".join(f"{n} {status}" for status, n in count.items())
     lines = [
-        f"{verdict} `{report.model}` → `{report.scheme}` → `{report.target}`: {told}",
+        f"{verdict} {_code(report.model)} → {_code(report.scheme)} → {_code(report.target)}: {told}",
         "",
         " · ".join(figures),
         "",
-        f"{'Largest risk' if report.passed else 'Look first'}: {_cut(risk(report))}",
+        f"{'Largest risk' if report.passed else 'Look first'}: {_plain(_cut(risk(report)))}",
         "",
         _row(["gate", "verdict", "measured", "limit", "what"]),
         _row(["---", "---", "---:", "---:", "---"]),
@@ -159,7 +159,17 @@ def markdown(report: Report) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(words: str) -> str:
+    """Words of others in a line of Markdown: no tag of theirs is one."""
+    return " ".join(words.replace("<", "&lt;").split())
+
+
+def _code(name: str) -> str:
+    """A name as code, which nothing in it ends."""
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 
 def _cut(words: str) -> str:
@@ -318,11 +328,7 @@ def _shown(report: Report) -> dict[str, Any]:
         )
     if rows := speed.get("runs"):
         drawn["latency"] = _latency(rows, "run", lambda _: "a run of the first sample")
-    if stages := found.get("stages"):
-        drawn["stages"] = charts.bars(
-            [(stage["name"], stage["seconds"], seconds(stage["seconds"]), "") for stage in stages],
-            "seconds of each stage",
-        )
+    drawn |= page_parts.drawn(report)
     if layers := found.get("divergence", {}).get("layers"):
         drawn["layers"] = charts.bars(
             [
@@ -340,11 +346,19 @@ def _shown(report: Report) -> dict[str, Any]:
         gate: charts.columns(each["edges"], each["counts"], f"tokens by their KL, {gate}")
         for gate, each in found.get("comparisons", {}).items()
     }
+    spread |= {
+        gate: charts.columns(
+            each["edges"], each["counts"], f"{each['of']} by their {each['measure']}, {gate}"
+        )
+        for gate, each in found.get("distances", {}).items()
+    }
     return {
         "counts": counts(report),
         "headline": headline(report),
         "risk": risk(report),
         "charts": drawn,
+        "steepest": page_parts.steepest(report),
+        "alternatives": page_parts.alternatives(report),
         "spread": spread,
     }
 

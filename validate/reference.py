@@ -25,10 +25,10 @@ from tapeout.errors import MissingToolchain, ModelError, TapeoutError, nearest
 from tapeout.exporters import gguf
 from tapeout.models import EncoderConfig, Model, Seq2SeqConfig, TracedConfig, load
 from tapeout.quantize import Quantized, QuantTensor, open_store
-from tapeout.validate import encoders, modules, pretrained, seq2seq
+from tapeout.validate import by_layer, encoders, modules, pretrained, seq2seq
 from tapeout.validate.given import check_ids
 from tapeout.validate.rounding import CACHES, ROUNDED, as_cached, round_q8_0
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.session import Facts, Logits, Shown
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,14 @@ class Reference(pretrained.Words):
     def decode(self, token: int) -> Logits:
         """Append one token; return float32 [vocab]."""
         return cast(Logits, self.prefill([token])[0])
+
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """Write what each layer gives of one sequence, and the logits, to ``out``/NAME.npy; see ``by_layer``."""
+        self.reset()
+        with by_layer.kept(self._network) as found:
+            logits = self.prefill(ids)
+        self.reset()
+        return by_layer.write(found, logits, "logits", out)
 
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 import numpy.typing as npt
 
-from tapeout.errors import PackageError
+from tapeout.errors import NewerFormat, PackageError
 from tapeout.files import canonical_json
 from tapeout.validate.session import Logits
 
@@ -46,6 +47,16 @@ class GateResult:
     limit: float | None = None
     reason: str = ""
 
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> GateResult:
+        """Of a report; what a later version has added is left out."""
+        return cls(**{name: raw[name] for name in (each.name for each in fields(cls)) if name in raw})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; JSON has no NaN and no infinity, which the reason tells of."""
+        value = self.value if self.value is None or isfinite(self.value) else None
+        return asdict(self) | {"value": value}
+
     @property
     def used(self) -> float | None:
         """The share of its limit that the value takes: 0 is no loss, 1 the limit, more has failed; None where that says nothing.
@@ -74,7 +85,7 @@ class Report:
         graph: which road the model's graph took: ``built``, ``torch.export`` or ``optimum``.
         device: the machine of a report that was merged (see ``tapeout.device_report``), its runtime, and throughput of its ``units``.
         provenance: what it was made from and of, by digests, and its size; see ``Package.provenance``.
-        findings: what the gates saw on the way: see ``validate.findings``, and ``stages`` with their seconds.
+        findings: what the gates saw on the way: see ``validate.findings``; ``stages`` and ``memory`` of ``validate.watch``.
     """
 
     model: str
@@ -97,13 +108,6 @@ class Report:
         statuses = {gate.status for gate in self.gates}
         return "failed" not in statuses and "passed" in statuses
 
-    def preceded(self, **seconds: float) -> Report:
-        """The same report, with what came before validation and the seconds that it took."""
-        before = [{"name": name, "seconds": taken} for name, taken in seconds.items()]
-        return replace(
-            self, findings={**self.findings, "stages": [*before, *self.findings.get("stages", [])]}
-        )
-
     def to_json(self) -> dict[str, Any]:
         """The document that ``data/report.schema.json`` describes."""
         return {
@@ -113,7 +117,7 @@ class Report:
             "target": self.target,
             "scheme": self.scheme,
             "graph": self.graph,
-            "gates": [asdict(gate) for gate in self.gates],
+            "gates": [gate.to_json() for gate in self.gates],
             "throughput": dict(self.throughput),
             "machine": dict(self.machine),
             "notes": list(self.notes),
@@ -134,14 +138,14 @@ class Report:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["format_version"] > FORMAT_VERSION:
-                raise PackageError(
+                raise NewerFormat(
                     f"{path} has format_version {raw['format_version']}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
                 )
             return cls(
                 raw["model"],
                 raw["target"],
                 raw["scheme"],
-                tuple(GateResult(**gate) for gate in raw["gates"]),
+                tuple(GateResult.of(gate) for gate in raw["gates"]),
                 raw["throughput"],
                 raw["machine"],
                 tuple(raw["notes"]),
@@ -152,6 +156,12 @@ class Report:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{path} is not a report: {error!r}.") from error
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from tapeout.validate.page import fragment
+
+        return fragment(self)
 
     def write(self, directory: Path) -> None:
         """Write ``report.json``, and from it ``report.html``, ``report.md`` and ``report.xml`` (JUnit)."""
@@ -236,19 +246,20 @@ def verdict_table(report: Report) -> Table:
         table.add_row(
             gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason)
         )
-    for note in report.notes:
-        table.caption = f"{table.caption or ''}\n{note}".strip()
+    if report.notes:
+        table.caption = Text("\n".join(report.notes))
     return table
 
 
 def device_table(device: Mapping[str, Any]) -> Table:
     """What a device measured, as a table for the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         "unit", "size", "p50 / p90 / p99", "prefill", "decode", "load", "peak", title_justify="left"
     )
-    table.title = f"{device['runtime']} on {device['chip']}, {device['system']}"
+    table.title = Text(f"{device['runtime']} on {device['chip']}, {device['system']}")
     for unit, figures in device["units"].items():
         peak = figures["peak_resident_bytes"]
         beside = f"{figures['load_s']:.2f} s", "" if peak is None else f"{peak / 1e6:.0f} MB"

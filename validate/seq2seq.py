@@ -9,9 +9,9 @@ import numpy as np
 
 from tapeout.errors import TapeoutError
 from tapeout.models import Model, Seq2SeqConfig
-from tapeout.validate import pretrained
+from tapeout.validate import by_layer, pretrained
 from tapeout.validate.evidence import Evidence
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.session import Facts, Logits, Shown
 
 __all__ = ["Seq2SeqEvidence", "Seq2SeqReference", "network"]
 
@@ -46,6 +46,15 @@ class Seq2SeqReference:
     def decode(self, token: int) -> Logits:
         """Append one token to the target; return float32 [vocab]."""
         return cast(Logits, self._step([token])[0])
+
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """Write what each layer gives of a source and a target, half each, and the logits, to ``out``/NAME.npy; see ``by_layer``."""
+        self.reset()
+        source, target = halves(ids)
+        with by_layer.kept(self._module) as found:
+            logits = np.concatenate([self.prefill(source), self.prefill(target)])
+        self.reset()
+        return by_layer.write(found, logits, "logits", out)
 
     def reset(self) -> None:
         """Begin anew: the next tokens are a source."""
@@ -107,30 +116,31 @@ class Seq2SeqEvidence(Evidence):
     def begin(self, session: Any) -> None:
         """Give the probe's source."""
         session.reset()
-        session.prefill(self._halves(self.probe)[0])
+        session.prefill(halves(self.probe)[0])
 
     @property
     def probed(self) -> list[int]:
         """The probe's target."""
-        return self._halves(self.probe)[1]
+        return halves(self.probe)[1]
 
     def scored(self, ids: Sequence[int]) -> list[int]:
         """The target with what it begins with, which the rows belong to."""
         config = self.model.config
         assert isinstance(config, Seq2SeqConfig)
-        return [config.decoder_start_token_id, *self._halves(ids)[1]]
+        return [config.decoder_start_token_id, *halves(ids)[1]]
 
     def golden(self, ids: Sequence[int], rows: Logits) -> tuple[tuple[int, ...], Logits]:
         """The source, and what follows the target's begin."""
-        return tuple(self._halves(ids)[0]), rows[0].copy()
+        return tuple(halves(ids)[0]), rows[0].copy()
 
     def _answers(self, session: Any, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
         for ids in sequences:
-            source, target = self._halves(ids)
+            source, target = halves(ids)
             session.reset()
             yield np.concatenate([session.prefill(source), session.prefill(target)])
 
-    @staticmethod
-    def _halves(ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        middle = (len(ids) + 1) // 2
-        return list(ids[:middle]), list(ids[middle:])
+
+def halves(ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The source and the target of a sequence."""
+    middle = (len(ids) + 1) // 2
+    return list(ids[:middle]), list(ids[middle:])

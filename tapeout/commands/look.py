@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App
 from rich.table import Table
@@ -19,7 +21,7 @@ def inspect(path: Path, *, json: Json = False) -> int:
     Example: tapeout inspect build/demo
 
     Args:
-        path: A model directory, a store, a .gguf file or a package.
+        path: A model directory, a store, a package, a report.json, a .gguf or .onnx file.
         json: Print it to stdout.
     """
     from tapeout.describe import describe
@@ -28,11 +30,18 @@ def inspect(path: Path, *, json: Json = False) -> int:
     if json:
         print_json(found)
         return 0
-    table = Table(title=str(path), show_header=False, title_justify="left")
-    for key, value in found.items():
-        shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(key, shown)
+    table = Table(title=Text(str(path)), show_header=False, title_justify="left")
+    shown = {
+        key: ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        for key, value in found.items()
+    }
+    digests = {key: value for key, value in shown.items() if re.fullmatch("[0-9a-f]{64}", value)}
+    for key, value in shown.items():
+        if key not in digests:
+            table.add_row(key, value)
     stderr.print(table)
+    for key, value in digests.items():  # whole, to be copied
+        stderr.print(f"{key} {value}", soft_wrap=True)
     return 0
 
 
@@ -60,14 +69,33 @@ def list_targets(name: str | None = None, *, json: Json = False) -> int:
     for scheme, cells in {**rows["schemes"], **rows["kv_caches"]}.items():
         said = [cells[each[0]] for each in shown]
         table.add_row(scheme, *(said if name else map(_in_short, said)))
-    stderr.print(table)
+    # Columns as wide as their longest words, between lines and spaces.
+    columns = ([str(each.header), *map(str, each.cells)] for each in table.columns)
+    wide = sum(3 + max(len(word) for cell in cells for word in cell.split()) for cells in columns)
+    narrow = wide + 1 > stderr.width
+    stderr.print(_as_lists(rows, shown, title) if narrow and name is None else table)
     for each, facts in rows["targets"].items():
         if name in (None, each.split()[0]):
-            state = "installed" if facts["missing"] is None else facts["missing"]
-            stderr.print(f"[bold]{each}[/]: {facts['summary']} Runtime: {state}", soft_wrap=True)
+            state = facts["missing"] or "installed"
+            line = Text.assemble((each, "bold"), f": {facts['summary']} Runtime: {state}")
+            stderr.print(line, soft_wrap=True)
     if name is None:
         stderr.print("In which container, and why not: tapeout targets NAME.")
     return 0
+
+
+def _as_lists(rows: Mapping[str, Any], shown: Sequence[tuple[str, ...]], title: str) -> Table:
+    """The same for a terminal that has no room for a column a target: a row a target, with what it carries how."""
+    table = Table("targets", "schemes", title=title, title_justify="left", show_lines=True)
+    for each in shown:
+        found: dict[str, list[str]] = {}
+        for scheme, cells in {**rows["schemes"], **rows["kv_caches"]}.items():
+            found.setdefault(_in_short(cells[each[0]]), []).append(scheme)
+        caches = found.pop("yes", [])
+        found = {**{how: names for how, names in found.items() if how != "no"}, "no": found.get("no", [])}
+        lines = [f"{how}: {', '.join(names)}" for how, names in found.items() if names]
+        table.add_row(", ".join(each), "\n".join([*lines, f"caches: {', '.join(caches)}"]))
+    return table
 
 
 def _in_short(cell: str) -> str:

@@ -52,17 +52,19 @@ def register_export(kind: type[targets.Target]) -> None:
         json: Json = False,
         options: Any = None,
     ) -> int:
-        """Args:
-        scheme: How weights become codes; `tapeout targets` lists what is carried. Default: the target's own, mostly int8.
-        rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
-        calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
-        recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
-        bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
-        max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
-        out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
-        force: Replace what stands there.
-        require: A gate that must run: skipped counts as failed. May be given several times.
-        json: Print the report to stdout.
+        """Make a proven package.
+
+        Args:
+            scheme: How weights become codes; `tapeout targets` lists what is carried. Default: the target's own, mostly int8.
+            rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
+            calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
+            recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
+            bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
+            max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
+            out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
+            force: Replace what stands there.
+            require: A gate that must run: skipped counts as failed. May be given several times.
+            json: Print the report to stdout.
         """
         from tapeout.build import export as run
 
@@ -138,7 +140,7 @@ def quantize(
             progress=progress,
         )
     for name, reason in quant.fallbacks.items():
-        stderr.print(f"[yellow]{name}: {reason}[/]")
+        stderr.print(Text(f"{name}: {reason}", "yellow"))
     summary = {
         "store": str(out),
         "scheme": quant.scheme.name,

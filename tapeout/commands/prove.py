@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 from rich.text import Text
 
-from tapeout.commands.terminal import Flag, Json, Many, print_json, progress_bars, show, stderr, where_it_runs
-from tapeout.errors import TapeoutError
+from tapeout.commands.terminal import (
+    Flag,
+    Json,
+    Many,
+    print_json,
+    progress_bars,
+    show,
+    stderr,
+    stdout,
+    typed,
+    where_it_runs,
+)
+from tapeout.errors import PackageError, TapeoutError
 from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -126,10 +137,15 @@ def run(
     from tapeout.pack import Package
     from tapeout.replay import generate
 
-    opened = Package.open(package)
+    opened, prompt = Package.open(package), typed(prompt)
     where_it_runs(opened.manifest["target"]["name"])
     if not opened.passed:
-        stderr.print(f"[yellow]warning: {package} failed its gates; see {package / 'report.html'}[/]")
+        said = f"warning: {package} failed its gates; see {package / 'report.html'}"
+        stderr.print(Text(said, "yellow"), soft_wrap=True)
+    try:
+        opened.report()
+    except PackageError as error:
+        stderr.print(Text(f"warning: {error}", "yellow"), soft_wrap=True)
     if opened.encoder_output:
         import numpy as np
 
@@ -198,7 +214,7 @@ def diff(
     if picture:
         check_picture(picture)
     with progress_bars() as progress:
-        found = run(one, other, prompt, calibration=calibration, progress=progress)
+        found = run(one, other, prompt and typed(prompt), calibration=calibration, progress=progress)
     if picture:
         draw(found, picture)
     if json:
@@ -211,7 +227,7 @@ def diff(
 
 
 def compare(*packages: Path, html: Path | None = None, json: Json = False) -> int:
-    """Set the reports of several packages side by side, as a table in Markdown. Exit status 1: one of them did not pass.
+    """Set the reports of several packages side by side, as a table; where it goes to a file, in Markdown. Exit status 1: one of them did not pass.
 
     Example: tapeout compare build/demo build/onnx --html build/compare.html
 
@@ -222,7 +238,7 @@ def compare(*packages: Path, html: Path | None = None, json: Json = False) -> in
     """
     from tapeout.compare import reports
     from tapeout.files import writing
-    from tapeout.validate.page import comparison_markdown, comparison_page, comparison_rows
+    from tapeout.validate.page import cell_text, comparison_markdown, comparison_page, comparison_rows
 
     if len(packages) < 2:
         raise TapeoutError(f"compare takes two packages or more, found {len(packages)}.")
@@ -234,6 +250,12 @@ def compare(*packages: Path, html: Path | None = None, json: Json = False) -> in
         stderr.print(Text(f"{html}"), soft_wrap=True)
     if json:
         print_json({"packages": list(found), "rows": comparison_rows(found)})
+    elif sys.stdout.isatty():
+        table = Table("", *found, show_lines=True)
+        for row in comparison_rows(found):
+            fact = row["fact"] + (f", {row['unit']}" if row["unit"] else "")
+            table.add_row(fact, *(cell_text(cell) for cell in row["cells"]))
+        stdout.print(table)
     else:
         sys.stdout.write(comparison_markdown(found))
     return 0 if all(report.passed for report in found.values()) else 1

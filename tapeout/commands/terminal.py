@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,17 +15,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from tapeout import targets
+from tapeout.errors import TapeoutError
 from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
     from tapeout.budget import Plan
 
-stderr = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """Prints what it is given, whole: names and texts of others may hold what rich takes for markup, and no cell loses its end."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        if self.is_dumb_terminal:  # of which rich says 80 columns, whatever it has
+            self.size = ConsoleDimensions(*shutil.get_terminal_size())
+
+    def print(self, *objects: Any, **keywords: Any) -> None:
+        for each in objects:
+            for column in each.columns if isinstance(each, Table) else ():
+                column.overflow = "fold"
+        super().print(*objects, **keywords)
+
+
+stdout, stderr = _Console(stderr=False), _Console(stderr=True)
+
+# What tables and sentences have beside ASCII, a letter for a letter, so that columns stay where they are.
+_ASCII = str.maketrans("…→≈–—‖×µ’‘“”█▏·∘≥≤°↑↓✓✗−", "~>~--|xu''\"\"#|.o><o^v+x-")
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
@@ -34,6 +58,37 @@ ModelArgument = Annotated[
         "arithmetic, count, formula, text2sql, topics_v1, topics_v2."
     ),
 ]
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Letters that a terminal without UTF-8 cannot show: the nearest one, or the escape that Python writes it as."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    said = error.object[error.start : error.end].translate(_ASCII)
+    return said.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+codecs.register_error("tapeout", _in_ascii)
+
+
+def any_encoding() -> None:
+    """Let stdout and stderr take every letter, whatever their encoding holds."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure and not _unicode(stream):
+            reconfigure(errors="tapeout")
+
+
+def _unicode(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("_", "-").startswith("utf")
+
+
+def typed(text: str) -> str:
+    """A text of the command line as UTF-8, where the locale says less; TapeoutError for one that is not."""
+    try:
+        return os.fsencode(text).decode("utf-8") if not text.isascii() else text
+    except UnicodeError as error:
+        raise TapeoutError(f"the prompt is not UTF-8: {error}.") from error
 
 
 def where_it_runs(target: str) -> None:
@@ -90,14 +145,14 @@ def show(report: Any, *, as_json: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=not _unicode(sys.stdout)) + "\n")
 
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one a stage; they vanish at the end, and there are none when it is not a terminal."""
+    """Progress bars on stderr, one a stage; they vanish at the end, and there are none when it is not a terminal that can take lines back."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_interactive) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int) -> None:

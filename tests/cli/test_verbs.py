@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +19,7 @@ from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
-from commands import Done, process, tapeout
+from commands import PROGRAM, Done, process, tapeout
 
 from tapeout.generated import write_model
 
@@ -194,9 +199,133 @@ def test_inspect_a_package(null: Exported) -> None:
         "context": 256,
         "bytes": sum(path.stat().st_size for path in covered),
         "passed": True,
+        "report": "11 passed, 0 failed, 1 skipped",
         "root_sha256": manifest["root_sha256"],
     }
     assert "target null" in told(tapeout("inspect", null.package))
+    report = document(tapeout("inspect", null.package / "report.json", "--json"))
+    assert (report["kind"], report["gates"]) == ("report", "11 passed, 0 failed, 1 skipped")
+    assert report["root_sha256"] == manifest["root_sha256"]
+    assert report["look_first"] == "not proven here, since they were skipped: task."
+
+
+def test_help_describes_every_flag() -> None:
+    for verb in (("export", "null"), ("quantize",), ("validate",)):
+        said = tapeout(*verb, "--help").stdout
+        assert "How weights become codes" in said or verb == ("validate",)
+        assert not re.search(r"│ +--[a-z-]+ [A-Z]+(\.\.\.)? +│", said), "a flag without a word"
+
+
+def plain(*arguments: str | Path, columns: int = 60, status: int = 0, **environment: str) -> Done:
+    """A command where nothing but ASCII is shown, in columns that are few."""
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    poor |= {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": str(columns)}
+    done = process(*arguments, env=poor | environment)
+    assert done.returncode == status, done.stderr
+    assert (done.stdout + done.stderr).isascii()
+    assert "\x1b" not in done.stdout + done.stderr
+    return done
+
+
+def rows(text: str) -> list[str]:
+    """The lines of tables: each ends where it began a line above, in no more than 60 columns."""
+    found = [line for line in text.splitlines() if line.startswith(("|", "+"))]
+    assert found
+    assert all(len(line) <= 60 and line[-1] in "|+" for line in found), found
+    return found
+
+
+def test_a_poor_terminal_shows_all(null: Exported, tmp_path: Path) -> None:
+    root = json.loads((null.package / "tapeout.json").read_text())["root_sha256"]
+    said = plain("inspect", null.package).stderr
+    rows(said)
+    assert root in said  # to be copied: in one piece
+    assert root in plain("verify", null.package).stderr
+    said = plain("targets").stderr
+    rows(said)
+    assert "targets" in said
+    assert "..." not in said
+    assert "~" not in said  # nothing is cut short
+    for name in ("int4-g128-asym", "w8a8-static", "kv-int4"):
+        assert name in said
+    said = plain("plan", "arithmetic").stderr
+    rows(said)
+    assert "~1 s" in said  # of what is about a second
+    other = shutil.copytree(null.package, tmp_path / "other")
+    table = plain("compare", null.package, other).stdout
+    assert "| tiny-int8-null | other |" in table
+    twice = tapeout("compare", null.package, other, null.package, status=2)
+    assert "is given twice" in twice.stderr
+
+
+def test_a_poor_terminal_shows_verdicts(null: Exported) -> None:
+    done = plain("validate", null.package, **null.environment)
+    assert "PASSED  tiny > int8 > null" in done.stderr
+    assert any("golden" in row for row in rows(done.stderr))
+    found = json.loads(
+        plain("run", null.package, "--prompt", "\u00e9a", "--max-new-tokens", "3", "--json").stdout
+    )
+    assert found["prompt"] == "\u00e9a"
+
+
+def test_a_dumb_terminal_has_its_own_width(null: Exported) -> None:
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 44, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "dumb"}
+    command = [PROGRAM, "inspect", null.package]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment) as done:
+        os.close(its)
+        said = b""
+        with contextlib.suppress(OSError):  # of which Linux tells that the other end is closed
+            while part := os.read(ours, 4096):
+                said += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"\x1b" not in said
+    drawn = [line for line in said.decode().splitlines() if line.startswith(("│", "┌", "└"))]
+    assert drawn
+    assert max(map(len, drawn)) <= 44
+
+
+def test_names_are_no_markup(null: Exported, tmp_path: Path) -> None:
+    copied = shutil.copytree(null.package, tmp_path / "[bold]x[/y] :smile:")
+    said = tapeout("inspect", copied, status=0).stderr
+    assert "[bold]x[/y] :smile:" in said.replace("\n", "")
+    assert "[bold]x[/y] :smile: is whole" in tapeout("verify", copied, status=0).stderr
+
+
+def test_an_edited_report_is_told(null: Exported, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(null.package, tmp_path / "edited"))
+    raw = json.loads((copied / "report.json").read_text())
+    raw["gates"][1]["value"] = 1e-9
+    (copied / "report.json").write_text(json.dumps(raw))
+    told_of = "is not the report that the package was made with"
+    assert "report.json differs from its digest" in tapeout("verify", copied, status=2).stderr
+    assert told_of in tapeout("compare", copied, null.package, status=2).stderr
+    assert (
+        "not the one that the package was made with"
+        in document(tapeout("inspect", copied, "--json"))["report"]
+    )
+    ran = tapeout("run", copied, "--prompt", "a", "--max-new-tokens", "2", status=0, **null.environment)
+    assert told_of in ran.stderr
+    gates = {gate["name"]: gate for gate in document(tapeout("validate", copied, "--json"), 1)["gates"]}
+    assert gates["integrity"]["reason"] == "report.json differs from its digest"
+    assert told_of in gates["golden"]["reason"]  # whose limit the report would give
+
+
+def test_a_report_of_a_newer_format_is_refused(null: Exported, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(null.package, tmp_path / "newer"))
+    path = copied / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    for verb in (
+        ("inspect", copied),
+        ("inspect", path),
+        ("compare", copied, null.package),
+        ("validate", copied),
+    ):
+        said = tapeout(*verb, status=2).stderr
+        assert "report.json has format_version 2; this tapeout reads up to 1: upgrade it." in said
+    assert "upgrade it" in tapeout("verify", copied, status=2).stderr
 
 
 def beside(path: Path, package: Path) -> bool:

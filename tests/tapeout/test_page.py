@@ -20,8 +20,9 @@ from commands import tapeout
 from tapeout.build import export, target
 from tapeout.generated import write_model
 from tapeout.models import load
+from tapeout.pack import Package
 from tapeout.recipe import Recipe
-from tapeout.validate.page import comparison_page, markdown, page
+from tapeout.validate.page import comparison_markdown, comparison_page, markdown, page
 from tapeout.validate.report import GateResult, Report
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
@@ -88,13 +89,16 @@ def made(once: Once, here: Any) -> tuple[Path, dict[str, Any]]:
             patch.setattr("tapeout.validate.worker.borrow", here)
             patch.setattr("tapeout.validate.evidence.borrow", here)
             llama = write_model(work / "llama", "llama", {}, dtype="F32")
+            bert = write_model(work / "bert", "bert", {}, dtype="F32")
             told = {}
             for name, kind, model in (
                 ("gguf", target("cpu", threads=1), llama),
                 ("onnx", target("cpu", threads=1, format="onnx"), llama),
                 ("classes", target("cpu", threads=1, format="onnx"), "topics_v1"),
+                ("states", target("cpu", threads=1, format="onnx"), bert),
             ):
-                recipe = LOOSE if model is llama else Recipe.of({"tokens": 400})
+                loose = LOOSE if model is llama else LOOSE.model_copy(update={"tokens": 400})
+                recipe = Recipe.of({"tokens": 400}) if model == "topics_v1" else loose
                 _, report = export(kind, model, work / name, recipe)
                 told[name] = report.to_json()
             return told
@@ -147,7 +151,7 @@ def pages(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     return {name: place / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "failed", "bare", "compare"])
+@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "states", "failed", "bare", "compare"])
 def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
     for theme in THEMES:
         for screen, (width, height) in SCREENS.items():
@@ -171,7 +175,14 @@ def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
 
 def test_charts_are_drawn(browser: Any, pages: dict[str, Path]) -> None:
     tab = browser.new_page()
-    for name, least in (("gguf", 7), ("failed", 8), ("classes", 4), ("compare", 2)):
+    for name, least in (
+        ("gguf", 9),
+        ("onnx", 10),
+        ("failed", 10),
+        ("classes", 6),
+        ("states", 7),
+        ("compare", 2),
+    ):
         tab.goto(pages[name].as_uri())
         charts = tab.evaluate(
             "[...document.querySelectorAll('svg.chart')].map(s => ({said: s.ariaLabel, width: s.getBoundingClientRect().width,"
@@ -227,7 +238,13 @@ def test_reports_are_as_the_schema_says(reports: dict[str, Report]) -> None:
     raw = reports["gguf"].to_json()
     found = raw["findings"]
     quality = found["comparisons"]["quality/kl"]
+    places, states = found["alternatives"], reports["states"].findings["distances"]["quality/cosine"]
     for broken in (
+        raw | {"findings": found | {"memory": {"points": [[1]], "peak_bytes": 1}}},
+        raw | {"findings": found | {"layers": {"tokens": 0, "layers": []}}},
+        raw | {"findings": found | {"evaluated": {"sequences": 1, "tokens": 1, "sha256": "1"}}},
+        raw | {"findings": found | {"alternatives": places | {"rows": []}}},
+        raw | {"findings": found | {"distances": {"quality/cosine": states | {"worst": [{}]}}}},
         raw | {"speed": 1},
         raw | {"provenance": raw["provenance"] | {"root_sha256": "1"}},
         raw | {"findings": found | {"stages": [{"name": "codes"}]}},
@@ -254,6 +271,13 @@ def test_findings_are_those_of_the_gates(reports: dict[str, Report]) -> None:
         assert stages[:4] == ["quantize", "export", "codes", "lowering"]
         assert len(set(stages)) == len(stages)
     assert set(reports["gguf"].findings["comparisons"]) == {"quality/kl", "lowering/runtime"}
+    for each in reports["states"].findings["distances"].values():
+        assert (
+            sum(each["counts"]) == each["count"] == reports["states"].findings["evaluated"]["sequences"] > 1
+        )
+        assert each["worst"][0]["value"] == each["max"] == max(row["value"] for row in each["worst"])
+        assert each["worst"][0]["what"].startswith("[CLS]")
+    assert "comparisons" not in reports["states"].findings
     names = set(load("topics_v1").config.labels)  # type: ignore[union-attr]
     worst = reports["classes"].findings["comparisons"]["quality/kl"]["worst"]
     assert {answer["text"] for row in worst for answer in row["reference"]} <= names
@@ -261,6 +285,78 @@ def test_findings_are_those_of_the_gates(reports: dict[str, Report]) -> None:
     assert {gate.name: gate.value for gate in reports["classes"].gates}["task"] == tasks[
         "other_right"
     ] / tasks["tasks"]
+
+
+def test_error_by_layer_memory_and_place(reports: dict[str, Report]) -> None:
+    for name, depth, last in (("gguf", 2, "logits"), ("classes", 4, "output"), ("states", 2, "output")):
+        found = reports[name].findings
+        layers = found["layers"]["layers"]
+        assert [row["layer"] for row in layers] == ["embedding", *(f"layers.{k}" for k in range(depth)), last]
+        assert all(0 < row["error"] < 1 for row in layers)
+        stages, memory = found["stages"], found["memory"]
+        assert [stage["begin_s"] for stage in stages] == sorted(stage["begin_s"] for stage in stages)
+        assert memory["peak_bytes"] == max(count for _, count in memory["points"])
+        assert all(0 < stage["peak_bytes"] <= memory["peak_bytes"] for stage in stages)
+        assert len(memory["points"]) <= 200
+        (own,) = (row for row in found["alternatives"]["rows"] if row["this"])
+        assert own["bytes"] == reports[name].provenance["artifact_bytes"]
+        gate = next(gate for gate in reports[name].gates if gate.name.startswith("quality/"))
+        assert (own["loss"], found["alternatives"]["measure"]) == (gate.value, gate.metric)
+    # The second export of a model has the first one's record beside its own: the same codes, and so the same loss.
+    rows = {row["format"]: row for row in reports["onnx"].findings["alternatives"]["rows"]}
+    assert rows["gguf"]["loss"] == rows["onnx"]["loss"]
+    assert not rows["gguf"]["this"]
+    assert len(reports["gguf"].findings["alternatives"]["rows"]) == 1
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_notebook_shows_it(
+    browser: Any, reports: dict[str, Report], made: tuple[Path, dict[str, Any]], tmp_path: Path, dark: bool
+) -> None:
+    """As JupyterLab does: put into an element of a page that has a style of its own, in the theme that it has."""
+    hostile = replace(reports["failed"], model="<img src=x onerror=alert(1)>", notes=("</div>",))
+    whole, edited = Package.open(made[0] / "gguf"), Package.open(made[0] / "onnx")
+    shutil.copytree(edited.directory, tmp_path / "edited")
+    edited = replace(edited, directory=tmp_path / "edited")
+    (edited.directory / "report.json").write_text("{}")
+    shown = [hostile._repr_html_(), reports["bare"]._repr_html_(), whole._repr_html_(), edited._repr_html_()]
+    ink, paper = ("#ddd", "#111111") if dark else ("#222", "#ffffff")
+    style = f"body {{ background: {paper}; color: {ink} }} p {{ color: {ink} }} td {{ color: red }}"
+    cells = "".join(f'<div class="jp-RenderedHTMLCommon">{text}</div>' for text in shown)
+    path = tmp_path / "notebook.html"
+    outer = '<p id="outside"><b class="failed">outside</b></p>'
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><title>notebook</title><style>{style}</style>{outer}{cells}',
+        encoding="utf-8",
+    )
+    context = browser.new_context(viewport={"width": 700, "height": 900}, color_scheme="light")
+    tab = context.new_page()
+    asked: list[str] = []
+    said: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    tab.goto(path.as_uri())
+    tab.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+    tab.screenshot(path=SCREENSHOTS / f"notebook-{'dark' if dark else 'light'}.png", full_page=True)
+    assert asked == [path.as_uri()]
+    assert said == []
+    assert tab.evaluate("document.querySelectorAll('img, script').length") == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 700
+    found = tab.evaluate(CONTRAST)
+    assert len(found) > 40
+    assert [each for each in found if each["ratio"] < each["least"]] == []
+    # Nothing of it is styled that is not in it.
+    assert (
+        tab.evaluate("getComputedStyle(document.querySelector('#outside b')).backgroundColor")
+        == "rgba(0, 0, 0, 0)"
+    )
+    texts = tab.locator(".tapeout-report").all_inner_texts()
+    assert "FAILED <img src=x onerror=alert(1)> → int8 → cpu" in texts[0]
+    assert whole.manifest["root_sha256"] in texts[2]
+    assert "PASSED" in texts[2]
+    assert len(texts) == 3
+    assert "is not a report" in tab.locator("body").inner_text()
+    context.close()
 
 
 def test_junit_tells_each_gate(reports: dict[str, Report], tmp_path: Path) -> None:
@@ -285,6 +381,45 @@ def test_junit_tells_each_gate(reports: dict[str, Report], tmp_path: Path) -> No
     assert cases["integrity"].find("system-out") is not None
 
 
+def test_a_gate_without_a_figure_can_be_written(tmp_path: Path) -> None:
+    gate = GateResult(
+        "lowering/range", "failed", "share", float("nan"), 0.5, "it comes to nan, which is no figure."
+    )
+    Report("tiny", "apple", "int8", (gate,)).write(tmp_path)
+    raw = json.loads((tmp_path / "report.json").read_text())
+    assert raw["gates"][0]["value"] is None
+    # A later version may say more of a gate: that is left out.
+    raw["gates"][0]["unit"] = "1"
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    assert Report.read(tmp_path / "report.json").gates == (replace(gate, value=None),)
+
+
+def test_the_layers_of_a_deep_model_fit(browser: Any, reports: dict[str, Report], tmp_path: Path) -> None:
+    layers = [{"layer": "embedding", "error": 0.001}]
+    layers += [{"layer": f"layers.{k}", "error": 0.01 + 0.02 * (k > 40) - 1e-4 * k} for k in range(80)]
+    deep = {"tokens": 64, "layers": [*layers, {"layer": "logits", "error": 0.02}]}
+    for name, changed, said in (
+        ("deep", deep, "It grows most in layers.41: from 0.60% to 2.59%."),
+        (
+            "broken",
+            {**deep, "layers": [*layers[:3], {"layer": "layers.2", "error": None}]},
+            "layers.2 is the first that has NaN",
+        ),
+    ):
+        path = tmp_path / f"{name}.html"
+        report = replace(reports["gguf"], findings={**reports["gguf"].findings, "layers": changed})
+        path.write_text(page(report), encoding="utf-8")
+        tab = browser.new_page(viewport={"width": 390, "height": 844})
+        tab.goto(path.as_uri())
+        assert said in tab.locator("main").inner_text()
+        chart = tab.locator('svg[aria-label="difference from the original after each layer"]')
+        assert chart.bounding_box()["height"] < 250
+        assert chart.locator(".bar").count() == len(changed["layers"])  # type: ignore[arg-type]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        chart.screenshot(path=SCREENSHOTS / f"layers-{name}.png")
+        tab.close()
+
+
 def test_markdown_fits_a_comment(reports: dict[str, Report]) -> None:
     text = markdown(reports["failed"])
     assert len(text) < 8000  # GitHub takes 65,536
@@ -296,6 +431,41 @@ def test_markdown_fits_a_comment(reports: dict[str, Report]) -> None:
     assert rows[2].startswith("| `lowering/runtime` | **failed** | 0.4 | 0.0001 |")
     assert rows[3].startswith("| `task` | skipped |")
     assert markdown(reports["gguf"]).startswith("✅ **PASSED**")
+
+
+def test_nothing_that_a_model_says_is_a_tag(reports: dict[str, Report]) -> None:
+    tag = "<img src=x onerror=alert(1)>"
+    gate = GateResult("codes", "failed", "share", 0.5, 0.1, tag)
+    whole = reports["failed"]
+    layers = {"tokens": 1, "layers": [{"layer": tag, "error": 0.1}, {"layer": "output", "error": 0.2}]}
+    tasks = {
+        **whole.findings["tasks"],
+        "examples": [dict.fromkeys(("prompt", "wanted", "reference", "other"), tag)],
+    }
+    states = reports["states"].findings["distances"]
+    farthest = {"what": tag, "value": 1.0, "reference": tag, "other": tag}
+    found = {
+        **whole.findings,
+        "layers": layers,
+        "tasks": tasks,
+        "distances": {gate: {**each, "worst": [farthest]} for gate, each in states.items()},
+        "tokenizer": {
+            "strings": 1,
+            "differing": 1,
+            "examples": [{"text": tag, "source": [1], "artifact": [2]}],
+        },
+        "stages": [{"name": tag, "seconds": 1.0, "begin_s": 0.0, "peak_bytes": 1}],
+    }
+    hostile = replace(
+        whole, model=f"`{tag}\n# head", gates=(*whole.gates, gate), notes=(tag,), findings=found
+    )
+    for text in (page(hostile), hostile._repr_html_(), comparison_page({tag: hostile, "two": whole})):
+        assert "<img" not in text
+        assert "&lt;img" in text
+    lines = markdown(hostile).splitlines()
+    assert lines[0].startswith(f"❌ **FAILED** `'{tag} # head` → ")
+    assert not any("<img" in line for line in lines[1:])
+    assert "<img" not in comparison_markdown({tag: hostile, "two": whole})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tapeout.errors import MissingToolchain
 from tapeout.exporters import plain
 from tapeout.models import load
 from tapeout.quantize import open_store
-from tapeout.validate.session import Facts, Logits
+from tapeout.validate.session import Facts, Logits, Shown
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 Array = npt.NDArray[np.float64]
@@ -44,6 +44,7 @@ class Toy:
         self._layers = layers
         self._arithmetic = arithmetic
         self._kv_cache = kv_cache
+        self._seen: list[list[Array]] = [[] for _ in range(layers + 1)]
         self._tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
         self.reset()
 
@@ -57,6 +58,17 @@ class Toy:
     def decode(self, token: int) -> Logits:
         return self._step(token).astype(np.float32)
 
+    def trace(self, ids: Sequence[int], out: str) -> dict[str, Shown]:
+        """What goes into the first layer and what each gives, as ``Reference.trace`` writes it."""
+        self.reset()
+        self._seen = [[] for _ in range(self._layers + 1)]
+        logits = self.prefill(ids)
+        names = ["embedding", *(f"layers.{k}" for k in range(self._layers)), "logits"]
+        for name, rows in zip(names, [*self._seen, logits], strict=True):
+            np.save(Path(out) / f"{name}.npy", np.array(rows, np.float32))
+        self.reset()
+        return {name: Shown("layer") for name in names}
+
     def tokenize(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -69,6 +81,7 @@ class Toy:
     def _step(self, token: int) -> Array:
         self._length += 1
         x = self._weights["model.embed_tokens.weight"][token]
+        self._seen[0].append(x)
         for k in range(self._layers):
             layer = f"model.layers.{k}"
             self._sums[k] = self._sums[k] + x
@@ -79,6 +92,7 @@ class Toy:
             seen = self._rounded(mean * self._weights[f"{layer}.input_layernorm.weight"])
             inner = np.tanh(self._weights[f"{layer}.mlp.up_proj.weight"] @ seen)
             x = x + self._weights[f"{layer}.mlp.down_proj.weight"] @ inner
+            self._seen[k + 1].append(x)
         logits: Array = self._weights["lm_head.weight"] @ (x * self._weights["model.norm.weight"])
         return logits
 

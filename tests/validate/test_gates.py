@@ -157,6 +157,26 @@ def test_the_reference_is_asked_once_about_the_same_codes(
     assert half[0].shape == first[0].shape
 
 
+def test_error_by_layer_is_told_of_the_same_codes_once(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tapeout.validate.evidence._references", {})
+    monkeypatch.setattr("tapeout.validate.evidence._originals", {})
+    told = []
+    for _ in range(2):
+        evidence = look()
+        gates.quality(evidence, LOOSE)
+        evidence.compare_layers()
+        told.append(evidence.findings["layers"])
+    assert told[0] == told[1]  # what is kept of the first run says the same
+    names = [row["layer"] for row in told[0]["layers"]]
+    assert names == ["embedding", *(f"layers.{k}" for k in range(LAYERS)), "logits"]
+    assert all(0 < row["error"] < 1 for row in told[0]["layers"])
+    assert told[0]["tokens"] == 64
+    bare = look()
+    gates.codes(bare)
+    bare.compare_layers()
+    assert "layers" not in bare.findings  # nobody asked the references
+
+
 @pytest.fixture
 def copied(sound: Sound, tmp_path: Path) -> Artifact:
     """The artifact's files, to be damaged."""
