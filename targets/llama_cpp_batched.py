@@ -32,7 +32,9 @@ class LlamaCppBatched(LlamaCpp):
             check_ids(ids, self._vocab_size)
             begin = self._lengths[sequence]
             if begin + len(ids) > self.facts.context:
-                raise TapeoutError(f"{begin + len(ids)} tokens do not fit the context of {self.facts.context}.")
+                raise TapeoutError(
+                    f"{begin + len(ids)} tokens do not fit the context of {self.facts.context}."
+                )
             tokens += ids
             owners += [sequence] * len(ids)
             places += range(begin, begin + len(ids))
@@ -59,7 +61,11 @@ class LlamaCppBatched(LlamaCpp):
             self._batch.seq_id[place][0] = 0
 
     def _together(
-        self, tokens: list[int], places: list[int], owners: list[int], wanted: np.ndarray[tuple[int], np.dtype[np.int8]]
+        self,
+        tokens: list[int],
+        places: list[int],
+        owners: list[int],
+        wanted: np.ndarray[tuple[int], np.dtype[np.int8]],
     ) -> Logits:
         """Run one batch; the logits of the tokens that are ``wanted``, float32 [wanted, vocab]."""
         llama, batch, count = library(), self._batch, len(tokens)
@@ -74,4 +80,6 @@ class LlamaCppBatched(LlamaCpp):
         outputs = int(wanted.sum())
         if not outputs:
             return np.empty((0, self._vocab_size), np.float32)
-        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (outputs, self._vocab_size)).copy()
+        return np.ctypeslib.as_array(
+            llama.llama_get_logits(self._context), (outputs, self._vocab_size)
+        ).copy()

@@ -55,7 +55,9 @@ class OnnxRuntime:
         self._first = np.zeros(1, np.int64)
         latents = "tapeout.latent_cache" in session.get_modelmeta().custom_metadata_map
         self._cache: list[npt.NDArray[np.float32]] = []
-        self._layers: list[tuple[int | None, int]] = []  # of each cache its window and the elements of a token
+        self._layers: list[
+            tuple[int | None, int]
+        ] = []  # of each cache its window and the elements of a token
         for each in session.get_inputs():
             if each.name.startswith("past_"):
                 # Values that are the keys once more take no memory of their own.
@@ -163,7 +165,11 @@ class OnnxGrown(OnnxRuntime):
         self._vocab_size = int(session.get_outputs()[0].shape[2])
         self._given = {each.name: each for each in session.get_inputs()}
         self._names = [each.name for each in session.get_outputs()]
-        self._layers = [(None, each.shape[1] * each.shape[3]) for name, each in self._given.items() if name.startswith("past_")]
+        self._layers = [
+            (None, each.shape[1] * each.shape[3])
+            for name, each in self._given.items()
+            if name.startswith("past_")
+        ]
         self._past: dict[str, npt.NDArray[Any]] = {}
         self.reset()
 
@@ -444,7 +450,9 @@ def open_session(
         session.encode([[0]], [[1]])
     elif sequences > 1:
         if said.get("tapeout.graph") == "optimum":
-            raise TapeoutError("the cache of a graph that optimum made grows as a whole: it takes one sequence.")
+            raise TapeoutError(
+                "the cache of a graph that optimum made grows as a whole: it takes one sequence."
+            )
         session = OnnxBatched(facts, loaded, chunk, sequences)
         session.step([(0, [0])])
         session.forget(0)

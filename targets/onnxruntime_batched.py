@@ -88,5 +88,7 @@ class OnnxBatched:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its own tree, rooted in Exception
-            raise RuntimeCrash(f"onnxruntime cannot run a batch of {list(ids.shape)} tokens: {error}") from error
+            raise RuntimeCrash(
+                f"onnxruntime cannot run a batch of {list(ids.shape)} tokens: {error}"
+            ) from error
         return logits[:, 0]

@@ -15,7 +15,8 @@ __all__ = ["arrivals", "time_arrivals"]
 
 def arrivals(count: int, per_second: float, seed: int = 0) -> list[float]:
     """Seconds at which requests of a Poisson process of that rate come: exponential gaps, the same for the same seed."""
-    return np.cumsum(np.random.default_rng(seed).exponential(1 / per_second, count)).tolist()
+    gaps = np.random.default_rng(seed).exponential(1 / per_second, count)
+    return [float(each) for each in np.cumsum(gaps)]
 
 
 def time_arrivals(

@@ -18,7 +18,9 @@ __all__ = ["Energy", "State", "energy_missing", "memory_at_hand", "noise"]
 _ROOT = Path("/")
 _CPUS = "sys/devices/system/cpu"
 _POWERCAP = "sys/class/powercap"
-_PACKAGE = re.compile(r"intel-rapl:\d+")  # of a whole package; intel-rapl:0:0 is a part of one. AMD's are called so too
+_PACKAGE = re.compile(
+    r"intel-rapl:\d+"
+)  # of a whole package; intel-rapl:0:0 is a part of one. AMD's are called so too
 
 
 def memory_at_hand(root: Path = _ROOT) -> int:
@@ -28,7 +30,9 @@ def memory_at_hand(root: Path = _ROOT) -> int:
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:  # version 2
-                room += _allowed(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+                room += _allowed(
+                    root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"
+                )
             elif "memory" in controllers.split(","):
                 names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
                 room += _allowed(root / "sys/fs/cgroup/memory", path, *names)
@@ -40,7 +44,9 @@ def _allowed(mounted: Path, path: str, limit: str, used: str, cached: str) -> li
     found, group = [], mounted / path.strip("/")
     for at in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            stat = dict(line.split() for line in (at / "memory.stat").read_text(encoding="utf-8").splitlines())
+            stat = dict(
+                line.split() for line in (at / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
             left = int((at / limit).read_text()) - int((at / used).read_text()) + int(stat.get(cached, 0))
             found.append(left)
         if at == mounted:
@@ -111,9 +117,7 @@ def energy_missing(root: Path = _ROOT) -> str | None:
     """Why the machine does not tell its energy; None: it does."""
     zones = _packages(root)
     if not zones:
-        return (
-            f"/{_POWERCAP} has no intel-rapl: a virtual machine, or a processor or kernel without energy counters"
-        )
+        return f"/{_POWERCAP} has no intel-rapl: a virtual machine, or a processor or kernel without energy counters"
     if not State.read(root).joules:
         return f"/{_POWERCAP}/{zones[0].name}/energy_uj cannot be read: Linux lets only root do it"
     return None

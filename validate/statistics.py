@@ -83,7 +83,9 @@ def summary(times: Times, percentiles: Sequence[int] = (50, 90, 99)) -> dict[str
         found[f"p{percentile}"] = {
             "value": float(np.quantile(ordered, share)),
             "low": None if low is None else float(ordered[int(low * stretch)]),
-            "high": None if high is None else float(ordered[min(len(ordered), ceil((high + 1) * stretch)) - 1]),
+            "high": None
+            if high is None
+            else float(ordered[min(len(ordered), ceil((high + 1) * stretch)) - 1]),
         }
     return found
 

@@ -179,7 +179,12 @@ class WorkerSession:
     ) -> Timing:
         """Run ``measure`` in the worker, so that no pipe is in the figures."""
         raw = self._call(
-            "time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk, warm=warm
+            "time",
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            chunk=chunk,
+            warm=warm,
         )
         return Timing(tuple(raw["prefill_s"]), tuple(map(tuple, raw["decode_s"])))
 
