@@ -116,6 +116,7 @@ def _place(package: Package, context: int, progress: Callable[[str, int, int], N
         opened=borrowed,
         batched=batched and (lambda sequences, tokens: batched(artifact, sequences, tokens)),
         context=context,
+        full=artifact.context,
         cores=cores(),
         cache_bytes=_cache_bytes(package),
         progress=progress,

@@ -46,7 +46,7 @@ class Asked:
         percentiles: of latencies, from 1 to 99.
         samples: requests in the steady state; None: as many as the highest percentile needs.
         seconds: most that a scenario may measure; None: until the samples are there.
-        contexts: of the context sweep.
+        contexts: of the context sweep; None: CONTEXTS as far as the package's goes, and what is left of its own.
         root: the directory that stands for ``/`` where the machine is asked of its state.
     """
 
@@ -54,7 +54,7 @@ class Asked:
     percentiles: tuple[int, ...] = (50, 90, 99)
     samples: int | None = None
     seconds: float | None = None
-    contexts: tuple[int, ...] = CONTEXTS
+    contexts: tuple[int, ...] | None = None
     root: Path = Path("/")
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class Place:
     Attributes:
         spec: the artifact as it is deployed. opened: opens a session in a worker for as long as a ``with`` lasts.
         batched: gives the session for so many sequences of so many tokens each; None: the target has none.
-        context: most tokens of a sequence. cores: that the process may use.
+        context: most tokens of a sequence here. full: most that the package allows. cores: that the process may use.
         cache_bytes: bytes of keys and values of that many tokens, where the session itself does not say.
         progress: called with (stage, done, total).
     """
@@ -105,6 +105,7 @@ class Place:
     opened: Callable[[SessionSpec], AbstractContextManager[WorkerSession]]
     batched: Callable[[int, int], SessionSpec] | None
     context: int
+    full: int
     cores: int
     cache_bytes: Callable[[int], int]
     progress: Callable[[str, int, int], None] | None = None
@@ -298,13 +299,21 @@ def server(place: Place, asked: Asked, found: dict[str, Any]) -> None:
 
 def context_sweep(place: Place, asked: Asked, found: dict[str, Any]) -> None:
     """Prefill and decode against the tokens that are there already, with the bytes of keys and values that attention reads."""
-    lengths = [length for length in asked.contexts if length + 2 <= place.context]
-    for length in asked.contexts:
+    wanted = asked.contexts or CONTEXTS
+    lengths = [length for length in wanted if length + 2 <= place.context]
+    for length in wanted:
         if length not in lengths:
-            reason = f"the package's context is {place.context} tokens"
+            reason = f"the package's context is {place.full} tokens"
+            if place.full >= length + 2:
+                reason = (
+                    f"of the package's {place.full} tokens the memory at hand has room for {place.context}"
+                )
             found["skipped"].append({"what": f"context-sweep/{length}", "reason": reason})
+    last = place.context - min(_SWEPT_NEW, place.context // 2)
+    if asked.contexts is None and len(lengths) < len(wanted) and last not in lengths:
+        lengths = sorted({*lengths, last})
     rows: list[dict[str, Any]] = []
-    found["context_sweep"] = rows
+    found["context_sweep"], at = rows, 0
     try:
         with place.opened(place.spec) as session, watched(session, "context-sweep", asked.root):
             for at, length in enumerate(lengths):
@@ -331,7 +340,7 @@ def context_sweep(place: Place, asked: Asked, found: dict[str, Any]) -> None:
                     }
                 )
     except MemoryShort as error:
-        for length in lengths[len(rows) :]:
+        for length in lengths[at:]:
             found["skipped"].append({"what": f"context-sweep/{length}", "reason": str(error)})
 
 

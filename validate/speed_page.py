@@ -138,7 +138,7 @@ def disturbances(figures: Mapping[str, Any]) -> list[str]:
 def roof_words(roof: Mapping[str, Any]) -> str:
     """What was measured for the roof."""
     told = ", ".join(
-        f"{each['operations_per_s'] / 1e9:.3g} G {each['type']} operations/s ({each['measured_with']})"
+        f"{number(each['operations_per_s'] / 1e9)} G {each['type']} operations/s ({each['measured_with']})"
         for each in roof["peaks"]
     )
     return (
@@ -177,8 +177,9 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
             "time to the first token against the prompt's length",
         )
     for name, each in figures.get("scenarios", {}).items():
-        if "first_token" in each:
-            drawn[name] = _intervals(each)
+        for key, label in (("first_token", "first token"), ("token", "per output token")):
+            if key in each:
+                drawn[f"{name} {key}"] = _intervals(each[key], label)
     if (rows := figures.get("context_sweep")) and len(rows) > 1:
         for key, value, what in (
             ("attention_time", "token_p50_s", "time of a token"),
@@ -225,20 +226,17 @@ def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
     return ranges(told, f"p50, p90 and p99 of the time of a {what}")
 
 
-def _intervals(scenario: Mapping[str, Any]) -> Markup:
-    """Each percentile of a scenario with the interval that holds it."""
+def _intervals(found: Mapping[str, Any], label: str) -> Markup:
+    """Each percentile with the interval that holds it."""
     rows = []
-    for key, label in (
-        ("first_token", "first token"),
-        ("token", "per output token"),
-        ("request", "whole request"),
-    ):
-        for name, each in scenario.get(key, {}).items():
-            if name.startswith("p") and each is not None:
-                ends = [value for value in (each["low"], each["value"], each["high"]) if value is not None]
-                shown = f"{duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
-                rows.append((f"{label}, {name}", ends, shown))
-    return ranges(rows, "percentiles with their 95 % intervals")
+    for name, each in found.items():
+        if name.startswith("p") and each is not None:
+            ends = [value for value in (each["low"], each["value"], each["high"]) if value is not None]
+            shown = f"{duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
+            rows.append((f"{label}, {name}", ends, shown))
+    return ranges(
+        rows, f"percentiles of the time of the {label.removeprefix('per ')} with their 95 % intervals"
+    )
 
 
 def _curve(points: Sequence[tuple[float, float, str]], said: str, unit: str) -> Markup:
@@ -246,17 +244,18 @@ def _curve(points: Sequence[tuple[float, float, str]], said: str, unit: str) -> 
     low, high = log10(points[0][0]), log10(points[-1][0])
     most = max(value for _, value, _ in points) or 1.0
     places = [
-        (6 + 88 * (log10(x) - low) / (high - low), _TOP + _HIGH * (1 - y / most), f"{x:,.0f}", shown)
+        (2 + 96 * (log10(x) - low) / (high - low), _TOP + _HIGH * (1 - y / most), f"{x:,.0f}", shown)
         for x, y, shown in points
     ]
     base = _TOP + _HIGH
     parts = [f'<line x1="0" x2="100%" y1="{base}" y2="{base}" class="axis"/>']
     for (x, y, *_), (next_x, next_y, *_) in itertools.pairwise(places):
         parts.append(f'<line x1="{x:.2f}%" y1="{y:.1f}" x2="{next_x:.2f}%" y2="{next_y:.1f}" class="curve"/>')
-    for x, y, place, shown in places:
+    for at, (x, y, place, shown) in enumerate(places):
+        anchor = "start" if at == 0 else "end" if at == len(places) - 1 else "middle"
         title = f"<title>{escape(f'{place} {unit}: {shown}')}</title>"
         parts.append(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="dot">{title}</circle>')
-        parts += [_text(x, y - 9, shown, "middle"), _text(x, base + 16, place, "middle", "soft")]
+        parts += [_text(x, y - 9, shown, anchor), _text(x, base + 16, place, anchor, "soft")]
     return _svg(base + 24, said, parts)
 
 

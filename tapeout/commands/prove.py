@@ -111,7 +111,7 @@ def bench(
     from tapeout.bench import bench as run
     from tapeout.pack import Package
     from tapeout.validate.report import throughput_table
-    from tapeout.validate.scenarios import CONTEXTS, Asked
+    from tapeout.validate.scenarios import Asked
     from tapeout.validate.speed_page import gates_table, speed_tables
 
     asked = Asked(
@@ -119,7 +119,7 @@ def bench(
         tuple(sorted(set(percentile or (50, 90, 99)))),
         samples,
         seconds,
-        tuple(sorted(set(contexts or CONTEXTS))),
+        tuple(sorted(set(contexts))) if contexts else None,
     )
     where_it_runs(Package.open(package).manifest["target"]["name"])
     with progress_bars() as progress:
