@@ -30,11 +30,10 @@ class LlamaCppBatched(LlamaCpp):
         ends = np.cumsum([len(ids) for _, ids in given]) - 1
         for sequence, ids in given:
             check_ids(ids, self._vocab_size)
+            if (length := self._lengths[sequence] + len(ids)) > self.facts.context:
+                raise TapeoutError(f"{length} tokens do not fit the context of {self.facts.context}.")
+        for sequence, ids in given:
             begin = self._lengths[sequence]
-            if begin + len(ids) > self.facts.context:
-                raise TapeoutError(
-                    f"{begin + len(ids)} tokens do not fit the context of {self.facts.context}."
-                )
             tokens += ids
             owners += [sequence] * len(ids)
             places += range(begin, begin + len(ids))

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tapeout.validate import charts
 from tapeout.validate.report import GateResult, Report, number
-from tapeout.validate.speed_page import disturbances, percentiles, roof_words, speed_charts
+from tapeout.validate.speed_page import disturbances, percentiles, roof_words, scenarios, speed_charts
 
 __all__ = ["comparison_markdown", "comparison_page", "comparison_rows", "markdown", "page", "size"]
 
@@ -342,6 +342,7 @@ def _template(name: str) -> Any:
         "cell": cell_text,
         "thousandfold": lambda value: None if value is None else value * 1e3,
         "percentiles": percentiles,
+        "scenarios": scenarios,
         "disturbances": disturbances,
         "roof_words": roof_words,
     }

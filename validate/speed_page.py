@@ -11,11 +11,12 @@ from markupsafe import Markup, escape
 
 from tapeout.validate.charts import _svg, _text, bars, ranges
 from tapeout.validate.report import GateResult, number
+from tapeout.validate.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["duration", "gates_table", "speed_charts", "speed_tables"]
+__all__ = ["duration", "gates_table", "percentiles", "scenarios", "speed_charts", "speed_tables"]
 
 _HIGH, _TOP = 150, 26  # pixels of a chart's plane, and above it
 
@@ -32,9 +33,7 @@ def duration(value: float | None) -> str:
 def percentiles(found: Mapping[str, Any]) -> str:
     """``p50 1.2 ms (1.1 … 1.3)``, one after another; an end that no sample bounds is a dash."""
     told = []
-    for name, each in found.items():
-        if not name.startswith("p"):
-            continue
+    for name, each in _in_order(found):
         if each is None:
             told.append(f"{name} –")
         else:
@@ -42,6 +41,20 @@ def percentiles(found: Mapping[str, Any]) -> str:
                 f"{name} {duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
             )
     return ", ".join(told)
+
+
+def _in_order(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The percentiles among what ``summary`` gives, the lowest first."""
+    return sorted(
+        ((name, each) for name, each in found.items() if name.startswith("p")),
+        key=lambda each: int(each[0][1:]),
+    )
+
+
+def scenarios(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Those that were measured, in the order of their measuring."""
+    found = figures.get("scenarios", {})
+    return [(name, found[name]) for name in SCENARIOS if name in found]
 
 
 def gates_table(gates: Sequence[GateResult]) -> list[Table]:
@@ -66,9 +79,9 @@ def speed_tables(figures: Mapping[str, Any]) -> list[Table]:
     from rich.table import Table
 
     found = []
-    if scenarios := figures.get("scenarios"):
+    if measured := scenarios(figures):
         table = Table("scenario", "requests", "first token", "time per output token", "tokens/s", "J/token")
-        for name, each in scenarios.items():
+        for name, each in measured:
             joules = each["joules_per_token"]
             table.add_row(
                 name,
@@ -129,9 +142,9 @@ def _lines(found: Mapping[str, Any] | None) -> str:
 
 def disturbances(figures: Mapping[str, Any]) -> list[str]:
     """What made figures worse, scenario by scenario, and why there is no energy."""
-    scenarios = figures.get("scenarios", {})
-    told = [f"{name}: {note}" for name, each in scenarios.items() for note in each["notes"]]
-    silent = {each["energy"] for each in scenarios.values() if each["joules_per_token"] is None}
+    measured = scenarios(figures)
+    told = [f"{name}: {note}" for name, each in measured for note in each["notes"]]
+    silent = {each["energy"] for _, each in measured if each["joules_per_token"] is None}
     return told + [f"energy was not measured: {reason}" for reason in sorted(silent)]
 
 
@@ -176,7 +189,7 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
             ],
             "time to the first token against the prompt's length",
         )
-    for name, each in figures.get("scenarios", {}).items():
+    for name, each in scenarios(figures):
         for key, label in (("first_token", "first token"), ("token", "per output token")):
             if key in each:
                 drawn[f"{name} {key}"] = _intervals(each[key], label)
@@ -210,10 +223,10 @@ def _shown(value: float, key: str) -> str:
 
 
 def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
-    """p50, p90 and p99 as far as the samples carry them."""
+    """p50, p90 and p99 as far as the samples carry them; where that is p50 alone, its interval."""
     told = []
     for row in rows:
-        values = [row[f"{what}_{q}_s"] for q in ("p50", "p90", "p99")]
+        ends = values = [row[f"{what}_{q}_s"] for q in ("p50", "p90", "p99")]
         called = (
             f"batch of {row['batch']} × {row['context']} tokens"
             if "batch" in row
@@ -221,16 +234,18 @@ def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
         )
         if what == "token":
             called = f"after {row['context']} tokens"
-        known = [value for value in values if value is not None]
+        if values[1:] == [None, None]:
+            ends = [row.get(f"{what}_low_s"), values[0], row.get(f"{what}_high_s")]
+        known = [value for value in ends if value is not None]
         told.append((called, known, " / ".join(duration(value) for value in values)))
-    return ranges(told, f"p50, p90 and p99 of the time of a {what}")
+    return ranges(told, f"p50, p90 and p99 of the time of a {what}, or p50 alone with its interval")
 
 
 def _intervals(found: Mapping[str, Any], label: str) -> Markup:
     """Each percentile with the interval that holds it."""
     rows = []
-    for name, each in found.items():
-        if name.startswith("p") and each is not None:
+    for name, each in _in_order(found):
+        if each is not None:
             ends = [value for value in (each["low"], each["value"], each["high"]) if value is not None]
             shown = f"{duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
             rows.append((f"{label}, {name}", ends, shown))

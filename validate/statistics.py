@@ -90,21 +90,29 @@ def summary(times: Times, percentiles: Sequence[int] = (50, 90, 99)) -> dict[str
     return found
 
 
-def warm_up(times: Times) -> int:
+def warm_up(times: Times, *, slower: bool = True) -> int:
     """How many leading times are not of the steady state yet.
 
     White's rule (MSER, Simulation 69, 1997): the cut after which the squared standard error of the mean of what is left,
     Σ (x - mean)² / m², is smallest; at most half. It is taken of ranks in place of times, so that one hiccup in the middle, however
     long, weighs no more than the slowest rank and is not mistaken for the end of the warm-up.
+
+    Args:
+        times: at least four, or nothing is dropped.
+        slower: drop a beginning only if it is slower than the rest: what is faster is no warm-up but a machine that slows down. False:
+            of a queue, which is empty at first.
     """
     count = len(times)
     if count < 4:
         return 0
     ranks = _ranks(times)[::-1] / count
-    left = np.arange(1, count + 1)
-    errors = (np.cumsum(ranks**2) - np.cumsum(ranks) ** 2 / left) / left**2
-    candidates = errors[::-1][: count // 2 + 1]  # by the number of times that are dropped
-    return int(np.argmin(candidates))
+    left, sums = np.arange(1, count + 1), np.cumsum(ranks)
+    errors = ((np.cumsum(ranks**2) - sums**2 / left) / left**2)[::-1][: count // 2 + 1]  # by what is dropped
+    if slower:
+        means = (sums / left)[::-1][: count // 2 + 1]
+        errors = np.where(means <= means[0], errors, np.inf)
+    # The first of those that differ by rounding alone.
+    return int(np.argmax(errors <= errors.min() + 1e-12))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from commands import tapeout
+from speed import measured
 
 from tapeout.build import export, target
 from tapeout.generated import write_model
@@ -133,6 +134,7 @@ def reports(made: tuple[Path, dict[str, Any]]) -> dict[str, Report]:
             ],
         },
     )
+    found["bench"] = replace(whole, throughput=measured(whole.throughput))
     found["bare"] = Report("m" * 60, "null", "int8", (SKIPPED, FAILED))
     return found
 
@@ -147,7 +149,7 @@ def pages(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     return {name: place / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "failed", "bare", "compare"])
+@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "failed", "bench", "bare", "compare"])
 def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
     for theme in THEMES:
         for screen, (width, height) in SCREENS.items():
@@ -171,11 +173,11 @@ def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
 
 def test_charts_are_drawn(browser: Any, pages: dict[str, Path]) -> None:
     tab = browser.new_page()
-    for name, least in (("gguf", 7), ("failed", 8), ("classes", 4), ("compare", 2)):
+    for name, least in (("gguf", 7), ("bench", 15), ("failed", 8), ("classes", 4), ("compare", 2)):
         tab.goto(pages[name].as_uri())
         charts = tab.evaluate(
             "[...document.querySelectorAll('svg.chart')].map(s => ({said: s.ariaLabel, width: s.getBoundingClientRect().width,"
-            " marks: [...s.querySelectorAll('.bar, .point')].filter(e => e.getBoundingClientRect().width > 0).length}))"
+            " marks: [...s.querySelectorAll('.bar, .point, .curve')].filter(e => e.getBoundingClientRect().width > 0).length}))"
         )
         assert len(charts) >= least, name
         assert all(chart["said"] and chart["width"] > 100 and chart["marks"] for chart in charts), charts

@@ -84,6 +84,11 @@ def test_the_warm_up_ends_where_the_steady_state_begins() -> None:
     hiccup[150:155] = 100
     assert warm_up(hiccup) <= 20
     assert warm_up([1.0, 2.0]) == 0
+    # What is faster is no warm-up of a machine, but one of a queue.
+    cool = np.concatenate([steady[:100] / 2, steady[100:]])
+    assert warm_up(cool) == 0
+    assert 100 <= warm_up(cool, slower=False) <= 120
+    assert warm_up([3.0, 3.0, *[1.0] * 50]) == 2
     assert warm_up(np.linspace(2, 1, 100)) == 50  # never steady: half, and not more
 
 
