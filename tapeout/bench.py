@@ -12,8 +12,10 @@ from tapeout.pack import Package
 from tapeout.replay import demanded, measured, session_of
 from tapeout.validate import GateResult, Report
 from tapeout.validate.machine_state import memory_at_hand
+from tapeout.validate.measuring import Asked, Place
+from tapeout.validate.memory_watch import room_for, watched
 from tapeout.validate.roofline import peaks, roofline
-from tapeout.validate.scenarios import Asked, Place, room_for, run, watched
+from tapeout.validate.scenarios import run
 from tapeout.validate.speed_gates import emulated, speed_gates
 from tapeout.validate.throughput import cores, machine
 from tapeout.validate.worker import borrowed
@@ -68,6 +70,7 @@ def bench(
         TapeoutError: a context that there is none of; too few samples or seconds.
     """
     package, asked = Package.open(directory), asked or Asked()
+    known = package.operations
     limits = demanded(package, speed=speed)
     _check_kind(package, contexts, asked)
     _check_memory(package, contexts, asked)
@@ -86,19 +89,19 @@ def bench(
             progress("bench", 0, 1)
         figures = measured(package, session, contexts)
         lengths = [row["context"] for row in figures.get("contexts", ())]
-        caches = {length: session.cache_bytes(length) for length in lengths} if package.operations else {}
+        caches = {length: session.cache_bytes(length) for length in lengths} if known else {}
     if asked.scenarios:
         figures |= run(_place(package, facts.context, progress), asked)
     own = _cache_bytes(package)
     for row in figures.get("contexts", ()):
         row["cache_bytes"] = caches.get(row["context"]) or own(row["context"])
-    if package.operations and facts.bandwidth is None:
+    if known and facts.bandwidth is None:
         rows = [
             {**row, "prefill_s": row.get("prefill_s") or row["first_token_s"], "token_s": row["token_p50_s"]}
             for row in figures.get("context_sweep") or figures["contexts"]
         ]
         figures["roofline"] = roofline(
-            package.operations,
+            known,
             package.artifact.bytes_per_token,
             figures["bandwidth_bytes_per_s"],
             peaks(cores()),

@@ -1,125 +1,32 @@
 """MLPerf's scenarios on a package's runtime (Reddi et al., ISCA 2020): how long a user waits, and how much a machine gets done.
 
 ``single_stream`` sends a request when the one before is answered; ``offline`` has all requests at once; in ``server`` they come as they
-like. ``context_sweep`` and ``thread_sweep`` change one thing and measure again. Times are taken in the worker; what they say is worked
-out here, and what cannot be measured is told in ``skipped`` by name.
+like. Times are taken in the worker; what they say is worked out here, and what cannot be measured is told in ``skipped`` by name.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from threading import Event, Thread
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import psutil
 
-from tapeout.errors import MemoryShort, TapeoutError
+from tapeout.errors import TapeoutError
 from tapeout.validate.batching import arrivals
-from tapeout.validate.machine_state import Energy, State, energy_missing, memory_at_hand, noise
+from tapeout.validate.machine_state import Energy, State, energy_missing, noise
+from tapeout.validate.measuring import Asked, Place
+from tapeout.validate.memory_watch import watched
 from tapeout.validate.session import SessionSpec
 from tapeout.validate.statistics import change, needed, summary, warm_up
+from tapeout.validate.sweeps import context_sweep, thread_sweep
 from tapeout.validate.worker import WorkerSession
 
-__all__ = ["SCENARIOS", "Asked", "Place", "room_for", "run"]
+__all__ = ["run"]
 
-SCENARIOS = ("single-stream", "offline", "server", "context-sweep", "thread-sweep")
-CONTEXTS = (128, 512, 2048, 8192, 32768)
-_PROMPT, _NEW = 128, 16  # tokens of a request, as far as the context goes
 _SEQUENCES = 8  # answered together
 _LOAD = 0.7  # of the offline rate: the rate at which requests come to the server
-_SWEPT_NEW = 32
-_WATCH_S = 0.05
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is wanted of a measurement.
-
-    Attributes:
-        scenarios: names of SCENARIOS.
-        percentiles: of latencies, from 1 to 99.
-        samples: requests in the steady state; None: as many as the highest percentile needs.
-        seconds: most that a scenario may measure; None: until the samples are there.
-        contexts: of the context sweep; None: CONTEXTS as far as the package's goes, and what is left of its own.
-        root: the directory that stands for ``/`` where the machine is asked of its state.
-    """
-
-    scenarios: tuple[str, ...] = ()
-    percentiles: tuple[int, ...] = (50, 90, 99)
-    samples: int | None = None
-    seconds: float | None = None
-    contexts: tuple[int, ...] | None = None
-    root: Path = Path("/")
-
-    def __post_init__(self) -> None:
-        """TapeoutError for what does not exist, and for fewer samples than the percentiles need, with the count that they do."""
-        for name in self.scenarios:
-            if name not in SCENARIOS:
-                raise TapeoutError(f"'{name}' is not a scenario. What fits: {', '.join(SCENARIOS)}.")
-        for percentile in self.percentiles:
-            if not 1 <= percentile <= 99:
-                raise TapeoutError(f"p{percentile} is not a percentile. What fits: 1 to 99.")
-        if not self.percentiles:
-            raise TapeoutError("no percentile was asked for. What fits: 1 to 99.")
-        if self.seconds is not None and not self.seconds > 0:
-            raise TapeoutError(f"{self.seconds} seconds are no time to measure in. What fits: more than 0.")
-        if self.samples is not None and self.samples < self.needed:
-            raise TapeoutError(f"{self.samples} samples are too few: {self.demand}.")
-
-    @property
-    def needed(self) -> int:
-        """Samples that the most demanding percentile needs."""
-        return max(needed(percentile / 100) for percentile in self.percentiles)
-
-    @property
-    def wanted(self) -> int:
-        """Samples to take in the steady state."""
-        return self.samples or self.needed
-
-    @property
-    def demand(self) -> str:
-        """What each percentile needs, in words."""
-        each = ", ".join(f"p{percentile} needs {needed(percentile / 100)}" for percentile in self.percentiles)
-        return f"{each} (below that no interval holds it with 95 %)"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A package where it is measured.
-
-    Attributes:
-        spec: the artifact as it is deployed. opened: opens a session in a worker for as long as a ``with`` lasts.
-        batched: gives the session for so many sequences of so many tokens each; None: the target has none.
-        context: most tokens of a sequence here. full: most that the package allows. cores: that the process may use.
-        cache_bytes: bytes of keys and values of that many tokens, where the session itself does not say.
-        progress: called with (stage, done, total).
-    """
-
-    spec: SessionSpec
-    opened: Callable[[SessionSpec], AbstractContextManager[WorkerSession]]
-    batched: Callable[[int, int], SessionSpec] | None
-    context: int
-    full: int
-    cores: int
-    cache_bytes: Callable[[int], int]
-    progress: Callable[[str, int, int], None] | None = None
-
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """Say how far a stage is."""
-        if self.progress:
-            self.progress(stage, min(done, total), total)
-
-    @property
-    def request(self) -> tuple[int, int]:
-        """Tokens of a request's prompt and of its answer."""
-        new = min(_NEW, max(2, self.context // 4))
-        return max(1, min(_PROMPT, self.context - new)), new
 
 
 def run(place: Place, asked: Asked) -> dict[str, Any]:
@@ -302,134 +209,6 @@ def server(place: Place, asked: Asked, found: dict[str, Any]) -> None:
     found["scenarios"]["server"] = {**measured, "arrivals_per_s": rate, "load": _LOAD, "seed": 0}
 
 
-def context_sweep(place: Place, asked: Asked, found: dict[str, Any]) -> None:
-    """Prefill and decode against the tokens that are there already, with the bytes of keys and values that attention reads."""
-    wanted = asked.contexts or CONTEXTS
-    lengths = [length for length in wanted if length + 2 <= place.context]
-    for length in wanted:
-        if length not in lengths:
-            reason = f"the package's context is {place.full} tokens"
-            if place.full >= length + 2:
-                reason = (
-                    f"of the package's {place.full} tokens the memory at hand has room for {place.context}"
-                )
-            found["skipped"].append({"what": f"context-sweep/{length}", "reason": reason})
-    last = place.context - min(_SWEPT_NEW, place.context // 2)
-    if asked.contexts is None and len(lengths) < len(wanted) and last not in lengths:
-        lengths = sorted({*lengths, last})
-    rows: list[dict[str, Any]] = []
-    found["context_sweep"], at = rows, 0
-    try:
-        with place.opened(place.spec) as session, watched(session, "context-sweep", asked.root):
-            for at, length in enumerate(lengths):
-                place.tell("context-sweep", at, len(lengths))
-                cache = session.cache_bytes(length)
-                cache = place.cache_bytes(length) if cache is None else cache
-                if short := room_for(cache - (rows[-1]["cache_bytes"] if rows else 0), asked.root):
-                    found["skipped"].append({"what": f"context-sweep/{length}", "reason": short})
-                    continue
-                new = min(_SWEPT_NEW, place.context - length)
-                timings = [session.time(length, new, 1, warm=not rows)]
-                if timings[0].prefill_s[0] < 2:
-                    timings.append(session.time(length, new, needed(0.5) - 1, warm=False))
-                prefill = [second for timing in timings for second in timing.prefill_s]
-                tokens = [second for timing in timings for repeat in timing.decode_s for second in repeat]
-                rows.append(
-                    {
-                        "context": length,
-                        "cache_bytes": cache,
-                        "prefill_s": statistics.median(prefill),
-                        **_token(tokens),
-                        "prefill_tokens_per_s": length / statistics.median(prefill),
-                        "resident_bytes": _resident(session),
-                    }
-                )
-    except MemoryShort as error:
-        for length in lengths[at:]:
-            found["skipped"].append({"what": f"context-sweep/{length}", "reason": str(error)})
-
-
-def thread_sweep(place: Place, asked: Asked, found: dict[str, Any]) -> None:
-    """Prefill and decode with 1, 2, 4 … threads, up to as many as there are cores."""
-    if "threads" not in place.spec.arguments:
-        reason = f"the session of {place.spec.factory.partition(':')[0].rpartition('.')[2]} takes no number of threads"
-        found["skipped"].append({"what": "thread-sweep", "reason": reason})
-        return
-    counts = sorted(
-        {2**power for power in range(place.cores.bit_length()) if 2**power < place.cores} | {place.cores}
-    )
-    prompt, new = place.request
-    rows = []
-    for at, count in enumerate(counts):
-        place.tell("thread-sweep", at, len(counts))
-        spec = replace(place.spec, arguments={**place.spec.arguments, "threads": count})
-        with place.opened(spec) as session, watched(session, "thread-sweep", asked.root):
-            timing = session.time(prompt, new, needed(0.5))
-        prefill = statistics.median(timing.prefill_s)
-        tokens = [second for repeat in timing.decode_s for second in repeat]
-        rows.append(
-            {
-                "threads": count,
-                "prefill_s": prefill,
-                "prefill_tokens_per_s": prompt / prefill,
-                **_token(tokens),
-            }
-        )
-    found["thread_sweep"] = rows
-
-
-def _token(tokens: Sequence[float]) -> dict[str, Any]:
-    """The median of a token with its interval, in seconds."""
-    middle = summary(tokens, (50,))["p50"] or {"value": statistics.median(tokens), "low": None, "high": None}
-    return {
-        "token_p50_s": middle["value"],
-        "token_low_s": middle["low"],
-        "token_high_s": middle["high"],
-        "samples": len(tokens),
-        "decode_tokens_per_s": 1 / middle["value"],
-    }
-
-
-def room_for(count: int, root: Path = Path("/")) -> str | None:
-    """Why so many bytes more are not to be taken; None: there is room."""
-    left = memory_at_hand(root) - _reserve()
-    if count <= left:
-        return None
-    return f"it takes {count / 1e9:.3g} GB more, and {max(0, left) / 1e9:.3g} GB of memory are at hand"
-
-
-@contextmanager
-def watched(session: WorkerSession, name: str, root: Path) -> Iterator[None]:
-    """End the worker when less memory than the reserve is left, before the system ends something of its own choice."""
-    over, low = Event(), Event()
-
-    def watch() -> None:
-        while not over.wait(_WATCH_S):
-            if (left := memory_at_hand(root)) < _reserve():
-                low.set()
-                session.stop(
-                    f"{name} was stopped: {left / 1e6:.0f} MB of memory were left, less than the {_reserve() / 1e6:.0f} MB in reserve"
-                )
-                return
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    except TapeoutError as error:
-        if low.is_set():
-            raise MemoryShort(str(error)) from None
-        raise
-    finally:
-        over.set()
-        thread.join()
-
-
-def _reserve() -> int:
-    """What is left to the system: as much as a process can fill between two looks (at 4 GB/s), but no more than a 16th of the memory."""
-    return min(200 << 20, psutil.virtual_memory().total // 16)
-
-
 def _batched(place: Place, sequences: int, context: int) -> SessionSpec | str:
     """The session that answers several requests at once, or why there is none."""
     runtime = place.spec.factory.partition(":")[0].rpartition(".")[2]
@@ -468,7 +247,3 @@ def _processor_s(session: WorkerSession) -> float:
     """Processor seconds that the worker took so far."""
     times = psutil.Process(session.pid).cpu_times()
     return times.user + times.system
-
-
-def _resident(session: WorkerSession) -> int:
-    return int(psutil.Process(session.pid).memory_info().rss)

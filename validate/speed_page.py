@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from tapeout.validate.charts import _svg, _text, bars, ranges
+from tapeout.validate.measuring import SCENARIOS
 from tapeout.validate.report import GateResult, number
-from tapeout.validate.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -280,7 +280,8 @@ def _roof(roof: Mapping[str, Any]) -> Markup:
     xs = [wide, *(point["intensity"] for point in points)]
     left, right = floor(log10(min(xs)) - 0.1), ceil(log10(max(xs)) + 0.1)
     least = min([roof["bandwidth_bytes_per_s"] * 10**left, *(point["operations_per_s"] for point in points)])
-    low, high = floor(log10(least)), ceil(log10(top) + 0.1)
+    most = max(top, *(point["operations_per_s"] for point in points))
+    low, high = floor(log10(least)), ceil(log10(most) + 0.1)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = 4 + 92 * (log10(x) - left) / (right - left)
@@ -300,5 +301,5 @@ def _roof(roof: Mapping[str, Any]) -> Markup:
         )
     parts.append(_text(0, 12, f"operations/s, from 1e{low} to 1e{high}", "start", "soft"))
     parts.append(_text(100, base + 16, f"operations a byte, from 1e{left} to 1e{right}", "end", "soft"))
-    parts.append(_text(0, base + 16, "rings: decode, dots: prefill", "start", "soft"))
-    return _svg(base + 24, "measured operations a second below the roofline", parts)
+    parts.append(_text(0, base + 32, "rings: decode, dots: prefill", "start", "soft"))
+    return _svg(base + 40, "measured operations a second below the roofline", parts)

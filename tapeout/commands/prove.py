@@ -110,8 +110,8 @@ def bench(
     """
     from tapeout.bench import bench as run
     from tapeout.pack import Package
+    from tapeout.validate.measuring import Asked
     from tapeout.validate.report import throughput_table
-    from tapeout.validate.scenarios import Asked
     from tapeout.validate.speed_page import gates_table, speed_tables
 
     asked = Asked(

@@ -22,14 +22,15 @@ def measured(short: Mapping[str, Any]) -> dict[str, Any]:
     stream["notes"] = ["from request 190 of 400 on a request took 34% longer: <the machine> throttles"]
     server = common | {"first_token": summary(times[:40]), "token": summary(times), "request": summary(times)}
     server |= {"sequences": 8, "arrivals_per_s": 70.0, "load": 0.7, "seed": 0, "joules_per_token": None}
+    server["energy"] = "there are no counters"
     offline = common | {"sequences": 8, "requests_per_s": 100.0, "tokens_per_s_interval": [1e3, None]}
     lengths = (128, 512, 2048, 8192, 32768)
     sweep = [
         {
             "context": length,
             "cache_bytes": 1000 * length,
-            "prefill_s": 1e-6 * length**1.5,
-            "token_p50_s": 1e-3 + 1e-7 * length,
+            "prefill_s": 4e-3 * length + 1e-7 * length**2,
+            "token_p50_s": 5e-3 + 1e-7 * length,
             "token_low_s": None,
             "token_high_s": 1.0,
             "samples": 5,

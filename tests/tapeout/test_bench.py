@@ -18,9 +18,9 @@ from tapeout.errors import MemoryShort, TapeoutError
 from tapeout.pack import Package
 from tapeout.recipe import Recipe
 from tapeout.replay import revalidate
+from tapeout.validate.measuring import SCENARIOS, Asked
 from tapeout.validate.page import page
 from tapeout.validate.report import Report
-from tapeout.validate.scenarios import SCENARIOS, Asked
 from tapeout.validate.speed_page import percentiles
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]

@@ -16,7 +16,9 @@ import pytest
 
 from tapeout.errors import MemoryShort, RuntimeCrash, TapeoutError
 from tapeout.validate import scenarios
-from tapeout.validate.scenarios import Asked, Place, room_for, run, watched
+from tapeout.validate.measuring import Asked, Place
+from tapeout.validate.memory_watch import room_for, watched
+from tapeout.validate.scenarios import run
 from tapeout.validate.session import SessionSpec
 from tapeout.validate.timing import Timing
 from tapeout.validate.worker import open_session
