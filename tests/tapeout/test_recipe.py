@@ -197,6 +197,6 @@ def test_what_it_says_reaches_the_gates(
     recipe = recipe_of(tmp_path / "recipe.toml", None, scheme="nf4", rounding=None)
     export(target("null"), make_model(), tmp_path / "out", recipe, require=frozenset({"task"}))
     (options,) = asked
-    assert options.limits == Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125)
+    assert options.limits == Limits(0.5, 0.25, 3.0, 0.125, 5.0, 250.5, "2GB")
     assert (options.text, options.tokens) == (tmp_path / "own.txt", 77)
     assert options.require == {"task"}
