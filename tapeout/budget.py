@@ -32,7 +32,6 @@ from tapeout.quantize.calibration import digest
 from tapeout.recipe import Recipe
 from tapeout.targets import Target
 from tapeout.targets.held import held_bits
-from tapeout.validate import Limits
 from tapeout.validate.sensitivity import Cost, SensitivitySession, offered
 
 FORMAT_VERSION = 1
@@ -413,13 +412,13 @@ def as_recipe(model: Model, mix: Mix, recipe: Recipe, max_kl: float | None = Non
     if kl is None:
         kl = _rounded_up(max(1.5 * mix.kl, usual.kl))
     spread = kl + 3 * math.sqrt(2 * kl / recipe.tokens)
-    limits = Limits(
+    limits = replace(
+        own,
         kl=kl,
         top1=own.top1 if own.top1 is not None else min(usual.top1, 1 - _rounded_up(math.sqrt(kl / 2))),
         perplexity=own.perplexity
         if own.perplexity is not None
         else max(usual.perplexity, _rounded_up(math.exp(spread))),
-        task=own.task,
     )
     raw = {name: getattr(recipe, name) for name in recipe.model_fields_set}
     return Recipe(**(raw | {"scheme": scheme, "tensors": tensors, "limits": limits}))

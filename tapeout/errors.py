@@ -42,6 +42,12 @@ class MissingToolchain(TapeoutError):
     status = 3
 
 
+class MemoryShort(TapeoutError):
+    """The machine has less memory than is needed; nothing was loaded, or it was stopped in time."""
+
+    status = 3
+
+
 class RuntimeCrash(TapeoutError):
     """A runtime died or refused in its worker process: a finding about the runtime, not a crash of ours."""
 

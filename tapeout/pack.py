@@ -114,6 +114,17 @@ class Package:
         )
 
     @property
+    def operations(self) -> Mapping[str, Any] | None:
+        """What a token takes to compute, see ``validate.roofline.operations``; None: its report does not say."""
+        try:
+            found: Mapping[str, Any] | None = Report.read(self.directory / "report.json").throughput.get(
+                "operations_per_token"
+            )
+        except PackageError:
+            return None
+        return found
+
+    @property
     def generation(self) -> Generation:
         """The package's generation defaults."""
         raw = dict(self.manifest["generation"])

@@ -12,8 +12,9 @@ text = "texts/own.txt"    # default: the model's calibration.txt, or the one tha
 sequences = 128
 length = 512
 
-[limits]                  # of the quality and task gates
+[limits]                  # of the quality, task and throughput gates
 kl = 0.05
+min_tokens_per_s = 5      # and max_ttft_ms, max_memory
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Recipe(BaseModel):
         rounding: how codes are chosen.
         tensors: scheme by glob over tensor names without ``.weight``.
         calibration: what data-aware rounding looks at; None: the default text where the rounding needs one.
-        limits: of the quality and task gates; what is absent follows from the scheme.
+        limits: of the quality, task and throughput gates; what is absent follows from the scheme, or is not demanded.
         text: evaluation text, UTF-8; None: the model's own or the one that ships with tapeout.
         tokens: how many tokens of it are evaluated.
     """
@@ -64,6 +65,11 @@ class Recipe(BaseModel):
     def with_default(self, scheme: str) -> Recipe:
         """The same, with this scheme where it says none."""
         return self if self.scheme_given else self.model_copy(update={"scheme": scheme})
+
+    def demanding(self, **speed: Any) -> Recipe:
+        """The same with these limits of speed and memory over its own; None: not given."""
+        given = {name: value for name, value in speed.items() if value is not None}
+        return self.model_copy(update={"limits": replace(self.limits, **given)}) if given else self
 
     def rounds(self) -> dict[str, Any]:
         """The arguments of ``quantize`` that decide the codes."""
@@ -90,7 +96,11 @@ class Recipe(BaseModel):
             }
         return {
             "calibration": calibration,
-            "limits": asdict(self.limits),
+            "limits": {
+                name: value
+                for name, value in asdict(self.limits).items()
+                if name not in ("min_tokens_per_s", "max_ttft_ms", "max_memory") or value is not None
+            },
             "text": file_sha256(self.text) if self.text else None,
             "tokens": self.tokens,
         }

@@ -25,6 +25,7 @@ from tapeout.validate import (
     GATES,
     MODULE_GATES,
     GateResult,
+    Limits,
     Options,
     Report,
     check_names,
@@ -34,6 +35,7 @@ from tapeout.validate import (
 )
 from tapeout.validate.generate import generate as sample
 from tapeout.validate.metrics import Distance
+from tapeout.validate.speed_gates import emulated, speed_gates
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 from tapeout.validate.worker import WorkerSession, borrowed
 
@@ -52,6 +54,7 @@ def revalidate(
     calibration: Path | None = None,
     required: frozenset[str] = frozenset(),
     device_report: Path | None = None,
+    speed: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run a package's gates on this machine; without its model, those that need none.
@@ -63,6 +66,7 @@ def revalidate(
         calibration: the text that a calibrated package looked at; None: the recipe's, or the default one.
         required: gates that must not be skipped.
         device_report: what a device found of it, which becomes part of the report.
+        speed: limits of speed and memory over the recipe's, see ``Limits.speed``.
 
     Raises:
         ModelError: ``source`` is not the model that the package was made from.
@@ -73,9 +77,9 @@ def revalidate(
     package = Package.open(directory)
     told = DeviceReport.read(device_report, package) if device_report else None
     if source is None:
-        found = _without_model(package, required)
+        found = _without_model(package, demanded(package, recipe, speed), required)
     else:
-        found = _with_model(package, source, recipe, calibration, required, progress)
+        found = _with_model(package, source, recipe, calibration, required, speed or {}, progress)
     found = replace(found, provenance=package.provenance)
     return told.merged(found) if told else found
 
@@ -86,6 +90,7 @@ def _with_model(
     recipe: Recipe | None,
     calibration: Path | None,
     required: frozenset[str],
+    speed: Mapping[str, Any],
     progress: Progress | None,
 ) -> Report:
     """Every gate."""
@@ -107,7 +112,7 @@ def _with_model(
             "sums in another order can turn a tie, and what follows it; the codes gate counts what differs"
         )
     options = Options(
-        recipe.limits,
+        recipe.demanding(**speed).limits,
         recipe.text,
         recipe.tokens,
         required,
@@ -173,21 +178,37 @@ def _calibration(package: Package, model: Model, text: Path | None) -> Calibrati
     return settings
 
 
-def _without_model(package: Package, required: frozenset[str]) -> Report:
+def demanded(
+    package: Package, recipe: Recipe | None = None, speed: Mapping[str, Any] | None = None
+) -> Limits:
+    """The limits of a package: the recipe's, or those that it was made with, and ``speed`` over them."""
+    return (
+        (recipe or Recipe.of({"limits": package.manifest["recipe"]["limits"]}))
+        .demanding(**speed or {})
+        .limits
+    )
+
+
+def _without_model(package: Package, limits: Limits, required: frozenset[str]) -> Report:
     """Integrity, the golden logits, and throughput; the rest is skipped by name."""
     check_names(required)
     found = gates.integrity(package.directory, package.files())
     throughput: dict[str, Any] = {}
+    why = ""
     try:
         with borrowed(package.target().session(package.artifact)) as session:
             found.append(_golden(package, session))
-            throughput = {} if session.facts.emulated else _measure(package, session)
+            why = emulated(session.facts.runtime)
+            throughput = {} if session.facts.emulated else measured(package, session)
     except MissingToolchain as error:
         found.append(GateResult("golden", "skipped", reason=str(error)))
+        why = str(error)
     except NewerFormat:
         raise
     except TapeoutError as error:
         found.append(GateResult("golden", "failed", reason=str(error)))
+        why = str(error)
+    found += speed_gates(throughput, **limits.speed, absent=why)
     every = MODULE_GATES if package.is_module else ENCODER_GATES if package.encoder_output else GATES
     found += [
         GateResult(name, "skipped", reason="needs the model: give --model.")
@@ -249,14 +270,18 @@ def _golden_arrays(arrays: Mapping[str, Any], session: Any, name: str) -> GateRe
     )
 
 
-def _measure(package: Package, session: Any, contexts: Sequence[int] = ()) -> dict[str, Any]:
+def measured(package: Package, session: Any, contexts: Sequence[int] = ()) -> dict[str, Any]:
+    """Throughput of a package in an open session, by its kind."""
     if package.is_module:
         return measure_module(session, package.artifact, package.samples)
     measure = measure_encoder if package.encoder_output else measure_throughput
-    return measure(session, package.artifact, contexts)
+    found = measure(session, package.artifact, contexts)
+    if known := package.operations:
+        found["operations_per_token"] = known
+    return found
 
 
-def _session(package: Package) -> AbstractContextManager[WorkerSession]:
+def session_of(package: Package) -> AbstractContextManager[WorkerSession]:
     """The artifact on its runtime; PackageError for files that are missing or cut short, whose digests nobody waits for here."""
     if wrong := package.cut_short():
         raise PackageError(
@@ -265,36 +290,13 @@ def _session(package: Package) -> AbstractContextManager[WorkerSession]:
     return borrowed(package.target().session(package.artifact))
 
 
-def bench(directory: Path, contexts: Sequence[int] = (), progress: Progress | None = None) -> dict[str, Any]:
-    """Measure a package's throughput; see ``throughput.measure_throughput``."""
-    package = Package.open(directory)
-    with _session(package) as session:
-        if session.facts.emulated:
-            raise MissingToolchain(
-                f"{directory} is for {package.manifest['needs']['runtime']}; here it runs on an {session.facts.runtime}, whose speed says "
-                "nothing of a device."
-            )
-        most = session.facts.context - (package.encoder_output is None)
-        if package.is_module and contexts:
-            raise TapeoutError(
-                f"{directory} holds a plain module, which is measured on its own samples: leave out --contexts."
-            )
-        if wrong := [context for context in contexts if not 1 <= context <= most]:
-            raise TapeoutError(
-                f"a context of {wrong[0]} tokens cannot be measured; this package takes 1 … {most}."
-            )
-        if progress:
-            progress("bench", 0, 1)
-        return _measure(package, session, contexts)
-
-
 def encode(package: Package, text: str) -> dict[str, Any]:
     """What an encoder's package gives of a text: ``label`` and ``logits``, ``sentence_embedding``, or ``last_hidden_state``.
 
     Raises:
         TapeoutError: the text has too many tokens, or one of its other kinds.
     """
-    with _session(package) as session:
+    with session_of(package) as session:
         ids = session.tokenize(text)
         (row,) = session.encode([ids], [[1] * len(ids)])
     output, labels = package.encoder_output, package.manifest["model"].get("labels")
@@ -331,7 +333,7 @@ def generate(
         prompt = render(package.chat_template, [{"role": "user", "content": prompt}], tokens)
     generation = replace(package.generation, **settings)
     _check(generation, seed)
-    with _session(package) as session:
+    with session_of(package) as session:
         ids = session.tokenize(prompt)
         new: list[int] = []
         said = text = ""

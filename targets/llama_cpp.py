@@ -40,10 +40,11 @@ class LlamaCpp:
     def __init__(
         self, facts: Facts, model: int, context: int, batch_size: int, tracer: Tracer | None = None
     ) -> None:
-        llama = _library()
+        llama = library()
         self._tracer = tracer
         self.facts = facts
         self._model, self._context = model, context
+        self.cache_bytes: Callable[..., int]
         self._vocab = llama.llama_model_get_vocab(model)
         self._vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
         self._space_prefix = llama.llama_vocab_type(self._vocab) in (
@@ -86,7 +87,7 @@ class LlamaCpp:
 
     def reset(self) -> None:
         """Begin a new sequence with an empty cache."""
-        llama = _library()
+        llama = library()
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         self._length = 0
 
@@ -122,7 +123,7 @@ class LlamaCpp:
     def close(self) -> None:
         """Free the model; may be called twice."""
         if self._context:
-            llama = _library()
+            llama = library()
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
             llama.llama_model_free(self._model)
@@ -139,15 +140,15 @@ class LlamaCpp:
 
     def _decode(self, ids: Sequence[int], outputs: int) -> Logits:
         """Run one batch; return a view of llama.cpp's own logits of the last ``outputs`` tokens, float32."""
-        llama, batch, count = _library(), self._batch, len(ids)
+        llama, batch, count = library(), self._batch, len(ids)
         batch.n_tokens = count
         self._token[:count] = ids
         self._position[:count] = np.arange(self._length, self._length + count)
         self._output[:count] = np.arange(count) >= count - outputs
-        status = _computed(llama.llama_decode, self._context, batch)
+        status = computed(llama.llama_decode, self._context, batch)
         if status:
             why = "found no room in its cache for" if status == 1 else f"gave {status} for"
-            raise RuntimeCrash(f"llama_decode {why} {count} tokens at position {self._length}.{_log_tail()}")
+            raise RuntimeCrash(f"llama_decode {why} {count} tokens at position {self._length}.{log_tail()}")
         self._length += count
         if not outputs:
             return np.empty((0, self._vocab_size), np.float32)
@@ -160,7 +161,7 @@ class LlamaCppEncoder:
     facts: Facts
 
     def __init__(self, facts: Facts, model: int, context: int) -> None:
-        llama = _library()
+        llama = library()
         self.facts = facts
         self._model, self._context = model, context
         self._vocab = llama.llama_model_get_vocab(model)
@@ -194,7 +195,7 @@ class LlamaCppEncoder:
     def close(self) -> None:
         """Free the model; may be called twice."""
         if self._context:
-            llama = _library()
+            llama = library()
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
             llama.llama_model_free(self._model)
@@ -202,13 +203,13 @@ class LlamaCppEncoder:
 
     def _run(self, ids: Any, places: Any) -> Logits:
         """States [tokens, width] of one sequence, or its embedding [width]."""
-        llama, batch = _library(), self._batch
+        llama, batch = library(), self._batch
         batch.n_tokens = len(ids)
         for i, (token, place) in enumerate(zip(ids.tolist(), places.tolist(), strict=True)):
             batch.token[i], batch.pos[i], batch.logits[i] = token, place, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        if status := _computed(llama.llama_encode, self._context, batch):
-            raise RuntimeCrash(f"llama_encode gave {status} for {len(ids)} tokens.{_log_tail()}")
+        if status := computed(llama.llama_encode, self._context, batch):
+            raise RuntimeCrash(f"llama_encode gave {status} for {len(ids)} tokens.{log_tail()}")
         if self._pooled:
             given = llama.llama_get_embeddings_seq(self._context, 0)
             return np.ctypeslib.as_array(given, (self._width,)).copy()
@@ -219,27 +220,27 @@ class LlamaCppEncoder:
 def _tokenized(vocab: int, text: str, *, around: bool) -> list[int]:
     """Token ids of a text, special tokens in it recognised; ``around``: with those that the file puts there."""
     data = encoded(text)
-    llama, room = _library(), len(data) + 16
+    llama, room = library(), len(data) + 16
     while True:
         buffer = (ctypes.c_int32 * room)()
         count = llama.llama_tokenize(vocab, data, len(data), buffer, room, around, True)
         if count >= 0:
             return list(buffer[:count])
         if count == _INT32_MIN or -count <= room:
-            raise RuntimeCrash(f"llama.cpp does not tokenize a text of {len(data)} bytes.{_log_tail()}")
+            raise RuntimeCrash(f"llama.cpp does not tokenize a text of {len(data)} bytes.{log_tail()}")
         room = -count
 
 
 def _piece(vocab: int, token: int, *, strip: bool) -> bytes:
     """The bytes of one token, without its leading space if ``strip``."""
-    llama, room = _library(), 64
+    llama, room = library(), 64
     while True:
         buffer = ctypes.create_string_buffer(room)
         count = llama.llama_token_to_piece(vocab, token, buffer, room, int(strip), True)
         if count >= 0:
             return buffer.raw[:count]
         if -count <= room:
-            raise RuntimeCrash(f"llama.cpp has no text for token {token}.{_log_tail()}")
+            raise RuntimeCrash(f"llama.cpp has no text for token {token}.{log_tail()}")
         room = -count
 
 
@@ -254,6 +255,7 @@ def open_session(
     batch: int = 512,
     ubatch: int = 512,
     traced: bool = False,
+    sequences: int = 1,
 ) -> LlamaCpp | LlamaCppEncoder:
     """Load a GGUF file (or the first of its shards) on the CPU. The defaults are those of llama.cpp's own tools.
 
@@ -269,12 +271,13 @@ def open_session(
         batch: most tokens given to llama.cpp at once.
         ubatch: most tokens that it computes at once.
         traced: see what it computes on its way (a TracedSession, besides); slower.
+        sequences: more than 1: a BatchedSession, besides, with room for so many of ``context`` tokens each.
 
     Raises:
         MissingToolchain: llama-cpp-python is not installed. PackageError: no such file.
         RuntimeCrash: llama.cpp refuses the file; in its own words.
     """
-    llama = _library()
+    llama = library()
     if kv_cache not in _CACHE_TYPES:
         raise TapeoutError(f"'{kv_cache}' is not a cache of llama.cpp{nearest(kv_cache, _CACHE_TYPES)}.")
     if not Path(model).is_file():
@@ -287,15 +290,17 @@ def open_session(
     _LOG.clear()
     loaded = llama.llama_model_load_from_file(os.fsencode(model), wanted)
     if not loaded:
-        raise RuntimeCrash(f"llama.cpp refuses {model}.{_log_tail()}")
+        raise RuntimeCrash(f"llama.cpp refuses {model}.{log_tail()}")
     own = context or int(llama.llama_model_n_ctx_train(loaded))
-    length = _fits(loaded, own, min(ubatch, batch), kv_cache)
+    layers = _layers(loaded)
+    length = _fits(layers, own, min(ubatch, batch), kv_cache, sequences)
     given = llama.llama_context_default_params()
     encodes = _metadata(loaded, b"general.architecture") == "bert"
     if encodes:  # a sequence at once, and as long as the file says: there is no cache
         given.embeddings, length = True, own
         batch = ubatch = own
-    given.n_ctx, given.n_batch, given.n_ubatch = length, batch, min(ubatch, batch)
+    given.n_ctx, given.n_batch, given.n_ubatch = length * sequences, batch, min(ubatch, batch)
+    given.n_seq_max = sequences
     given.n_threads = given.n_threads_batch = threads
     given.type_k = given.type_v = _CACHE_TYPES[kv_cache]
     given.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
@@ -309,7 +314,7 @@ def open_session(
     opened = llama.llama_init_from_model(loaded, given)
     if not opened:
         llama.llama_model_free(loaded)
-        raise RuntimeCrash(f"llama.cpp makes no context of {length} tokens for {model}.{_log_tail()}")
+        raise RuntimeCrash(f"llama.cpp makes no context of {length} tokens for {model}.{log_tail()}")
     load_s = perf_counter() - begin
     version = f"llama.cpp {llama.llama_version().decode()} (llama-cpp-python {llama.__version__})"
     device = f"cpu, {threads} threads"
@@ -319,7 +324,14 @@ def open_session(
         session = LlamaCppEncoder(Facts(version, device, load_s, 0, length), loaded, opened)
         session.encode([[0]], [[1]])
     else:
-        session = LlamaCpp(Facts(version, device, load_s, 0, length), loaded, opened, batch, tracer)
+        facts = Facts(version, device, load_s, 0, length)
+        if sequences > 1:
+            from tapeout.targets.llama_cpp_batched import LlamaCppBatched
+
+            session = LlamaCppBatched(facts, loaded, opened, batch, sequences)
+        else:
+            session = LlamaCpp(facts, loaded, opened, batch, tracer)
+        session.cache_bytes = lambda tokens: cache_bytes(layers, tokens, min(ubatch, batch), kv_cache)
         session.decode(0)
         session.reset()
     resident = max(0, psutil.Process().memory_info().rss - before)
@@ -349,7 +361,7 @@ def cache_bytes(
     return int(elements * KV_BITS[kv_cache] / 8)
 
 
-def _computed(function: Callable[..., int], *arguments: Any) -> int:
+def computed(function: Callable[..., int], *arguments: Any) -> int:
     """Call what multiplies, on a thread where nothing else does if the CPU has AMX.
 
     ggml configures a thread's tiles once; torch configures them for itself and releases them, and ggml's next product on that
@@ -396,9 +408,11 @@ def _has_short_rows(model: Path) -> bool:
     return False
 
 
-def _fits(model: int, context: int, ubatch: int, kv_cache: KvCache) -> int:
-    """The context, or what of it has a cache of no more than half of the memory that is free."""
-    layers, room = _layers(model), int(psutil.virtual_memory().available // 2)
+def _fits(
+    layers: Sequence[tuple[int | None, int]], context: int, ubatch: int, kv_cache: KvCache, sequences: int
+) -> int:
+    """The context, or what of it has a cache of no more than half of the memory that is free, for so many sequences."""
+    room = int(psutil.virtual_memory().available // 2 // sequences)
     lengths: list[int] = [*range(_CELLS, context, _CELLS), context]
     found = bisect_right(lengths, room, key=lambda tokens: cache_bytes(layers, tokens, ubatch, kv_cache))
     return lengths[max(0, found - 1)]
@@ -406,7 +420,7 @@ def _fits(model: int, context: int, ubatch: int, kv_cache: KvCache) -> int:
 
 def _layers(model: int) -> list[tuple[int | None, int]]:
     """Of each layer its window and the elements of a token's keys and values, as the file says."""
-    llama = _library()
+    llama = library()
     arch = _metadata(model, b"general.architecture") or ""
 
     def stated(key: str) -> str | None:
@@ -423,7 +437,7 @@ def _layers(model: int) -> list[tuple[int | None, int]]:
 def _metadata(model: int, key: bytes) -> str | None:
     """The value of a key of the file as llama.cpp prints it (booleans as ``true`` and ``false``); None when it is absent."""
     buffer = ctypes.create_string_buffer(64)
-    length = _library().llama_model_meta_val_str(model, key, buffer, len(buffer))
+    length = library().llama_model_meta_val_str(model, key, buffer, len(buffer))
     return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
 
@@ -432,7 +446,7 @@ _LOG: deque[str] = deque(maxlen=20)
 
 
 @functools.cache
-def _library() -> Any:
+def library() -> Any:
     """llama_cpp, its log turned into ``_LOG``."""
     try:
         import llama_cpp
@@ -462,5 +476,5 @@ def _library() -> Any:
 _CALLBACK: Any = None  # llama.cpp keeps a bare pointer to it, so it must never be collected
 
 
-def _log_tail() -> str:
+def log_tail() -> str:
     return f" Its log: {' | '.join(_LOG)}" if _LOG else ""

@@ -149,6 +149,11 @@ class Local:
         """The files as they are deployed: the runtime's defaults, but for the cache that was chosen."""
         return self._road.deployed(self, artifact)
 
+    def batched(self, artifact: Artifact, sequences: int, context: int) -> SessionSpec:
+        """The same with room for several sequences of ``context`` tokens each: a BatchedSession."""
+        spec = self.session(artifact)
+        return replace(spec, arguments={**spec.arguments, "sequences": sequences, "context": context})
+
     def read_codes(
         self, artifact: Artifact, quant: Quantized
     ) -> Iterator[tuple[str, QuantTensor | npt.NDArray[np.float32]]]:

@@ -19,6 +19,7 @@ import psutil
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash, TapeoutError
 from tapeout.exporters.onnx import check_size
 from tapeout.models.module import SAMPLES
+from tapeout.targets.onnxruntime_batched import OnnxBatched
 from tapeout.validate.encoders import check_batch
 from tapeout.validate.given import check_ids, encoded
 from tapeout.validate.modules import Samples, rows
@@ -54,6 +55,9 @@ class OnnxRuntime:
         self._first = np.zeros(1, np.int64)
         latents = "tapeout.latent_cache" in session.get_modelmeta().custom_metadata_map
         self._cache: list[npt.NDArray[np.float32]] = []
+        self._layers: list[
+            tuple[int | None, int]
+        ] = []  # of each cache its window and the elements of a token
         for each in session.get_inputs():
             if each.name.startswith("past_"):
                 # Values that are the keys once more take no memory of their own.
@@ -83,6 +87,10 @@ class OnnxRuntime:
         """Begin a new sequence: what is in the cache is not looked at."""
         self._length = 0
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of that many tokens."""
+        return cache_bytes(self._layers, tokens)
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens in it are recognised, none are added."""
         encoded(text)
@@ -104,6 +112,8 @@ class OnnxRuntime:
         window = None
         if isinstance(length, str) and length.startswith("window_"):
             window = int(length.removeprefix("window_"))
+        if given is None:
+            self._layers.append((window, heads * width))
         cache = _room((1, heads, _rows(window, self.facts.context), width)) if given is None else given
         for bind, name in (
             (self._binding.bind_input, value.name),
@@ -155,6 +165,11 @@ class OnnxGrown(OnnxRuntime):
         self._vocab_size = int(session.get_outputs()[0].shape[2])
         self._given = {each.name: each for each in session.get_inputs()}
         self._names = [each.name for each in session.get_outputs()]
+        self._layers = [
+            (None, each.shape[1] * each.shape[3])
+            for name, each in self._given.items()
+            if name.startswith("past_")
+        ]
         self._past: dict[str, npt.NDArray[Any]] = {}
         self.reset()
 
@@ -383,7 +398,8 @@ def open_session(
     graph: str | None = None,
     threads: int | None = None,
     chunk: int = 512,
-) -> OnnxRuntime | OnnxEncoder | OnnxModule | OnnxSeq2Seq:
+    sequences: int = 1,
+) -> OnnxRuntime | OnnxBatched | OnnxEncoder | OnnxModule | OnnxSeq2Seq:
     """Load ``model.onnx`` and its data on the CPU.
 
     Args:
@@ -392,9 +408,11 @@ def open_session(
         graph: path of another graph over the same data; None: ``model.onnx``.
         threads: None: as many as this process has cores.
         chunk: most tokens of a prompt that are computed at once.
+        sequences: more than 1: a BatchedSession with room for so many of ``context`` tokens each.
 
     Raises:
         MissingToolchain: onnxruntime is not installed. PackageError: no such file.
+        TapeoutError: the graph takes one sequence alone.
         RuntimeCrash: onnxruntime refuses the model; in its own words.
     """
     _library()
@@ -416,7 +434,7 @@ def open_session(
         source, _, _ = load_graph(directory, beside, beside.read_bytes(), threads)
     load_s = perf_counter() - begin
     facts = Facts(version, device, load_s, 0, context)
-    session: OnnxRuntime | OnnxEncoder | OnnxModule | OnnxSeq2Seq
+    session: OnnxRuntime | OnnxBatched | OnnxEncoder | OnnxModule | OnnxSeq2Seq
     # What is mapped counts as resident only once it was read.
     if said.get("tapeout.graph") == "torch.export":
         from safetensors.numpy import load_file
@@ -430,6 +448,14 @@ def open_session(
     elif "tapeout.output" in said:
         session = OnnxEncoder(facts, loaded, tokenizer)
         session.encode([[0]], [[1]])
+    elif sequences > 1:
+        if said.get("tapeout.graph") == "optimum":
+            raise TapeoutError(
+                "the cache of a graph that optimum made grows as a whole: it takes one sequence."
+            )
+        session = OnnxBatched(facts, loaded, chunk, sequences)
+        session.step([(0, [0])])
+        session.forget(0)
     else:
         kind = OnnxGrown if said.get("tapeout.graph") == "optimum" else OnnxRuntime
         session = kind(facts, loaded, tokenizer, chunk)

@@ -23,8 +23,10 @@ from tapeout.validate.evidence import Evidence
 from tapeout.validate.gates import Limits
 from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult, Report
+from tapeout.validate.roofline import operations
 from tapeout.validate.seq2seq import Seq2SeqEvidence
 from tapeout.validate.session import Device, Logits
+from tapeout.validate.speed_gates import emulated, speed_gates
 from tapeout.validate.throughput import machine, measure_encoder, measure_module, measure_throughput
 from tapeout.validate.watch import Watch
 
@@ -48,6 +50,9 @@ _NOT_OF_MODULES = {
     "tokenizer": "a plain module takes arrays: there is no tokenizer.",
     "task": "a plain module takes arrays: there are no prompts with answers.",
 }
+_SPEED = "throughput"  # gates that exist where speed or memory was demanded
+_NO_LIMIT = "required, but nothing was demanded: give --min-tokens-per-s, --max-ttft-ms or --max-memory."
+_NOT_ASKED = "speed was not measured: it was not asked for."
 _GOLDEN_PROMPTS = 3
 
 
@@ -56,7 +61,7 @@ class Options:
     """How to validate.
 
     Attributes:
-        limits: of the quality and task gates.
+        limits: of the quality, task and throughput gates.
         text: evaluation text, UTF-8; None: the model's tasks, its ``heldout.txt``, or the text that ships with tapeout.
         tokens: most tokens that are evaluated.
         require: gates that count as failed when they are skipped.
@@ -108,7 +113,8 @@ def validate(
                 *_own_gates(evidence, options.limits),
             ]
             with evidence.stage("throughput"):
-                throughput = _throughput(evidence) if options.throughput else {}
+                throughput, why = _throughput(evidence) if options.throughput else ({}, _NOT_ASKED)
+            found += speed_gates(throughput, **options.limits.speed, absent=why)
             evidence.compare_layers()
             with contextlib.suppress(TapeoutError):  # a gate has said why
                 evidence.findings["evaluated"] = evidence.evaluated
@@ -175,7 +181,7 @@ def _gate(name: str, gate: gates.Gate[gates.E], evidence: gates.E) -> list[GateR
 def check_names(required: frozenset[str]) -> None:
     """TapeoutError for a required gate that does not exist."""
     for name in required:
-        if name not in (known := list(dict.fromkeys([*GATES, *ENCODER_GATES]))):
+        if name not in (known := list(dict.fromkeys([*GATES, *ENCODER_GATES, _SPEED]))):
             raise TapeoutError(f"'{name}' is not a gate{nearest(name, known)}.")
 
 
@@ -183,7 +189,11 @@ def require(results: list[GateResult], required: frozenset[str]) -> list[GateRes
     """Turn the skips of required gates into failures, and the lack of one too: an encoder has no decode gate."""
     ran = {gate.name.split("/")[0] for gate in results}
     absent = [
-        GateResult(name, "failed", reason="required, but a model of this kind has no such gate.")
+        GateResult(
+            name,
+            "failed",
+            reason=_NO_LIMIT if name == _SPEED else "required, but a model of this kind has no such gate.",
+        )
         for name in sorted(required - ran)
     ]
     return absent + [
@@ -194,17 +204,21 @@ def require(results: list[GateResult], required: frozenset[str]) -> list[GateRes
     ]
 
 
-def _throughput(evidence: Evidence) -> Mapping[str, object]:
+def _throughput(evidence: Evidence) -> tuple[Mapping[str, Any], str]:
+    """What was measured, and why nothing was where it is empty."""
     try:
-        if evidence.deployed.facts.emulated:
-            return {}
+        facts = evidence.deployed.facts
+        if facts.emulated:
+            return {}, emulated(facts.runtime)
         if isinstance(evidence, ModuleEvidence):
-            return measure_module(evidence.deployed, evidence.artifact, len(evidence.samples))
+            return measure_module(evidence.deployed, evidence.artifact, len(evidence.samples)), ""
         if isinstance(evidence, EncoderEvidence):
-            return measure_encoder(evidence.deployed, evidence.artifact)
-        return measure_throughput(evidence.deployed, evidence.artifact)
-    except TapeoutError:  # a gate has said why
-        return {}
+            return measure_encoder(evidence.deployed, evidence.artifact), ""
+        found = measure_throughput(evidence.deployed, evidence.artifact)
+        known = operations(evidence.quant.model)
+        return found | ({"operations_per_token": known} if known else {}), ""
+    except TapeoutError as error:
+        return {}, f"speed was not measured: {error}"
 
 
 def _golden(evidence: Evidence) -> tuple[tuple[tuple[int, ...], Logits], ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.errors import MissingToolchain, NotFinite, RuntimeCrash, TapeoutError
+from tapeout.errors import MissingToolchain, NotFinite, RecipeError, RuntimeCrash, TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.files import file_sha256
 from tapeout.models import TracedConfig
@@ -23,6 +23,7 @@ from tapeout.validate.metrics import Distance, negative_log_likelihood
 from tapeout.validate.module_evidence import ModuleEvidence
 from tapeout.validate.report import GateResult
 from tapeout.validate.session import KV_BITS, Logits, Lowering
+from tapeout.validate.speed_gates import parse_bytes
 
 E = TypeVar("E", bound=Evidence)
 Gate = Callable[[E], list[GateResult]]
@@ -46,21 +47,44 @@ _NAMED = 16  # values of those that have less
 
 @dataclass(frozen=True)
 class Limits:
-    """What the quality and task gates demand; None: by the width of the scheme's codes, see ``for_scheme``.
+    """What the quality, task and throughput gates demand.
+
+    Of quality None means: by the width of the scheme's codes, see ``for_scheme``; of speed and memory: nothing is demanded.
 
     Attributes:
         kl: mean KL of the dequantized to the original model, in nats a token, at most.
         top1: share of tokens with the same likeliest next token, at least.
         perplexity: perplexity over the original's, at most.
         task: share of tasks that may be lost.
+        min_tokens_per_s: of one stream, at least.
+        max_ttft_ms: milliseconds to the first token, at most.
+        max_memory: that loading and running may add to the process's memory (``2GB``).
     """
 
     kl: float | None = None
     top1: float | None = None
     perplexity: float | None = None
     task: float = 0.02
+    min_tokens_per_s: float | None = None
+    max_ttft_ms: float | None = None
+    max_memory: str | None = None
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, no field
+
+    def __post_init__(self) -> None:
+        """RecipeError for a limit of speed or memory that is none."""
+        for name in ("min_tokens_per_s", "max_ttft_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RecipeError(f"{name} is {value}; what fits: more than 0.")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """What is demanded of speed and memory, by name: arguments of ``speed_gates``."""
+        names = ("min_tokens_per_s", "max_ttft_ms", "max_memory")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def for_scheme(self, scheme: Scheme) -> Limits:
         """Fill in what is None.
@@ -73,7 +97,8 @@ class Limits:
         kl, perplexity = _usual_loss(scheme.bits)
         kl = self.kl if self.kl is not None else kl
         top1 = self.top1 if self.top1 is not None else 1 - (kl / 2) ** 0.5
-        return Limits(kl, top1, self.perplexity if self.perplexity is not None else perplexity, self.task)
+        perplexity = self.perplexity if self.perplexity is not None else perplexity
+        return replace(self, kl=kl, top1=top1, perplexity=perplexity)
 
 
 def _usual_loss(bits: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tapeout.validate import charts, page_parts
 from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
+from tapeout.validate.speed_page import disturbances, percentiles, roof_words, scenarios, speed_charts
 
 __all__ = [
     "comparison_markdown",
@@ -298,36 +299,7 @@ def _shown(report: Report) -> dict[str, Any]:
             "how much of its limit each gate uses",
             mark=1.0,
         )
-    if rows := speed.get("contexts"):
-        drawn["latency"] = _latency(rows, "token", lambda row: f"after {row['context']} tokens")
-        reached = [(row, row["roofline_fraction"] * speed["bandwidth_bytes_per_s"]) for row in rows]
-        drawn["roofline"] = charts.bars(
-            [
-                (
-                    f"after {row['context']} tokens",
-                    rate / 1e9,
-                    f"{rate / 1e9:.3g} GB/s, {row['roofline_fraction']:.1%}",
-                    "",
-                )
-                for row, rate in reached
-            ],
-            "bytes of weights read a second by decoding; the line is the machine's measured bandwidth",
-            mark=speed["bandwidth_bytes_per_s"] / 1e9,
-        )
-        if len(rows) > 1:
-            drawn["length"] = charts.bars(
-                [
-                    (f"{row['context']} tokens", row["first_token_s"], seconds(row["first_token_s"]), "")
-                    for row in rows
-                ],
-                "time to the first token against the prompt's length",
-            )
-    if rows := speed.get("encodings"):
-        drawn["latency"] = _latency(
-            rows, "run", lambda row: f"batch of {row['batch']} × {row['context']} tokens"
-        )
-    if rows := speed.get("runs"):
-        drawn["latency"] = _latency(rows, "run", lambda _: "a run of the first sample")
+    drawn |= speed_charts(speed)
     drawn |= page_parts.drawn(report)
     if layers := found.get("divergence", {}).get("layers"):
         drawn["layers"] = charts.bars(
@@ -363,19 +335,6 @@ def _shown(report: Report) -> dict[str, Any]:
     }
 
 
-def _latency(
-    rows: Sequence[Mapping[str, Any]], what: str, called: Callable[[Mapping[str, Any]], str]
-) -> Markup:
-    quantiles = [[row[f"{what}_{q}_s"] for q in ("p50", "p90", "p99")] for row in rows]
-    return charts.ranges(
-        [
-            (called(row), values, " / ".join(seconds(value) for value in values))
-            for row, values in zip(rows, quantiles, strict=True)
-        ],
-        f"p50, p90 and p99 of the time of a {what}",
-    )
-
-
 @cache
 def _template(name: str) -> Any:
     """A template of ``validate/data``, compiled once."""
@@ -395,5 +354,10 @@ def _template(name: str) -> Any:
         "share": share_of,
         "quoted": quoted,
         "cell": cell_text,
+        "thousandfold": lambda value: None if value is None else value * 1e3,
+        "percentiles": percentiles,
+        "scenarios": scenarios,
+        "disturbances": disturbances,
+        "roof_words": roof_words,
     }
     return environment.get_template(name)

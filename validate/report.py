@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _UNIT = {"perplexity / original's": 1.0}
 """The value of a metric that loses nothing, where that is not zero."""
+_RATE = "tokens a second"
 Status = Literal["passed", "failed", "skipped"]
 
 
@@ -65,6 +66,8 @@ class GateResult:
         """
         if self.value is None or self.limit is None or self.value != self.value:
             return None
+        if self.metric == _RATE:  # nothing is lost by infinitely many
+            return self.limit / self.value if self.value else None
         at_least = (self.value < self.limit) == (self.status == "failed") and self.value != self.limit
         best = 1.0 if at_least else _UNIT.get(self.metric, 0.0)
         if self.limit == best:
@@ -272,8 +275,10 @@ def device_table(device: Mapping[str, Any]) -> Table:
     return table
 
 
-def _times(row: Mapping[str, float], what: str) -> str:
-    return " / ".join(f"{row[f'{what}_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99")) + " ms"
+def _times(row: Mapping[str, float | None], what: str) -> str:
+    """Percentiles in milliseconds; a dash for one that the samples do not carry."""
+    values = [row[f"{what}_{q}_s"] for q in ("p50", "p90", "p99")]
+    return " / ".join("–" if value is None else f"{value * 1e3:.2f}" for value in values) + " ms"
 
 
 def throughput_table(figures: Mapping[str, Any]) -> Table:
@@ -297,11 +302,10 @@ def throughput_table(figures: Mapping[str, Any]) -> Table:
         f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
     )
     for row in figures["contexts"]:
-        quantiles = " / ".join(f"{row[f'token_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
         table.add_row(
             str(row["context"]),
             f"{row['first_token_s'] * 1e3:.1f} ms",
-            f"{quantiles} ms",
+            _times(row, "token"),
             f"{row['prefill_tokens_per_s']:.1f} tokens/s",
             f"{row['decode_tokens_per_s']:.1f} tokens/s",
             f"{row['roofline_fraction']:.0%} of {figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
@@ -318,11 +322,10 @@ def _encodings_table(figures: Mapping[str, Any]) -> Table:
         f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
     )
     for row in figures["encodings"]:
-        quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
         table.add_row(
             str(row["batch"]),
             str(row["context"]),
-            f"{quantiles} ms",
+            _times(row, "run"),
             f"{row['sequences_per_s']:.1f} / s",
             f"{row['tokens_per_s']:.0f} / s",
         )
@@ -338,6 +341,5 @@ def _runs_table(figures: Mapping[str, Any]) -> Table:
         f"{figures['runtime']} on {figures['device']}, resident {figures['resident_bytes'] / 1e6:.0f} MB"
     )
     for row in figures["runs"]:
-        quantiles = " / ".join(f"{row[f'run_{q}_s'] * 1e3:.2f}" for q in ("p50", "p90", "p99"))
-        table.add_row(f"{quantiles} ms", f"{figures['bytes_per_token'] / 1e6:.2f} MB")
+        table.add_row(_times(row, "run"), f"{figures['bytes_per_token'] / 1e6:.2f} MB")
     return table

@@ -73,6 +73,27 @@ class Session(Protocol):
         """Free the model."""
 
 
+class BatchedSession(Protocol):
+    """A model loaded on a runtime with room for several sequences, which are computed together.
+
+    Attributes:
+        sequences: how many, numbered from 0. vocab_size: of the logits.
+    """
+
+    facts: Facts
+    sequences: int
+    vocab_size: int
+
+    def step(self, given: Sequence[tuple[int, Sequence[int]]]) -> Logits:
+        """Append tokens to sequences, pairs of number and ids; return float32 [len(given), vocab], the logits after the last of each."""
+
+    def forget(self, sequence: int) -> None:
+        """Empty the cache of one sequence."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 class EncoderSession(Protocol):
     """An encoder loaded on a runtime."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from tapeout.exporters import Artifact
+from tapeout.validate.statistics import summary
 from tapeout.validate.worker import WorkerSession
 
 _ARRAY_BYTES = 256 << 20  # of all threads' arrays together: several times any last-level cache
@@ -75,13 +76,15 @@ def measure_throughput(
         contexts: prompt lengths in tokens; default: 16, 128 and 512 as far as the context goes.
 
     Returns:
-        runtime, device, load_s, resident_bytes, bytes_per_token, bandwidth_bytes_per_s, and for each of ``contexts``:
-        first_token_s (median seconds of the prompt and one token), token_p50_s, token_p90_s, token_p99_s,
+        runtime, device, load_s, resident_bytes, peak_resident_bytes, bytes_per_token, bandwidth_bytes_per_s, and for each of
+        ``contexts``: first_token_s (median seconds of the prompt, whose last logits the first token follows from), token_p50_s,
+        token_p90_s, token_p99_s (None: fewer samples than it needs), token_low_s and token_high_s (of the median, with 95 %), samples,
         prefill_tokens_per_s, decode_tokens_per_s, roofline_fraction (bytes read a second by decoding / bandwidth).
     """
     facts = session.facts
     reading = facts.bandwidth or bandwidth()
     rows = []
+    before = peak = _resident(session)
     room = facts.context - 1
     for context in contexts or sorted(
         {min(length, room - min(_NEW_TOKENS, room // 2)) for length in (16, 128, 512)}
@@ -89,16 +92,13 @@ def measure_throughput(
         new = max(1, min(_NEW_TOKENS, facts.context - context))
         timing = session.time(context, new, _REPEATS)
         tokens = [second for repeat in timing.decode_s for second in repeat]
-        p50, p90, p99 = (float(np.quantile(tokens, q)) for q in (0.5, 0.9, 0.99))
-        prefill = statistics.median(timing.prefill_s)
+        prefill, p50 = statistics.median(timing.prefill_s), statistics.median(tokens)
+        peak = max(peak, _resident(session))
         rows.append(
             {
                 "context": context,
-                "first_token_s": prefill + p50,
-                "token_p50_s": p50,
-                "token_p90_s": p90,
-                "token_p99_s": p99,
-                "samples": len(tokens),
+                "first_token_s": prefill,
+                **_quantiles(tokens, "token"),
                 "prefill_tokens_per_s": context / prefill,
                 "decode_tokens_per_s": 1 / p50,
                 "roofline_fraction": artifact.bytes_per_token / p50 / reading,
@@ -109,10 +109,32 @@ def measure_throughput(
         "device": facts.device,
         "load_s": facts.load_s,
         "resident_bytes": facts.resident_bytes,
+        "peak_resident_bytes": facts.resident_bytes + peak - before,
         "bytes_per_token": artifact.bytes_per_token,
         "bandwidth_bytes_per_s": reading,
         "contexts": rows,
     }
+
+
+def _quantiles(times: Sequence[float], what: str) -> dict[str, Any]:
+    """The median in seconds with its interval, p90 and p99 where the samples carry them, and how many there are."""
+    found = summary(times)
+    middle = found["p50"] or {"value": statistics.median(times), "low": None, "high": None}
+    values = {f"p{each}": (found[f"p{each}"] or {"value": None})["value"] for each in (90, 99)}
+    return {
+        f"{what}_p50_s": middle["value"],
+        f"{what}_p90_s": values["p90"],
+        f"{what}_p99_s": values["p99"],
+        f"{what}_low_s": middle["low"],
+        f"{what}_high_s": middle["high"],
+        "samples": len(times),
+    }
+
+
+def _resident(session: WorkerSession) -> int:
+    """Bytes of the worker's memory; 0: the session has no process of its own."""
+    pid = getattr(session, "pid", None)
+    return int(psutil.Process(pid).memory_info().rss) if pid else 0
 
 
 def measure_module(session: WorkerSession, artifact: Artifact, samples: int) -> dict[str, Any]:
@@ -125,11 +147,10 @@ def measure_module(session: WorkerSession, artifact: Artifact, samples: int) -> 
 
     Returns:
         runtime, device, load_s, resident_bytes, bytes_per_token (of one run), bandwidth_bytes_per_s, and ``runs``: one of run_p50_s,
-        run_p90_s, run_p99_s, samples (runs timed).
+        run_p90_s, run_p99_s, run_low_s, run_high_s (as ``measure_throughput`` has them of a token), samples (runs timed).
     """
     facts = session.facts
     times = session.time_inference(samples, _ENCODINGS)
-    p50, p90, p99 = (float(np.quantile(times, q)) for q in (0.5, 0.9, 0.99))
     return {
         "runtime": facts.runtime,
         "device": facts.device,
@@ -137,7 +158,7 @@ def measure_module(session: WorkerSession, artifact: Artifact, samples: int) -> 
         "resident_bytes": facts.resident_bytes,
         "bytes_per_token": artifact.bytes_per_token,
         "bandwidth_bytes_per_s": bandwidth(),
-        "runs": [{"run_p50_s": p50, "run_p90_s": p90, "run_p99_s": p99, "samples": len(times)}],
+        "runs": [_quantiles(times, "run")],
     }
 
 
@@ -153,22 +174,19 @@ def measure_encoder(
 
     Returns:
         runtime, device, load_s, resident_bytes, bytes_per_token, bandwidth_bytes_per_s, and for each of ``encodings``: batch,
-        context, run_p50_s, run_p90_s, run_p99_s, samples, sequences_per_s, tokens_per_s (of the median run).
+        context, run_p50_s, run_p90_s, run_p99_s, run_low_s, run_high_s, samples, sequences_per_s, tokens_per_s (of the median run).
     """
     facts = session.facts
     rows = []
     for context in contexts or sorted({min(length, facts.context) for length in (16, 128)}):
         for batch in (1, 8):
             times = session.time_encoding(batch, context, _ENCODINGS)
-            p50, p90, p99 = (float(np.quantile(times, q)) for q in (0.5, 0.9, 0.99))
+            p50 = statistics.median(times)
             rows.append(
                 {
                     "batch": batch,
                     "context": context,
-                    "run_p50_s": p50,
-                    "run_p90_s": p90,
-                    "run_p99_s": p99,
-                    "samples": len(times),
+                    **_quantiles(times, "run"),
                     "sequences_per_s": batch / p50,
                     "tokens_per_s": batch * context / p50,
                 }

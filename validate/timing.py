@@ -27,9 +27,14 @@ class Timing:
 
 
 def measure(
-    session: Session, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None
+    session: Session,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    chunk: int | None = None,
+    warm: bool = True,
 ) -> Timing:
-    """Time a session on random tokens; one repeat more comes first and does not count.
+    """Time a session on random tokens; one repeat more comes first and does not count, unless ``warm`` is False.
 
     The prompt goes through ``session.append(ids)`` where there is such a method: it leaves out the logits that nobody who
     generates asks for, all but the last.
@@ -40,6 +45,7 @@ def measure(
         new_tokens: tokens decoded one by one after it.
         repeats: how often.
         chunk: most tokens given to the session at once; None: all.
+        warm: False: the first repeat counts too; the caller looks for the warm-up itself.
     """
     append = getattr(session, "append", session.prefill)
     session.reset()
@@ -59,7 +65,8 @@ def measure(
             times.append(perf_counter())
         return times[0] - begin, tuple(after - before for before, after in pairwise(times))
 
-    once()
+    if warm:
+        once()
     rounds = [once() for _ in range(repeats)]
     return Timing(tuple(prefill for prefill, _ in rounds), tuple(decode for _, decode in rounds))
 

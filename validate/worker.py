@@ -33,8 +33,10 @@ import numpy.typing as npt
 from tapeout import errors
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.models import Generation
+from tapeout.validate.batching import time_arrivals
 from tapeout.validate.generate import Said, say
 from tapeout.validate.session import (
+    BatchedSession,
     EncoderSession,
     Facts,
     Logits,
@@ -68,6 +70,7 @@ class WorkerSession:
         self._name = spec.factory
         self.process = spec.process
         self._busy = False
+        self._stopped = ""
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
         command = [spec.python or sys.executable, "-P", "-c", _MAIN]
         # A worker runs what is on disk: it never fetches, and a tokenizer that forks threads has nothing to warn of.
@@ -166,12 +169,40 @@ class WorkerSession:
         """The worker's process."""
         return self._process.pid
 
-    def time(self, prompt_tokens: int, new_tokens: int, repeats: int, chunk: int | None = None) -> Timing:
+    def time(
+        self,
+        prompt_tokens: int,
+        new_tokens: int,
+        repeats: int,
+        chunk: int | None = None,
+        warm: bool = True,
+    ) -> Timing:
         """Run ``measure`` in the worker, so that no pipe is in the figures."""
         raw = self._call(
-            "time", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, chunk=chunk
+            "time",
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            chunk=chunk,
+            warm=warm,
         )
         return Timing(tuple(raw["prefill_s"]), tuple(map(tuple, raw["decode_s"])))
+
+    def time_arrivals(
+        self, arrive_s: Sequence[float], prompt_tokens: int, new_tokens: int
+    ) -> list[tuple[float, float]]:
+        """Run ``batching.time_arrivals`` in the worker, whose session is a BatchedSession."""
+        given = {"arrive_s": list(arrive_s), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        return [(first, last) for first, last in self._call("time_arrivals", **given)]
+
+    def cache_bytes(self, tokens: int) -> int | None:
+        """Bytes of keys and values of that many tokens, as the runtime lays them out; None: the session does not say."""
+        return cast("int | None", self._call("cache_bytes", tokens=tokens))
+
+    def stop(self, reason: str) -> None:
+        """End the worker at once, from any thread: the call that it is in raises TapeoutError for that reason."""
+        self._stopped = reason
+        self._process.kill()
 
     def time_encoding(self, batch: int, tokens: int, repeats: int) -> list[float]:
         """Run ``measure_encoding`` in the worker."""
@@ -238,6 +269,8 @@ class WorkerSession:
         self._to.close()
         self._from.close()
         status = self._reap()
+        if self._stopped:
+            return TapeoutError(self._stopped)
         said = b"".join(self._tail).decode("utf-8", "replace").strip()
         if "No module named 'tapeout'" in said:
             python = self._process.args[0] if isinstance(self._process.args, list) else ""
@@ -338,7 +371,7 @@ def serve(requests: int, replies: int) -> None:
     """Be the worker: answer the calls that come in on one file descriptor on another, until the parent goes away."""
     threading.Thread(target=_exit_with_parent, args=(replies,), daemon=True).start()
     source, sink = os.fdopen(requests, "rb", 0), os.fdopen(replies, "wb", 0)
-    session: Session | EncoderSession | ModuleSession | TracedSession | None = None
+    session: Session | BatchedSession | EncoderSession | ModuleSession | TracedSession | None = None
     factory = ""
     while True:
         try:
@@ -365,6 +398,11 @@ def serve(requests: int, replies: int) -> None:
                 value = getattr(one, name, one.prefill)(**arguments)[-1:]
             elif name == "time":
                 value = asdict(measure(cast(Session, session), **arguments))
+            elif name == "time_arrivals":
+                value = time_arrivals(cast(BatchedSession, session), **arguments)
+            elif name == "cache_bytes":
+                known = getattr(session, name, None)
+                value = known(**arguments) if known else None
             elif name == "time_encoding":
                 value = measure_encoding(cast(EncoderSession, session), **arguments)
             elif name == "time_inference":

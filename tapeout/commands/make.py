@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,13 @@ from rich.text import Text
 
 from tapeout import targets
 from tapeout.commands.terminal import (
+    Demands,
+    DemandsOfAll,
     Flag,
     Json,
     Many,
     ModelArgument,
+    demands,
     mix_name,
     mixed_by_budget,
     print_json,
@@ -50,6 +54,7 @@ def register_export(kind: type[targets.Target]) -> None:
         force: Annotated[bool, Flag] = False,
         require: Annotated[list[str] | None, Many] = None,
         json: Json = False,
+        speed: Any = None,
         options: Any = None,
     ) -> int:
         """Make a proven package.
@@ -70,6 +75,7 @@ def register_export(kind: type[targets.Target]) -> None:
 
         where_it_runs(kind.name)
         settings = recipe_of(recipe, calibration, scheme=scheme, rounding=rounding)
+        settings = settings.demanding(**demands(speed))
         usual = settings.with_default(targets.default_scheme(options or kind())).scheme
         called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
         place = out or Path(f"{called}-{mix_name(bits, max_kl) or usual}-{kind.name}")
@@ -90,6 +96,10 @@ def register_export(kind: type[targets.Target]) -> None:
         stderr.print(f"{place / 'report.html'}  shows what was measured", soft_wrap=True)
         return 0 if report.passed else 1
 
+    own = "max_memory" in {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    export.__annotations__["speed"] = Annotated[
+        (Demands if own else DemandsOfAll) | None, Parameter(name="*", group="limits of speed")
+    ]
     export.__annotations__["options"] = Annotated[
         kind | None, Parameter(name="*", group=f"{kind.name} flags")
     ]

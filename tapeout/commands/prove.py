@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tapeout.commands.terminal import (
+    AllDemands,
     Flag,
     Json,
     Many,
+    demands,
     print_json,
     progress_bars,
     show,
@@ -38,6 +41,7 @@ def validate(
     require: Annotated[list[str] | None, Many] = None,
     device_report: Path | None = None,
     report: Path | None = None,
+    speed: AllDemands = None,
     json: Json = False,
 ) -> int:
     """Run the gates of a package again, on this machine.
@@ -68,6 +72,7 @@ def validate(
             calibration=calibration,
             required=frozenset(require or ()),
             device_report=device_report,
+            speed=demands(speed),
             progress=progress,
         )
     if report:
@@ -80,29 +85,58 @@ def validate(
 def bench(
     package: Path,
     *,
+    scenario: Annotated[list[str] | None, Many] = None,
+    percentile: Annotated[list[int] | None, Many] = None,
+    samples: int | None = None,
+    seconds: float | None = None,
     contexts: Annotated[list[int] | None, Many] = None,
+    report: Path | None = None,
+    speed: AllDemands = None,
     json: Json = False,
 ) -> int:
-    """Measure a package's throughput on this machine, and nothing else.
+    """Measure a package's throughput on this machine, and nothing else: a short measurement, and the scenarios that are asked for.
 
-    Example: tapeout bench build/demo
+    Exit status 1: a limit of speed was missed. Nothing is loaded that the memory at hand has no room for.
+
+    Example: tapeout bench build/demo --scenario single-stream
 
     Args:
         package: The package's directory.
+        scenario: single-stream, offline, server, context-sweep or thread-sweep. May be given several times.
+        percentile: Of latencies, 1 to 99. May be given several times. Default: 50, 90 and 99.
+        samples: Requests of a scenario after its warm-up. Default: as many as the highest percentile needs (368 for p99).
+        seconds: Measure each scenario for this long; refused when that gives too few samples.
         contexts: Context length to measure at, in tokens. May be given several times.
+        report: A directory to write the package's report with these figures to: report.json, report.html, report.md and report.xml.
         json: Print the figures to stdout.
     """
+    from tapeout.bench import bench as run
     from tapeout.pack import Package
-    from tapeout.replay import bench as run
+    from tapeout.validate.measuring import Asked
     from tapeout.validate.report import throughput_table
+    from tapeout.validate.speed_page import gates_table, speed_tables
 
+    asked = Asked(
+        tuple(scenario or ()),
+        tuple(sorted(set(percentile or (50, 90, 99)))),
+        samples,
+        seconds,
+        tuple(sorted(set(contexts))) if contexts else None,
+    )
     where_it_runs(Package.open(package).manifest["target"]["name"])
     with progress_bars() as progress:
-        figures = run(package, tuple(contexts or ()), progress)
+        found = run(package, tuple(contexts or ()), progress, asked=asked, speed=demands(speed))
+    if report:
+        told = found.report()
+        report.mkdir(parents=True, exist_ok=True)
+        told.write(report)
     if json:
-        print_json(figures)
-    stderr.print(throughput_table(figures))
-    return 0
+        print_json(
+            {**found.figures, **({"gates": [asdict(gate) for gate in found.gates]} if found.gates else {})}
+        )
+    for table in (throughput_table(found.figures), *speed_tables(found.figures), *gates_table(found.gates)):
+        stderr.print(table)
+    return 0 if found.passed else 1
 
 
 def run(

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +89,40 @@ def typed(text: str) -> str:
         return os.fsencode(text).decode("utf-8") if not text.isascii() else text
     except UnicodeError as error:
         raise TapeoutError(f"the prompt is not UTF-8: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What is demanded of speed.
+
+    Attributes:
+        min_tokens_per_s: Fail below this many tokens a second of one stream.
+        max_ttft_ms: Fail when the first token takes more milliseconds than this.
+    """
+
+    min_tokens_per_s: float | None = None
+    max_ttft_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class DemandsOfAll(Demands):
+    """The same of speed and memory; apart, since a target may have a --max-memory of its own.
+
+    Attributes:
+        min_tokens_per_s: Fail below this many tokens a second of one stream.
+        max_ttft_ms: Fail when the first token takes more milliseconds than this.
+        max_memory: Fail when loading and running takes more memory than this: 500MB, 2GB.
+    """
+
+    max_memory: str | None = None
+
+
+AllDemands = Annotated[DemandsOfAll | None, Parameter(name="*", group="limits of speed")]
+
+
+def demands(given: Demands | None) -> dict[str, Any]:
+    """The limits that were given, by name."""
+    return {name: value for name, value in asdict(given).items() if value is not None} if given else {}
 
 
 def where_it_runs(target: str) -> None:

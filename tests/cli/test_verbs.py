@@ -412,7 +412,8 @@ def test_bench_measures_the_contexts_that_were_asked_for(null: Exported) -> None
     done = tapeout("bench", null.package, "--contexts", "5", "--contexts", "40", "--json")
     figures = document(done)
     assert [row["context"] for row in figures["contexts"]] == [5, 40]
-    assert all(0 < row["token_p50_s"] <= row["token_p99_s"] for row in figures["contexts"])
+    assert [row["token_p99_s"] for row in figures["contexts"]] == [None, None]  # 96 tokens do not carry it
+    assert all(0 < row["token_p50_s"] <= row["token_p90_s"] for row in figures["contexts"])
     assert figures["runtime"].startswith("transformers ")
     assert "prefill" in done.stderr
 

@@ -42,8 +42,12 @@ class Here:
     def say(self, strings: Sequence[str], prompts: Sequence[str], generation: Generation) -> Said:
         return say(self._session, strings, prompts, generation)
 
-    def time(self, prompt_tokens: int, new_tokens: int, repeats: int) -> Timing:
-        return measure(self._session, prompt_tokens, new_tokens, repeats)
+    def time(self, prompt_tokens: int, new_tokens: int, repeats: int, warm: bool = True) -> Timing:
+        return measure(self._session, prompt_tokens, new_tokens, repeats, warm=warm)
+
+    def cache_bytes(self, tokens: int) -> int | None:
+        known = getattr(self._session, "cache_bytes", None)
+        return known(tokens) if known else None
 
     def time_encoding(self, batch: int, tokens: int, repeats: int) -> list[float]:
         return measure_encoding(self._session, batch, tokens, repeats)

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from commands import tapeout
+from speed import measured
 
 from tapeout.build import export, target
 from tapeout.generated import write_model
@@ -137,6 +138,7 @@ def reports(made: tuple[Path, dict[str, Any]]) -> dict[str, Report]:
             ],
         },
     )
+    found["bench"] = replace(whole, throughput=measured(whole.throughput))
     found["bare"] = Report("m" * 60, "null", "int8", (SKIPPED, FAILED))
     return found
 
@@ -151,7 +153,7 @@ def pages(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     return {name: place / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "states", "failed", "bare", "compare"])
+@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "states", "failed", "bench", "bare", "compare"])
 def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
     for theme in THEMES:
         for screen, (width, height) in SCREENS.items():
@@ -181,12 +183,13 @@ def test_charts_are_drawn(browser: Any, pages: dict[str, Path]) -> None:
         ("failed", 10),
         ("classes", 6),
         ("states", 7),
+        ("bench", 15),
         ("compare", 2),
     ):
         tab.goto(pages[name].as_uri())
         charts = tab.evaluate(
             "[...document.querySelectorAll('svg.chart')].map(s => ({said: s.ariaLabel, width: s.getBoundingClientRect().width,"
-            " marks: [...s.querySelectorAll('.bar, .point')].filter(e => e.getBoundingClientRect().width > 0).length}))"
+            " marks: [...s.querySelectorAll('.bar, .point, .curve')].filter(e => e.getBoundingClientRect().width > 0).length}))"
         )
         assert len(charts) >= least, name
         assert all(chart["said"] and chart["width"] > 100 and chart["marks"] for chart in charts), charts

@@ -40,6 +40,9 @@ kl = 0.5
 top1 = 0.25
 perplexity = 3
 task = 0.125
+min_tokens_per_s = 5
+max_ttft_ms = 250.5
+max_memory = "2GB"
 """
 
 
@@ -69,7 +72,7 @@ def test_every_key(read: Read) -> None:
         rounding="rtn",
         tensors={"*.down_proj": "int8", "lm_head": "none"},
         calibration=Calibration(Path("texts/calibration.txt"), 3, 17, 5),
-        limits=Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125),
+        limits=Limits(0.5, 0.25, 3.0, 0.125, min_tokens_per_s=5.0, max_ttft_ms=250.5, max_memory="2GB"),
         text=Path("texts/own.txt"),
         tokens=77,
     )
@@ -101,7 +104,7 @@ def test_a_recipe_does_not_change() -> None:
         ("[limits]\ntop_1 = 1", "has an unknown key 'limits.top_1'; did you mean 'top1'"),
         (
             "[limits]\nscheme = 1",
-            "has an unknown key 'limits.scheme'; \\(known: kl, perplexity, task, top1\\)",
+            "has an unknown key 'limits.scheme'; \\(known: kl, max_memory, max_ttft_ms, min_tokens_per_s, perplexity, task, top1\\)",
         ),
         ("[[tensors]]\na = 1", "tensors is "),
         ("scheme = 8", "scheme is 8: .*string"),
@@ -194,6 +197,6 @@ def test_what_it_says_reaches_the_gates(
     recipe = recipe_of(tmp_path / "recipe.toml", None, scheme="nf4", rounding=None)
     export(target("null"), make_model(), tmp_path / "out", recipe, require=frozenset({"task"}))
     (options,) = asked
-    assert options.limits == Limits(kl=0.5, top1=0.25, perplexity=3.0, task=0.125)
+    assert options.limits == Limits(0.5, 0.25, 3.0, 0.125, 5.0, 250.5, "2GB")
     assert (options.text, options.tokens) == (tmp_path / "own.txt", 77)
     assert options.require == {"task"}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tapeout.bench import bench
 from tapeout.build import export, target
 from tapeout.errors import (
     MissingToolchain,
@@ -29,7 +30,7 @@ from tapeout.models import Model
 from tapeout.pack import Package
 from tapeout.quantize import Calibration, Quantized
 from tapeout.recipe import Recipe
-from tapeout.replay import bench, generate, revalidate
+from tapeout.replay import generate, revalidate
 from tapeout.validate import Limits, Options, Report
 from tapeout.validate.session import Device, Facts, Logits, SessionSpec
 from tapeout.validate.worker import open_session
@@ -281,7 +282,7 @@ def test_a_runtime_that_does_not_open(
 
 def test_bench(work: Path) -> None:
     stages: list[tuple[str, int, int]] = []
-    figures = bench(work / "plain-package", (3, 255), lambda *stage: stages.append(stage))
+    figures = bench(work / "plain-package", (3, 255), lambda *stage: stages.append(stage)).figures
     assert [row["context"] for row in figures["contexts"]] == [3, 255]
     assert stages
     for context in (0, 256):

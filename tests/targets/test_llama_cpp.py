@@ -179,7 +179,7 @@ def test_the_cache_is_as_large_as_llama_cpp_says(
     """Heads of any width, windows in all layers and in some, keys wider than values: target and session know the bytes."""
     directory = make_model(family, max_position_embeddings=5000, **fields)
     said: list[str] = []
-    library = llama_cpp._library()
+    library = llama_cpp.library()
     listen = library.llama_log_callback(lambda _, text, __: said.append(text.decode("utf-8", "replace")))
     library.llama_log_set(listen, None)
     try:
@@ -263,7 +263,7 @@ def test_refused_files(tmp_path: Path, make_model: MakeModel, start: Open) -> No
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama_cpp._library.cache_clear()
+    llama_cpp.library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingToolchain, match=r"pip install 'tapeout\[cpu\]'"):
         llama_cpp.open_session("any.gguf")

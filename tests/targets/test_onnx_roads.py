@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import tapeout
 from tapeout import environments, replay
+from tapeout.bench import bench
 from tapeout.errors import MissingToolchain, ModelError, TapeoutError
 from tapeout.models import Checkpoint, load, optimum
 from tapeout.pack import Package
@@ -80,9 +81,9 @@ def test_a_modules_package_on_another_machine(module_package: tuple[Package, Rep
     found = status(replay.revalidate(package.directory))
     assert found["golden"] == "passed"
     assert found["quality"] == "skipped"
-    assert replay.bench(package.directory)["runs"]
+    assert bench(package.directory).figures["runs"]
     with pytest.raises(TapeoutError, match="is measured on its own samples"):
-        replay.bench(package.directory, (16,))
+        bench(package.directory, (16,))
     with pytest.raises(TapeoutError, match="holds a plain module, which takes arrays and no prompt"):
         list(replay.generate(package, "x"))
     damaged = tmp_path / "damaged"
