@@ -9,7 +9,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -q install -c constr
 FRESH   := rm -rf build/lib build/bdist.* tapeout.egg-info &&
 FOLDERS := tapeout models quantize exporters validate targets
 # Folders too: their time changes when a file goes away.
-SOURCES := $(shell find $(FOLDERS) -name __pycache__ -prune -o -print)
+SOURCES := $(shell find $(FOLDERS) docs -name __pycache__ -prune -o -print)
 
 .PHONY: help demo test lint types bench clean
 .NOTPARALLEL:

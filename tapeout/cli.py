@@ -9,7 +9,7 @@ import sys
 import cyclopts
 from cyclopts import App
 
-from tapeout import __version__, targets
+from tapeout import __version__, pages, targets
 from tapeout.commands import deliver, look, make, prove
 from tapeout.commands.terminal import Stopped, say, stop, stopped
 from tapeout.errors import MissingToolchain, OutputError, TapeoutError
@@ -34,6 +34,8 @@ for verb in (
     deliver.verify,
     look.inspect,
     look.env_app,
+    look.doctor,
+    look.docs,
 ):
     app.command(verb)
 app.command(look.list_targets, name="targets")
@@ -49,7 +51,7 @@ def main() -> None:
                 make.register_export(targets.get(name))
         status = app(sys.argv[1:], exit_on_error=False, result_action="return_value")
     except TapeoutError as error:
-        say(str(error))
+        say(str(error), pages.explaining(error))
         status = error.status
     except cyclopts.CycloptsError:
         status = 2  # cyclopts has printed what is wrong
@@ -63,11 +65,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except OSError as error:
-        say(f"the operating system refused: {error}.")
+        say(f"the operating system refused: {error}.", OutputError.page)
         status = OutputError.status
     except ModuleNotFoundError as error:
         say(
-            f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs."
+            f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs.",
+            MissingToolchain.page,
         )
         status = MissingToolchain.status
     sys.exit(status or 0)
