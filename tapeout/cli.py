@@ -41,15 +41,20 @@ for verb in (
 app.command(look.list_targets, name="targets")
 
 
+def registered() -> App:
+    """The command line with ``export`` of each installed target."""
+    for name in targets.names():
+        if name not in make.export_app:
+            make.register_export(targets.get(name))
+    return app
+
+
 def main() -> None:
     """Run the command line; exit status 0 all gates pass, 1 a gate failed, 2 bad input or usage, 3 something is missing."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        for name in targets.names():
-            if name not in make.export_app:
-                make.register_export(targets.get(name))
-        status = app(sys.argv[1:], exit_on_error=False, result_action="return_value")
+        status = registered()(sys.argv[1:], exit_on_error=False, result_action="return_value")
     except TapeoutError as error:
         say(str(error), pages.explaining(error))
         status = error.status
