@@ -11,7 +11,7 @@ from cyclopts import App
 
 from tapeout import __version__, pages, targets
 from tapeout.commands import deliver, look, make, prove
-from tapeout.commands.terminal import Stopped, say, stop, stopped
+from tapeout.commands.terminal import Stopped, say, see, stop, stopped
 from tapeout.errors import MissingToolchain, OutputError, TapeoutError
 
 app = App(
@@ -59,7 +59,8 @@ def main() -> None:
         say(str(error), pages.explaining(error))
         status = error.status
     except cyclopts.CycloptsError:
-        status = 2  # cyclopts has printed what is wrong
+        see(TapeoutError.page)  # cyclopts has printed what is wrong
+        status = TapeoutError.status
     except (KeyboardInterrupt, Stopped):
         number = stopped[0] if stopped else signal.SIGINT
         say(

@@ -34,6 +34,7 @@ for name in names:
         said = f"{type(error).__name__}: {error}"
     print(json.dumps([name, said]), file=told, flush=True)
 """
+_PATIENCE_S = 300.0  # for all imports together, on a cold and busy machine
 # numpy 2 to what was compiled for numpy 1 (numpy/core/_multiarray_umath and its C API), and numpy 1 to what was compiled for 2.
 _ABI = re.compile(
     r"compiled (using|against) NumPy|_ARRAY_API not found|numpy\.core\.multiarray failed|numpy\.dtype size changed|ABI version"
@@ -173,23 +174,31 @@ def _failing(names: list[str]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     while names:
         command = [sys.executable, "-P", "-c", _IMPORT, json.dumps([sys.path, names])]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
-        )
-        told: dict[str, str | None] = dict(map(json.loads, done.stdout.splitlines()))
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                printed, late = process.communicate(timeout=_PATIENCE_S), False
+            except subprocess.TimeoutExpired:
+                process.kill()
+                printed, late = process.communicate(), True
+        out, err = (each.decode(errors="replace") for each in printed)
+        told: dict[str, str | None] = dict(map(json.loads, out.splitlines()))
         for name, said in told.items():
             if said is not None:
-                found[name] = _in_words(said, done.stderr if len(names) == 1 else "")
+                found[name] = _in_words(said, err if len(names) == 1 else "")
         names = names[len(told) :]
         if names:  # it died in the first of them
-            how = (
-                signal.Signals(-done.returncode).name
-                if done.returncode < 0
-                else f"exit status {done.returncode}"
-            )
-            found[names[0]] = f"importing it ends the process ({how})"
+            found[names[0]] = _end(process.returncode, late=late)
             names = names[1:]
     return found
+
+
+def _end(status: int, *, late: bool) -> str:
+    if late:
+        return f"importing it takes more than {_PATIENCE_S:g} s"
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return f"importing it ends the process ({how})"
 
 
 def _in_words(said: str, stderr: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from tapeout.errors import ModelError, OutputError, RuntimeCrash, SchemeError, TapeoutError, nearest
 
-__all__ = ["explaining", "names", "read", "title"]
+__all__ = ["explaining", "for_terminal", "names", "read", "title"]
 
 # What a part of the code is about, where that says more than the kind of the error; of several that fit the longest counts.
 _SUBJECTS = {
@@ -59,6 +61,16 @@ def read(name: str) -> str:
         usual = [each for each in known if "/" not in each]
         raise TapeoutError(f"there is no page '{name}'{nearest(name, usual)}.")
     return _root().joinpath(f"{name}.md").read_text(encoding="utf-8")
+
+
+def for_terminal(name: str) -> str:
+    """A page whose links to other pages are their names, as ``tapeout docs`` takes them."""
+
+    def named(found: re.Match[str]) -> str:
+        text, page = found[1], posixpath.normpath(posixpath.join(posixpath.dirname(name), found[2]))
+        return f"`{page}`" if text in (f"{found[2]}.md", page) else f"{text} (`{page}`)"
+
+    return re.sub(r"\[([^\]]+)\]\(([\w./-]+)\.md(?:#[^)]*)?\)", named, read(name))
 
 
 def title(name: str) -> str:

@@ -171,11 +171,10 @@ def docs(page: str | None = None) -> int:
             table.add_row(name, Text(pages.title(name)))
         stderr.print(table)
         return 0
-    text = pages.read(page)
     if sys.stdout.isatty():
-        Console().print(Markdown(text, hyperlinks=False))
+        Console().print(Markdown(pages.for_terminal(page)))
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(pages.read(page))
     return 0
 
 

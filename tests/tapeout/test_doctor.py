@@ -169,6 +169,12 @@ def test_what_cannot_be_imported(make: Make) -> None:
     }
 
 
+def test_an_import_that_does_not_end(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("endless", "1", files={"endless/__init__.py": "import time; time.sleep(60)"})
+    monkeypatch.setattr(installed, "_PATIENCE_S", 1.0)
+    assert installed.broken_imports(["endless"]) == {"endless": "importing it takes more than 1 s"}
+
+
 @pytest.mark.usefixtures("_without_imports")
 def test_torch_for_cuda_without_a_driver(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if Path("/proc/driver/nvidia/version").exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import tapeout
+from sessions import RECORD
 
 from tapeout import errors, pages
 from tapeout.errors import GateFailed, MissingToolchain, ModelError, SchemeError, TapeoutError
@@ -93,7 +94,20 @@ def test_the_command_line_names_it() -> None:
     said = tapeout("inspect", "no/such/thing/at/all", status=2).stderr.splitlines()
     assert said[0].startswith("tapeout: ")
     assert said[-1] == f"see: tapeout docs {ModelError.page}"
+    assert tapeout("verify", status=2).stderr.splitlines()[-1] == "see: tapeout docs errors"
     assert tapeout("verify", "nowhere", status=2).stderr.splitlines()[-1] == "see: tapeout docs package"
+
+
+def test_links_on_a_terminal_are_names_of_pages() -> None:
+    text = pages.for_terminal("tutorials/edge-engineer")
+    assert "Reports from devices (`device-reports`)" in text  # ../device-reports.md
+    assert "export engineer (`tutorials/export-engineer`)" in text
+    assert ".md)" not in text
+    assert "`gates`" in pages.for_terminal("errors")
+    for name in pages.names():
+        assert "](" not in pages.for_terminal(name).replace("](http", "").replace("](#", "").replace(
+            "](diff.svg", ""
+        ).replace("](curve.svg", ""), name
 
 
 def test_docs() -> None:
@@ -102,6 +116,10 @@ def test_docs() -> None:
     done = tapeout("docs", "gates", status=0)
     assert done.stdout == (ROOT / "docs" / "gates.md").read_text(encoding="utf-8")
     assert done.stderr == ""
+    shown, status = RECORD["run"]("tapeout docs errors", ROOT, RECORD["environment"](ROOT))
+    assert status == 0
+    assert "Exit status" in shown
+    assert max(map(len, shown.splitlines())) <= RECORD["WIDTH"], "it is set for the terminal"
     lost = tapeout("docs", "gate", status=2)
     assert "there is no page 'gate'; did you mean 'gates'?" in lost.stderr
 
