@@ -9,9 +9,9 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -q install -c constr
 FRESH   := rm -rf build/lib build/bdist.* tapeout.egg-info &&
 FOLDERS := tapeout models quantize exporters validate targets
 # Folders too: their time changes when a file goes away.
-SOURCES := $(shell find $(FOLDERS) -name __pycache__ -prune -o -print)
+SOURCES := $(shell find $(FOLDERS) docs/. -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types docs bench clean
 .NOTPARALLEL:
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -29,6 +29,9 @@ lint: .venv/.dev .venv/.installed ## style, format and the import rules
 
 types: .venv/.dev .venv/.installed ## mypy, strict
 	cd .venv && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p tapeout
+
+docs: .venv/.dev .venv/.installed ## the documentation as a site in build/site, which asks no other host for anything
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: ## list the benchmarks
 	@for file in benchmarks/*.py; do \

@@ -1,9 +1,10 @@
 """Fill in the parts of README.md and docs/ that are generated, each between ``<!-- name -->`` and ``<!-- /name -->``.
 
-    .venv/bin/python scripts/readme.py [--demo] [--plot]
+    .venv/bin/python scripts/readme.py [--plot]
 
-``carry`` and ``containers`` come from what the targets say that they carry; ``chips`` from published bandwidths; ``nodes`` from small models, written as ONNX; ``demo`` from a run of the demo's command (with --demo); ``figures`` and
-``curve`` from the JSON lines under benchmarks/results/, and with --plot (needs matplotlib) docs/curve.svg.
+``carry`` and ``containers`` come from what the targets say that they carry; ``chips`` from published bandwidths; ``nodes`` from small models, written as ONNX;
+``figures`` and ``curve`` from the JSON lines under benchmarks/results/, and with --plot (needs matplotlib) docs/curve.svg. What commands print is
+scripts/record.py's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +23,6 @@ from unittest.mock import patch
 from tapeout.describe import alike, carry_table
 
 ROOT = Path(__file__).resolve().parent.parent
-_DEMO = ("tapeout", "export", "cpu", "arithmetic", "--scheme", "int4-g32", "--out", "build/demo", "--force")
 
 
 def carry() -> str:
@@ -119,16 +118,6 @@ def _counted(scratch: Path) -> Iterator[tuple[str, str, int, float]]:
     optimum.read_export(kept / "export", place, "gpt2", "", checkpoint)
     found = build(tapeout.quantize(tapeout.load(kept / "model"), "int4-g32"))[0].nodes
     yield "`gpt2`", "`optimum`", len(found), sum("/h.1/" in node.name for node in found)
-
-
-def demo() -> str:
-    """What the demo's command prints."""
-    command = [Path(sys.executable).with_name(_DEMO[0]), *_DEMO[1:]]
-    done = subprocess.run(
-        command, stderr=subprocess.PIPE, check=True, cwd=ROOT, env=os.environ | {"COLUMNS": "110"}
-    )
-    printed = "\n".join(line.rstrip() for line in done.stderr.decode().splitlines())
-    return f"```\n$ {' '.join(_DEMO)}\n{printed}\n```"
 
 
 def figures() -> str:
@@ -296,16 +285,15 @@ def filled(text: str, name: str, content: str) -> str:
     """The text with ``content`` between the markers of ``name``."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        sys.exit(f"README.md has no part '{name}'.")
+        sys.exit(f"there is no part '{name}'.")
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text = filled(filled(readme.read_text(encoding="utf-8"), "carry", carry()), "figures", figures())
-    if "--demo" in sys.argv[1:]:
-        text = filled(text, "demo", demo())
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), "figures", figures()), encoding="utf-8")
+    page = ROOT / "docs" / "targets.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), "carry", carry()), encoding="utf-8")
     page = ROOT / "docs" / "onnx.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), "nodes", nodes()), encoding="utf-8")
     guide = ROOT / "docs" / "quantization.md"

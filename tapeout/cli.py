@@ -9,9 +9,9 @@ import sys
 import cyclopts
 from cyclopts import App
 
-from tapeout import __version__, targets
+from tapeout import __version__, pages, targets
 from tapeout.commands import deliver, look, make, prove
-from tapeout.commands.terminal import Stopped, any_encoding, say, stderr, stdout, stop, stopped
+from tapeout.commands.terminal import Stopped, any_encoding, say, see, stderr, stdout, stop, stopped
 from tapeout.errors import MissingToolchain, OutputError, TapeoutError
 
 app = App(
@@ -36,9 +36,19 @@ for verb in (
     deliver.verify,
     look.inspect,
     look.env_app,
+    look.doctor,
+    look.docs,
 ):
     app.command(verb)
 app.command(look.list_targets, name="targets")
+
+
+def registered() -> App:
+    """The command line with ``export`` of each installed target."""
+    for name in targets.names():
+        if name not in make.export_app:
+            make.register_export(targets.get(name))
+    return app
 
 
 def main() -> None:
@@ -47,15 +57,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        for name in targets.names():
-            if name not in make.export_app:
-                make.register_export(targets.get(name))
-        status = app(sys.argv[1:], exit_on_error=False, result_action="return_value")
+        status = registered()(sys.argv[1:], exit_on_error=False, result_action="return_value")
     except TapeoutError as error:
-        say(str(error))
+        say(str(error), pages.explaining(error))
         status = error.status
     except cyclopts.CycloptsError:
-        status = 2  # cyclopts has printed what is wrong
+        see(TapeoutError.page)  # cyclopts has printed what is wrong
+        status = TapeoutError.status
     except (KeyboardInterrupt, Stopped):
         number = stopped[0] if stopped else signal.SIGINT
         say(
@@ -66,11 +74,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except OSError as error:
-        say(f"the operating system refused: {error}.")
+        say(f"the operating system refused: {error}.", OutputError.page)
         status = OutputError.status
     except ModuleNotFoundError as error:
         say(
-            f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs."
+            f"the Python package '{error.name}' is not installed: pip install 'tapeout[cpu]' brings what a CPU export needs.",
+            MissingToolchain.page,
         )
         status = MissingToolchain.status
     sys.exit(status or 0)

@@ -1,4 +1,4 @@
-"""The one tree of errors. The command line prints them as a paragraph and exits with their ``status``."""
+"""The one tree of errors. The command line prints one as a paragraph and the page that explains it, and exits with its ``status``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from collections.abc import Iterable
 
 
 class TapeoutError(Exception):
-    """Something the user can act on. The message is one paragraph: what was found, and what would fit."""
+    """Something the user can act on. The message is one paragraph: what was found, and what would fit.
+
+    Attributes:
+        status: the command line's exit status.
+        page: of the documentation, that explains it, for ``tapeout docs PAGE``: its kind's, or the one given with the message. What
+            the code that raised it is about may say more: see ``pages.explaining``.
+    """
 
     status = 2
+    page = "errors"
+
+    def __init__(self, message: str = "", *, page: str | None = None) -> None:
+        super().__init__(message)
+        if page:
+            self.page = page
 
 
 class ModelError(TapeoutError):
     """The model cannot be read or is not what it says: what was found, what was expected, in which file."""
 
+    page = "models"
+
 
 class SchemeError(TapeoutError):
     """A scheme is unknown, does not fit a tensor, or a target cannot carry it."""
 
+    page = "quantization"
+
 
 class RecipeError(TapeoutError):
     """A recipe is malformed: the key, and the closest known one."""
+
+    page = "recipes"
 
 
 class OutputError(TapeoutError):
@@ -30,6 +48,8 @@ class OutputError(TapeoutError):
 
 class PackageError(TapeoutError):
     """A package or a store is not whole: a file is missing, differs from its digest, or is of a newer format."""
+
+    page = "package"
 
 
 class NewerFormat(PackageError):
@@ -40,6 +60,7 @@ class MissingToolchain(TapeoutError):
     """A runtime or toolchain is not installed; the message holds the command that installs it."""
 
     status = 3
+    page = "doctor"
 
 
 class MemoryShort(TapeoutError):
@@ -57,11 +78,14 @@ class RuntimeCrash(TapeoutError):
 class NotFinite(RuntimeCrash):
     """A model gave NaN or an infinite number."""
 
+    page = "diff"
+
 
 class GateFailed(TapeoutError):
     """At least one gate failed."""
 
     status = 1
+    page = "gates"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from tapeout import errors
+from tapeout import errors, pages
 from tapeout.errors import MissingToolchain, RuntimeCrash, TapeoutError
 from tapeout.models import Generation
 from tapeout.validate.batching import time_arrivals
@@ -253,11 +253,11 @@ class WorkerSession:
             return reply["value"]
         raise self._error(name, error)
 
-    def _error(self, name: str, error: dict[str, str]) -> TapeoutError:
+    def _error(self, name: str, error: dict[str, Any]) -> TapeoutError:
         """The exception that the worker met, as one of ours, with the worker's traceback for those who debug."""
         kind = getattr(errors, error["kind"], None)
         if isinstance(kind, type) and issubclass(kind, TapeoutError):
-            mapped: TapeoutError = kind(error["message"])
+            mapped: TapeoutError = kind(error["message"], page=error["page"])
         else:
             mapped = RuntimeCrash(f"{self._name} raised {error['kind']} in {name}: {error['message']}")
         mapped.add_note(f"In the worker:\n{error['traceback']}")
@@ -436,6 +436,7 @@ def _described(error: Exception) -> dict[str, Any]:
         "error": {
             "kind": kind,
             "message": str(error),
+            "page": pages.explaining(error) if isinstance(error, TapeoutError) else None,
             "traceback": "".join(traceback.format_exception(error)),
         }
     }

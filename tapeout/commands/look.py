@@ -1,18 +1,23 @@
-"""Verbs that look and change nothing but environments: inspect, verify, targets, env."""
+"""Verbs that look and change nothing but environments: inspect, targets, doctor, docs, env."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from tapeout import targets
 from tapeout.commands.terminal import Json, print_json, stderr
+
+if TYPE_CHECKING:
+    from tapeout.doctor import Diagnosis
 
 
 def inspect(path: Path, *, json: Json = False) -> int:
@@ -102,6 +107,102 @@ def _in_short(cell: str) -> str:
     """``exact``, ``rounded +0.02%``, ``no``: what a table of all targets has room for."""
     added = re.search(r"\+[\d.]+%", cell)
     return f"rounded {added[0]}" if added else re.split(r"[ :]", cell, maxsplit=1)[0]
+
+
+def doctor(*, target: str | None = None, json: Json = False) -> int:
+    """Say what works here, what is missing or conflicts, and the command that mends each. Nothing is changed, no network is asked.
+
+    Exit status 0: at least one target works, or the one that was asked for; 3: none, or not that one.
+
+    Example: tapeout doctor
+    Example: tapeout doctor --target "cpu --format onnx"
+
+    Args:
+        target: Look at what this one needs: its name, or one way of it with its format.
+        json: Print everything that was looked at to stdout.
+    """
+    from tapeout.doctor import diagnose
+    from tapeout.errors import MissingToolchain
+
+    with stderr.status("importing what is installed"):
+        found = diagnose(target)
+    if json:
+        print_json(found.to_json())
+    else:
+        _show(found)
+    return 0 if found.healthy else MissingToolchain.status
+
+
+_MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "conflict": "[red]conflict[/]"}
+_AREAS = {  # titles of an area's table and of its last column
+    "python": ("Python", "wanted"),
+    "package": ("packages", "wanted by tapeout and its extras"),
+    "environment": ("worker environments", "for"),
+    "tool": ("tools on the PATH", "for"),
+    "machine": ("machine", ""),
+    "target": ("targets", "runs on"),
+}
+
+
+def _show(found: Diagnosis) -> None:
+    """A table an area, then the commands that mend: of conflicts, of targets that do not work, of what is optional."""
+    ours = [each for each in found.findings if each.extras == ("dev",) and each.state != "conflict"]
+    shown = [each for each in found.findings if each not in ours]  # without what tapeout's own developers use
+    for area, (title, about) in _AREAS.items():
+        table = Table(title, "", "here", about, box=box.SIMPLE_HEAD, pad_edge=False)
+        for each in shown:
+            if each.area == area:
+                named = f"{each.wanted}  {' '.join(extra or 'tapeout' for extra in each.extras)}"
+                what = named if area == "package" and each.state != "conflict" else each.wanted
+                table.add_row(each.name, _MARKS[each.state], Text(each.found), Text(what))
+        if table.row_count:
+            stderr.print(table)
+    told: set[str] = set()
+    for heading, kinds in (
+        (
+            "conflicts, and what mends each",
+            [each for each in shown if each.state == "conflict" and each.mend],
+        ),
+        ("does not work here", [each for each in shown if each.area == "target" and each.state != "ok"]),
+        ("optional", [each for each in shown if each.state == "missing" and each.mend]),
+    ):
+        lines = {
+            f"  {each.name}: {each.mend or each.found}": each.mend for each in kinds if each.mend not in told
+        }
+        told |= {each for each in lines.values() if each}
+        if lines:
+            stderr.print(Text("\n".join([heading, *lines])), soft_wrap=True)
+    good = ", ".join(way for way, works in found.works.items() if works)
+    stderr.print(f"works here: {good or 'none'}", soft_wrap=True)
+    stderr.print("not looked at: the network, and Hugging Face's hub and login")
+
+
+def docs(page: str | None = None) -> int:
+    """Show a page of the documentation; without one, the list of them.
+
+    Into a file or a pipe the page goes as it is, as Markdown.
+
+    Example: tapeout docs gates
+
+    Args:
+        page: Its name. What an error names behind "see:" is one.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from tapeout import pages
+
+    if page is None:
+        table = Table("page", "about")
+        for name in pages.names():
+            table.add_row(name, Text(pages.title(name)))
+        stderr.print(table)
+        return 0
+    if sys.stdout.isatty():
+        Console().print(Markdown(pages.for_terminal(page)))
+    else:
+        sys.stdout.write(pages.read(page))
+    return 0
 
 
 env_app = App(

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tapeout import targets
-from tapeout.errors import TapeoutError
+from tapeout.errors import GateFailed, TapeoutError
 from tapeout.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ def show(report: Any, *, as_json: bool) -> None:
     stderr.print(verdict_table(report))
     if report.device:
         stderr.print(device_table(report.device))
+    if not report.passed:
+        see(GateFailed.page)
 
 
 def print_json(value: Any) -> None:
@@ -211,6 +213,13 @@ def stop(number: int, _: object) -> None:
     raise Stopped
 
 
-def say(message: str) -> None:
+def say(message: str, page: str | None = None) -> None:
+    """Tell what went wrong, and the page that explains it."""
     # Text, since a message may hold brackets that are no markup.
     stderr.print(Text.assemble(("tapeout: ", "bold red"), message), soft_wrap=True)
+    if page:
+        see(page)
+
+
+def see(page: str) -> None:
+    stderr.print(f"see: tapeout docs {page}")
