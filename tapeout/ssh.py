@@ -14,10 +14,9 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import IO, Any
 
 from tapeout.device_report import DeviceReport
@@ -302,10 +301,8 @@ def _connected(address: Address) -> Iterator[_Device]:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream:
-                    try:
+                    with suppress(BrokenPipeError):
                         stream.close()
-                    except BrokenPipeError:
-                        pass
 
 
 def _words(said: Any, *, lines: bool = False) -> str:

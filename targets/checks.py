@@ -85,7 +85,7 @@ def _parted(text: str) -> tuple[set[str], str]:
     for node in head:
         module = getattr(node, "module", None) or node.names[0].name
         # numpy is where the common text has it: files can be compared without it.
-        if module.split(".")[0] not in ("check", "__future__", "numpy"):
+        if module.split(".")[0] not in ("tapeout", "__future__", "numpy"):
             kept.add(ast.unparse(node))
     return kept, "".join(lines[head[-1].end_lineno :])
 

@@ -219,6 +219,10 @@ def test_a_connection_that_is_lost(package: Package, host: Host, tmp_path: Path)
     def lose(stage: str, done: int, total: int) -> None:
         told.append(total)
         if len(told) == 5:
+            for _ in range(300):  # what is on its way must have arrived
+                if (place / "tapeout.json").exists():
+                    break
+                time.sleep(0.1)
             for child in host.daemon.children(recursive=True):
                 child.kill()
 
@@ -231,7 +235,7 @@ def test_a_connection_that_is_lost(package: Package, host: Host, tmp_path: Path)
     answering(place, "{")
     with pytest.raises(PackageError, match="is not a device report"):
         copies(package, host.at(place))
-    assert set((place / name).is_file() for name in package.files()) == {True}
+    assert {(place / name).is_file() for name in package.files()} == {True}
 
 
 def test_devices_that_cannot_be_reached(package: Package, host: Host) -> None:
@@ -280,26 +284,36 @@ exec {host.work}/bin/ssh "$@" "PATH=/none; $last"
     assert "check.cpp" in done.stderr
 
 
-def test_a_full_disk(package: Package, host: Host, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", small], capture_output=True
-    ).returncode:
-        pytest.skip("no small disk can be mounted here")
-    try:
-        done = tapeout("validate", package.directory, "--on", host.at(small), status=3)
-        assert "has 0.0 MB free, and " in done.stderr
-        assert "make room" in done.stderr
-        # One that fills while it is written.
-        told = {"directory": str(small), "files": [["tapeout.json", 1 << 20, "0" * 64]], "timeout": 1}
-        given = json.dumps(told).encode() + b"\n" + bytes(1 << 20)
-        side = subprocess.run([sys.executable, str(SIDE)], input=given, capture_output=True, check=True)
-        last = json.loads(side.stdout.splitlines()[-1].removeprefix(b"tapeout-device "))
-        assert last["status"] == 3
-        assert "No space left on device" in last["error"]
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_a_full_disk(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says so before anything is copied, and one that no more can be written to."""
+    pretend(
+        tmp_path / "bin",
+        """echo 'tapeout-device {"need": [[0, 0]], "free": 10}'; cat >/dev/null""",
+        monkeypatch,
+    )
+    with pytest.raises(MissingToolchain, match=r"somewhere has 0\.0 MB free, and 0\.0 MB .* make room"):
+        checked(package, Address.parse("ssh://somewhere"))
+    told = {
+        "directory": str(tmp_path / "place"),
+        "files": [["tapeout.json", 1 << 20, "0" * 64]],
+        "timeout": 1,
+    }
+    given = json.dumps(told).encode() + b"\n" + bytes(1 << 20)
+    # No file may be larger than 64 blocks of 512 or 1024 bytes: the kernel refuses it as it refuses one that the disk has no room for.
+    command = ["sh", "-c", 'ulimit -f 64; exec "$@"', "sh", sys.executable, str(SIDE)]
+    side = subprocess.run(command, input=given, capture_output=True, check=True)
+    last = json.loads(side.stdout.splitlines()[-1].removeprefix(b"tapeout-device "))
+    assert last["status"] == 3
+    assert "File too large" in last["error"]
+    assert 0 < (tmp_path / "place" / "tapeout.json.part").stat().st_size <= 1 << 16
+
+
+def pretend(directory: Path, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ssh that greets, and answers for the device."""
+    directory.mkdir()
+    (directory / "ssh").write_text(f"{SHELL}echo Welcome; head -n 1 >/dev/null; {answer}\n")
+    (directory / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
 def told(package: Package, **fields: Any) -> dict[str, Any]:
@@ -396,11 +410,7 @@ def test_devices_that_answer_something_else(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     """What is asked for is looked at, too."""
-    (tmp_path / "bin").mkdir()
-    script = tmp_path / "bin" / "ssh"
-    script.write_text(f"{SHELL}echo Welcome; head -n 1 >/dev/null; {answer}\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    pretend(tmp_path / "bin", answer, monkeypatch)
     with pytest.raises(TapeoutError, match=r"which says nothing|does not have|ended the connection with 9"):
         checked(package, Address.parse("ssh://somewhere"))
 

@@ -433,13 +433,13 @@ class Runtime:
 
     Attributes:
         formats: of artifacts that it runs; none: any.
-        needs: modules by the name that pip installs them by.
+        needs: modules that must be there.
         install: the command.
         named: parts of the device that may be asked for; none: there is no choice.
     """
 
     formats: tuple[str, ...] = ()
-    needs: dict[str, str] = {}
+    needs: tuple[str, ...] = ()
     install = ""
     named: tuple[str, ...] = ()
 
@@ -606,7 +606,7 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out)
+        partial.replace(out)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from check.common import Runtime, installed
-from check.served import Vllm
-from check.transformers import Transformers
+from tapeout.targets.data.check.common import Runtime, installed
+from tapeout.targets.data.check.served import Vllm
+from tapeout.targets.data.check.transformers import Transformers
 
 
 class CompressedTensors(Transformers):
     """See Runtime."""
 
     formats = ("compressed-tensors",)
-    needs = {name: name for name in ("torch", "transformers", "compressed_tensors", "numpy")}
+    needs: tuple[str, ...] = ("torch", "transformers", "compressed_tensors", "numpy")
     install = "pip install torch transformers accelerate compressed-tensors numpy, or pip install vllm"
 
     def served(self) -> bool:

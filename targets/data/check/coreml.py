@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Encoder, Runtime
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Encoder, Runtime
 
 MODEL = "model.mlpackage"
 UNITS = {"all": "ALL", "cpu-and-gpu": "CPU_AND_GPU", "cpu-and-ne": "CPU_AND_NE", "cpu-only": "CPU_ONLY"}
@@ -91,7 +92,7 @@ class CoreMl(Runtime):
     """See Runtime."""
 
     formats = ("coreml",)
-    needs = {"coremltools": "coremltools", "numpy": "numpy"}
+    needs = ("coremltools", "numpy")
     install = "pip install coremltools numpy"
     named = tuple(UNITS)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Encoder, Runtime, cores
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Encoder, Runtime, cores
 
 CACHES = {"kv-f16": 1, "kv-int8": 8, "kv-int4": 2}  # of ggml_type
 BATCH = 512  # tokens of a call, llama.cpp's own
@@ -128,7 +129,7 @@ class Gguf(Runtime):
     """See Runtime."""
 
     formats = ("gguf",)
-    needs = {"llama_cpp": "llama-cpp-python", "numpy": "numpy"}
+    needs = ("llama_cpp", "numpy")
     install = "pip install llama-cpp-python"
 
     def opened(self, root: Path, manifest: dict[str, Any], unit: str) -> Any:

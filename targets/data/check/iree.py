@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Runtime
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime
 
 # Codes stay codes: without the first two the compiler would unpack parameters when it sees that nothing else reads them.
 TWIN = (
@@ -95,7 +96,7 @@ class Iree(Runtime):
     """See Runtime."""
 
     formats = ("iree",)
-    needs = {"iree.runtime": "iree-base-runtime", "numpy": "numpy"}
+    needs = ("iree.runtime", "numpy")
     install = "pip install iree-base-runtime numpy"
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from check.onnx import Onnx, Runtime
+from tapeout.targets.data.check.common import Runtime
+from tapeout.targets.data.check.onnx import Onnx
 
 AMD = ("MIGraphXExecutionProvider", "ROCMExecutionProvider")
 
@@ -15,7 +16,7 @@ class MiGraphX(Onnx):
 
     install = "pip install onnxruntime-migraphx numpy (on the GPU; onnxruntime runs the graph on a processor)"
     # Products of what onnxruntime fuses on a processor are taken with inputs as they are.
-    settings = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    settings = (("session.qdq_matmulnbits_accuracy_level", "1"),)
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
         """The GPU, where onnxruntime has one of AMD's providers."""

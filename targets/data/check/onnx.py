@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import (
+
+from tapeout.targets.data.check.common import (
     ARTIFACT,
     METRICS,
     RUNS,
@@ -31,7 +32,7 @@ from check.common import (
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
-def onnx_session(path: Path, providers: list[str], settings: dict[str, str]) -> Any:
+def onnx_session(path: Path, providers: list[str], settings: tuple[tuple[str, str], ...]) -> Any:
     """A graph on the first of these providers that takes it."""
     import onnxruntime
 
@@ -40,7 +41,7 @@ def onnx_session(path: Path, providers: list[str], settings: dict[str, str]) -> 
     # Without VNNI x86 sums pairs of int8 products in 16 bits unless it is asked not to.
     if platform.machine() in ("x86_64", "AMD64") and "vnni" not in said_by("/proc/cpuinfo", "flags"):
         options.add_session_config_entry("session.x64quantprecision", "1")
-    for name, value in settings.items():
+    for name, value in settings:
         options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(str(path), options, providers)
 
@@ -273,9 +274,9 @@ class Onnx(Runtime):
     """See Runtime."""
 
     formats: tuple[str, ...] = ("onnx",)
-    needs = {"onnxruntime": "onnxruntime", "numpy": "numpy"}
+    needs: tuple[str, ...] = ("onnxruntime", "numpy")
     install = "pip install onnxruntime numpy"
-    settings: dict[str, str] = {}
+    settings: tuple[tuple[str, str], ...] = ()
 
     def providers(self, unit: str) -> list[str]:
         """Of onnxruntime."""

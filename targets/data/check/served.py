@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Runtime, installed
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed
 
 
 def vocab_of(root: Path) -> int:
@@ -25,7 +26,8 @@ class Vllm(Decoder):
         import torch
         import vllm
 
-        self.context, self.ids = context - 1, []  # it wants room for the token that it makes of a prompt
+        self.context = context - 1  # it wants room for the token that it makes of a prompt
+        self.ids: list[int] = []
         self.model = vllm.LLM(
             model=str(root / ARTIFACT),
             max_model_len=context,
@@ -44,7 +46,7 @@ class Vllm(Decoder):
 
     def begin(self, function: str) -> None:
         """With no tokens."""
-        self.ids: list[int] = []
+        self.ids = []
 
     def step(self, function: str, ids: list[int]) -> Array:
         """The last row."""
@@ -77,7 +79,8 @@ class TensorRtLlm(Decoder):
         import tensorrt_llm
         import torch
 
-        self.context, self.ids = context - 1, []
+        self.context = context - 1
+        self.ids: list[int] = []
         self.model = tensorrt_llm.LLM(model=str(root / ARTIFACT), max_seq_len=context)
         self.all = tensorrt_llm.SamplingParams(max_tokens=1, temperature=0.0, return_context_logits=True)
         self.vocab = vocab_of(root)
@@ -85,7 +88,7 @@ class TensorRtLlm(Decoder):
 
     def begin(self, function: str) -> None:
         """With no tokens."""
-        self.ids: list[int] = []
+        self.ids = []
 
     def step(self, function: str, ids: list[int]) -> Array:
         """The last row."""
@@ -102,7 +105,7 @@ class Served(Runtime):
     """See Runtime; ``servers`` in the order in which they are preferred."""
 
     formats = ("modelopt",)
-    needs = {"torch": "torch", "numpy": "numpy"}
+    needs = ("torch", "numpy")
     servers: tuple[str, ...] = ("tensorrt_llm", "vllm")
     install = "pip install tensorrt-llm, or pip install vllm"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Runtime, installed
-from check.onnx import Onnx
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed
+from tapeout.targets.data.check.onnx import Onnx
 
 NVIDIA = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider")
 PLAN, SETTINGS = "model.plan", "engine.json"
@@ -112,16 +113,12 @@ class OnnxTrt(Onnx):
 
     # Of onnxruntime; an engine needs tensorrt and PyTorch instead.
     install = "pip install onnxruntime-gpu numpy, or build the engine as README.md says and pip install tensorrt torch numpy"
-    settings = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    settings = (("session.qdq_matmulnbits_accuracy_level", "1"),)
 
     @property
-    def needs(self) -> dict[str, str]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """What is not here of the way that can be gone."""
-        return (
-            {"numpy": "numpy"}
-            if installed("tensorrt") and cuda()
-            else {"onnxruntime": "onnxruntime-gpu", "numpy": "numpy"}
-        )
+        return ("numpy",) if installed("tensorrt") and cuda() else ("onnxruntime", "numpy")
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
         """An engine that was built, and the GPU or the processor by onnxruntime."""

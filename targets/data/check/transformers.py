@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check.common import ARTIFACT, Array, Decoder, Runtime
+
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime
 
 
 def config_of(root: Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Transformers(Runtime):
     """See Runtime."""
 
     formats: tuple[str, ...] = ("bitsandbytes",)
-    needs = {name: name for name in ("torch", "transformers", "accelerate", "bitsandbytes", "numpy")}
+    needs: tuple[str, ...] = ("torch", "transformers", "accelerate", "bitsandbytes", "numpy")
     install = "pip install torch transformers accelerate bitsandbytes numpy"
 
     def served(self) -> bool:

@@ -6,7 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from check.common import ARTIFACT, GOLDEN, Gate, Runtime, attempt, failure, golden_of, verdict
+from tapeout.targets.data.check.common import (
+    ARTIFACT,
+    GOLDEN,
+    Gate,
+    Runtime,
+    attempt,
+    failure,
+    golden_of,
+    verdict,
+)
 
 ENGINE = "engine"
 
@@ -56,7 +65,7 @@ class Trtllm(Runtime):
     """See Runtime."""
 
     formats = ("trtllm",)
-    needs = {"tensorrt_llm": "tensorrt-llm", "torch": "torch", "numpy": "numpy"}
+    needs = ("tensorrt_llm", "torch", "numpy")
     install = "pip install 'tensorrt-llm>=1.2,<1.3'"
 
     def unable(self, root: Path, manifest: dict[str, Any]) -> str | None:
