@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,12 @@ def decoder(out: Path, kind: str, scheme: str = "int4-g32", **flags: Any) -> Pac
     """The package of a small decoder with a sliding window."""
     model = write_model(out / "model", "mistral", TINY | {"sliding_window": WINDOW}, dtype="F32")
     return packed(out / "package", model, kind, scheme, **flags)
+
+
+def kept_llama_cpp(pattern: str) -> Iterator[Path]:
+    """What ``scripts/llama_cpp.py`` keeps under names like that."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (home / "tapeout" / "llama-cpp").glob(pattern)
 
 
 def check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checked import WINDOW, check, decoder, packed
+from checked import WINDOW, check, decoder, kept_llama_cpp, packed
 from commands import tapeout
 
 import tapeout as api
@@ -176,21 +175,22 @@ def native(once: Once) -> Path | None:
     llama_cpp = pytest.importorskip("llama_cpp")
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     library = Path(llama_cpp.__file__).parent / "lib"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "tapeout" / "llama-cpp" / f"source-{llama_cpp.__version__}"
-    if not compiler or not (cache / "include" / "llama.h").exists():
+    headers = next(kept_llama_cpp(f"headers-{llama_cpp.__version__}"), None)
+    if not compiler or not headers:
         return None
     source = Path(str(checks.place("check.cpp")))
 
     def build(out: Path) -> Path:
         command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", source, "-o", out / "check"]
         command += [
-            f"-I{cache / 'include'}",
-            f"-I{cache / 'ggml' / 'include'}",
+            f"-I{headers}",
             f"-L{library}",
             f"-Wl,-rpath,{library}",
+            "-lllama",
+            "-lggml",
+            "-lggml-base",
         ]
-        subprocess.run([*command, "-lllama", "-lggml", "-lggml-base"], check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
         return out / "check"
 
     return once("checked-native", build)[1]
