@@ -39,10 +39,7 @@ AARCH64 = {
     "CMAKE_SYSTEM_PROCESSOR": "aarch64",
     "CMAKE_C_COMPILER": "aarch64-linux-gnu-gcc",
     "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
-    # Half of the minutes that -O3 takes; nobody measures speed under an emulator.
-    "CMAKE_BUILD_TYPE": "",
-    "CMAKE_C_FLAGS": "-O1",
-    "CMAKE_CXX_FLAGS": "-O1",
+    "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",
     "GGML_NATIVE": "OFF",
     "GGML_OPENMP": "OFF",
