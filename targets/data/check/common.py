@@ -655,6 +655,16 @@ def installed(module: str) -> bool:
         return False
 
 
+def torch_gpu() -> bool:
+    """Whether PyTorch sees a GPU; where Linux has no driver's file it is not asked, which takes seconds."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvgpu", "/dev/nvhost-gpu")
+    if not installed("torch") or (platform.system() == "Linux" and not any(map(os.path.exists, drivers))):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def unit_name(text: str) -> str:
     """A part of the device in our words or in its vendor's."""
     name = text.lower().replace("_", "-")

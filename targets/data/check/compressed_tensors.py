@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tapeout.targets.data.check.common import Runtime, installed
+from tapeout.targets.data.check.common import Runtime, installed, torch_gpu
 from tapeout.targets.data.check.served import Vllm
 from tapeout.targets.data.check.transformers import Transformers
 
@@ -19,11 +19,7 @@ class CompressedTensors(Transformers):
 
     def served(self) -> bool:
         """Whether vLLM and a GPU are here."""
-        if not (installed("vllm") and installed("torch")):
-            return False
-        import torch
-
-        return bool(torch.cuda.is_available())
+        return installed("vllm") and torch_gpu()
 
     def opened(self, root: Path, manifest: dict[str, Any], unit: str) -> Any:
         """By vLLM, or by transformers' own loader."""

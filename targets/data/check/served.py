@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed, torch_gpu
 
 
 def vocab_of(root: Path) -> int:
@@ -113,13 +113,7 @@ class Served(Runtime):
         """No server, or no GPU."""
         if not any(installed(name) for name in self.servers):
             return f"None of {', '.join(self.servers)} can be imported: {self.install}."
-        import torch
-
-        return (
-            None
-            if torch.cuda.is_available()
-            else "The servers of this format need a GPU, and torch sees none."
-        )
+        return None if torch_gpu() else "The servers of this format need a GPU, and torch sees none."
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
         """The GPU."""

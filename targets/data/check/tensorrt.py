@@ -8,20 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed, torch_gpu
 from tapeout.targets.data.check.onnx import Onnx
 
 NVIDIA = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider")
 PLAN, SETTINGS = "model.plan", "engine.json"
-
-
-def cuda() -> bool:
-    """Whether PyTorch sees an NVIDIA GPU."""
-    if not installed("torch"):
-        return False
-    import torch
-
-    return bool(torch.cuda.is_available())
 
 
 class TensorRtDecoder(Decoder):
@@ -118,11 +109,15 @@ class OnnxTrt(Onnx):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """What is not here of the way that can be gone."""
-        return ("numpy",) if installed("tensorrt") and cuda() else ("onnxruntime", "numpy")
+        return ("numpy",) if installed("tensorrt") and torch_gpu() else ("onnxruntime", "numpy")
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
         """An engine that was built, and the GPU or the processor by onnxruntime."""
-        found = ["tensorrt"] if installed("tensorrt") and cuda() and (root / ARTIFACT / PLAN).exists() else []
+        found = (
+            ["tensorrt"]
+            if installed("tensorrt") and torch_gpu() and (root / ARTIFACT / PLAN).exists()
+            else []
+        )
         if installed("onnxruntime"):
             import onnxruntime
 

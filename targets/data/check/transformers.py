@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime
+from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, torch_gpu
 
 
 def config_of(root: Path) -> dict[str, Any]:
@@ -108,9 +108,7 @@ class Transformers(Runtime):
 
     def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
         """The GPU that torch sees, of either vendor, or the processor."""
-        import torch
-
-        return ["gpu" if torch.cuda.is_available() else "cpu"]
+        return ["gpu" if torch_gpu() else "cpu"]
 
     def opened(self, root: Path, manifest: dict[str, Any], unit: str) -> Any:
         """By transformers' own loader."""
