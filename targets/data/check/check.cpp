@@ -11,6 +11,9 @@
 
 #include "llama.h"
 
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -437,6 +440,15 @@ static std::string log_tail() {
     return out;
 }
 
+// Cores that this process may use: threads that share one wait for each other.
+static int cores() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) return std::max(1, CPU_COUNT(&set));
+#endif
+    return int(std::max(1u, std::thread::hardware_concurrency()));
+}
+
 struct Model {
     llama_model * model = nullptr;
     llama_context * context = nullptr;
@@ -456,7 +468,7 @@ struct Model {
         llama_context_params given = llama_context_default_params();
         given.n_ctx = uint32_t(tokens);
         given.n_batch = given.n_ubatch = uint32_t(room);
-        given.n_threads = given.n_threads_batch = int(std::max(1u, std::thread::hardware_concurrency()));
+        given.n_threads = given.n_threads_batch = cores();
         given.type_k = given.type_v = cache;
         given.embeddings = encodes;
         context = llama_init_from_model(model, given);
