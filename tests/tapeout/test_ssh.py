@@ -145,6 +145,11 @@ def host(shared: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     return shared
 
 
+@pytest.fixture(autouse=True)
+def _no_workers(monkeypatch: pytest.MonkeyPatch, here: Any) -> None:
+    monkeypatch.setattr("tapeout.validate.worker.borrow", here)
+
+
 @pytest.fixture(scope="module")
 def gguf(once: Once) -> Path:
     return once("checked-gguf", lambda out: decoder(out, "cpu").directory)[1]

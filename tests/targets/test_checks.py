@@ -29,6 +29,7 @@ Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 Found = dict[str, float | None]
 
 DECODER_GATES = {"load", "golden-prefill", "golden-decode", "golden-handover", "prefill-decode"}
+NO_NATIVE = "check.cpp needs a C++ compiler and llama.cpp's headers: python scripts/llama_cpp.py"
 WEIGHTS = "artifact/model-Q4_0.gguf"
 
 
@@ -38,6 +39,18 @@ def gguf(once: Once) -> Path:
     return once("checked-gguf", lambda out: decoder(out, "cpu").directory)[1]
 
 
+@pytest.fixture(scope="module")
+def told(once: Once, gguf: Path) -> Path:
+    """What ``check.py`` says of it."""
+
+    def run(place: Path) -> Path:
+        done = check(gguf, place, "--out", place / "told.json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return place / "told.json"
+
+    return once("checked-gguf-told", run)[1]
+
+
 @pytest.fixture
 def copied(gguf: Path, tmp_path: Path) -> Path:
     return Path(
@@ -45,11 +58,12 @@ def copied(gguf: Path, tmp_path: Path) -> Path:
     )
 
 
-def passed(package: Package, work: Path, unit: str = "cpu") -> tuple[DeviceReport, Found]:
+def passed(package: Package, work: Path, told: Path | None = None) -> tuple[DeviceReport, Found]:
     """What the script found, which must be that all is well."""
-    done = check(package.directory, work)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = DeviceReport.read(package.directory / "device_report.json", package)
+    if told is None:
+        done = check(package.directory, work)
+        assert done.returncode == 0, done.stdout + done.stderr
+    unit, report = "cpu", DeviceReport.read(told or package.directory / "device_report.json", package)
     assert list(report.units) == [unit, "files"]
     assert {gate.status for each in report.units.values() for gate in each.gates} == {"passed"}
     speed = report.units[unit].throughput
@@ -67,8 +81,8 @@ def small(found: Found, most: float, *names: str) -> None:
         assert 0 < value < most, (name, value)
 
 
-def test_gguf(gguf: Path, tmp_path: Path) -> None:
-    report, found = passed(Package.open(gguf), tmp_path)
+def test_gguf(gguf: Path, told: Path, tmp_path: Path) -> None:
+    report, found = passed(Package.open(gguf), tmp_path, told)
     assert found.keys() == DECODER_GATES
     small(found, 1e-3, "golden-prefill", "golden-decode", "golden-handover")
     assert report.runtime.startswith("llama.cpp in llama-cpp-python ")
@@ -207,16 +221,18 @@ def checker(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "check.cpp":
         built = request.getfixturevalue("native")
         if built is None:
-            pytest.skip("check.cpp needs a C++ compiler and llama.cpp's headers: python scripts/llama_cpp.py")
+            pytest.skip(NO_NATIVE)
         script = (built,)
     return lambda package, *arguments: check(package, tmp_path, *arguments, script=script)
 
 
-def test_both_find_the_same(gguf: Path, checker: Any, tmp_path: Path) -> None:
-    done = checker(gguf, "--out", tmp_path / "told.json")
+def test_the_program_finds_the_same(gguf: Path, told: Path, native: Path | None, tmp_path: Path) -> None:
+    if native is None:
+        pytest.skip(NO_NATIVE)
+    done = check(gguf, tmp_path, "--out", tmp_path / "other.json", script=(native,))
     assert done.returncode == 0, done.stdout + done.stderr
-    report = DeviceReport.read(tmp_path / "told.json", Package.open(gguf))
-    known = DeviceReport.read(gguf / "device_report.json", Package.open(gguf))
+    report = DeviceReport.read(tmp_path / "other.json", Package.open(gguf))
+    known = DeviceReport.read(told, Package.open(gguf))
     found, expected = (
         {gate.name: gate.value for gate in each.units["cpu"].gates} for each in (report, known)
     )
@@ -318,10 +334,9 @@ def test_a_report_that_cannot_be_written(gguf: Path, checker: Any, tmp_path: Pat
     assert "told.json cannot be written" in done.stderr
 
 
-def test_it_becomes_part_of_the_packages_report(gguf: Path, tmp_path: Path) -> None:
-    told, out = gguf / "device_report.json", tmp_path / "out"
-    if not told.exists():
-        check(gguf, tmp_path)
+def test_it_becomes_part_of_the_packages_report(copied: Path, told: Path, tmp_path: Path) -> None:
+    gguf, out = copied, tmp_path / "out"
+    shutil.copy(told, copied / "device_report.json")
     assert tapeout("verify", gguf, status=0)  # a device's report beside it is no damage
     done = tapeout("validate", gguf, "--device-report", told, "--report", out, "--json", status=0)
     report = json.loads(done.stdout)

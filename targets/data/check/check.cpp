@@ -741,6 +741,10 @@ static Unit run_on_cpu(const fs::path & root, const Json & manifest, std::string
 
 static int check(const fs::path & root, const fs::path & out) {
     const Json manifest = read_manifest(root);
+    // Seen before minutes are spent on what it says.
+    const fs::path partial = out.string() + "." + std::to_string(getpid());
+    if (!std::ofstream(partial)) throw Stop(2, out.string() + " cannot be written: give another --out.");
+    fs::remove(partial);
     const std::vector<std::string> wrong = damage(root, manifest);
     const std::string digest = manifest.at("root_sha256").text;
     const size_t count = manifest.at("files").fields.size() + manifest.at("beside").fields.size();
@@ -767,7 +771,6 @@ static int check(const fs::path & root, const fs::path & out) {
         text += between + "\n  " + quoted(name) + ": {\n   \"gates\": [" + gates + "\n   ],\n   \"throughput\": " + unit.throughput + "\n  }";
         between = ",";
     }
-    const fs::path partial = out.string() + "." + std::to_string(getpid());
     std::ofstream file(partial);
     file << "{\n \"format_version\": 1,\n \"root_sha256\": " << quoted(digest) << ",\n \"device\": " << device() << ",\n \"runtime\": " << quoted(runtime) << ",\n \"units\": {"
          << text << "\n }\n}\n";

@@ -600,13 +600,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_report(out: Path, report: dict[str, Any]) -> None:
-    """All of it or nothing: written beside ``out``, and renamed."""
+def write_report(out: Path, report: dict[str, Any] | None) -> None:
+    """All of it or nothing: written beside ``out``, and renamed. None: see whether it can be, before minutes are spent on what it says."""
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        if report:
+            partial.replace(out)
+        else:
+            partial.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -616,6 +619,7 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 def check(root: Path, units: list[str], contexts: list[int], out: Path) -> int:
     """The whole check; returns the exit status."""
     manifest = read_manifest(root)
+    write_report(out, None)
     wrong, count = damage(root, manifest), len(manifest["files"]) + len(manifest["beside"])
     reason = f"{count} files are as {MANIFEST} says, root digest {manifest['root_sha256']}"
     if wrong:
