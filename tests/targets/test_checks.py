@@ -17,7 +17,7 @@ from commands import tapeout
 
 import tapeout as api
 from tapeout import targets
-from tapeout.device_report import DeviceReport
+from tapeout.device_report import DeviceGate, DeviceReport
 from tapeout.files import canonical_json
 from tapeout.generated import write_model
 from tapeout.pack import Package
@@ -346,6 +346,15 @@ def test_it_becomes_part_of_the_packages_report(copied: Path, told: Path, tmp_pa
     }
     assert gates["device/files/integrity"] == "passed"
     assert report["device"]["units"]["cpu"]["contexts"]
+
+
+def test_a_runtimes_words_fit_into_a_report() -> None:
+    """Colours of a terminal, line breaks, and pages of them; what a report refuses of others."""
+    script: dict[str, Any] = {"__name__": "check"}
+    exec(checks.script(()), script)
+    told = script["failure"]("load", "\x1b[31merror\r\n\x9b" + "at 0x7f\n" * 1000)
+    gate = DeviceGate.model_validate(told)
+    assert gate.reason.startswith(" [31merror   at 0x7f at")
 
 
 def test_the_script_is_covered_by_the_root_digest(gguf: Path, tmp_path: Path) -> None:

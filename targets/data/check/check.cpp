@@ -417,9 +417,16 @@ static std::string shown(double value) {
     return text;
 }
 
+// Words of a runtime as a report takes them: without a terminal's colours, and no book.
+static std::string printable(const std::string & text) {
+    std::string out;
+    for (const unsigned char c : text.substr(0, 3000)) out += c < 0x20 || c >= 0x7f ? ' ' : char(c);
+    return out;
+}
+
 static std::string json_of(const Gate & gate) {
     return "{\"name\": " + quoted(gate.name) + ", \"status\": " + quoted(gate.status) + ", \"metric\": " + quoted(gate.metric) + ", \"value\": " +
-           figure(gate.value) + ", \"limit\": " + figure(gate.limit) + ", \"reason\": " + quoted(gate.reason) + "}";
+           figure(gate.value) + ", \"limit\": " + figure(gate.limit) + ", \"reason\": " + quoted(printable(gate.reason)) + "}";
 }
 
 // llama.cpp

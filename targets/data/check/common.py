@@ -185,13 +185,19 @@ def verdict(name: str, metric: str, value: float, limit: float, reason: str) -> 
         "metric": metric,
         "value": value,
         "limit": limit,
-        "reason": reason,
+        "reason": printable(reason),
     }
+
+
+def printable(text: str) -> str:
+    """Words of a runtime as a report takes them: without a terminal's colours, and no book."""
+    return "".join(each if each.isprintable() else " " for each in text)[:3000]
 
 
 def failure(name: str, reason: str, status: str = "failed") -> Gate:
     """A gate that could not be measured."""
-    return {"name": name, "status": status, "metric": "", "value": None, "limit": None, "reason": reason}
+    told = printable(reason)
+    return {"name": name, "status": status, "metric": "", "value": None, "limit": None, "reason": told}
 
 
 def attempt(name: str, run: Callable[[], Gate]) -> Gate:
@@ -476,7 +482,7 @@ def run_unit(root: Path, unit: str, contexts: list[int], into: Path) -> None:
         begin = time.perf_counter()
         model = RUNTIME.opened(root, manifest, unit)
         load_s = time.perf_counter() - begin
-        found["runtime"], found["chip"] = model.runtime, model.chip
+        found["runtime"], found["chip"] = printable(model.runtime), printable(model.chip)
         begin = time.perf_counter()
         model.try_out(golden[0][0][:1] if golden else [0])
         first_s = time.perf_counter() - begin
@@ -547,7 +553,7 @@ def said_by(path: str, key: str = "") -> str:
     except OSError:
         return ""
     lines = [line for line in text.splitlines() if line.startswith(key)]
-    return lines[0][len(key) :].strip(' \t:="') if lines else ""
+    return printable(lines[0][len(key) :]).strip(' \t:="') if lines else ""
 
 
 def device() -> dict[str, Any]:
