@@ -229,13 +229,17 @@ class Decoder:
         """A new sequence, whose tokens go to ``function`` first."""
         raise NotImplementedError
 
-    def step(self, function: str, ids: list[int]) -> Array:
-        """Append tokens; float32 [rows, vocab], the logits after the last tokens: after each, or after the last one at least."""
+    def last(self, ids: list[int], wanted: int) -> Array:
+        """Append tokens; float32 [wanted, vocab], the logits after the last of them."""
         raise NotImplementedError
+
+    def step(self, function: str, ids: list[int]) -> Array:
+        """Append tokens; float32 [rows, vocab], the logits after the last tokens: after the last one at least."""
+        return self.last(ids, 1)
 
     def rows(self, ids: list[int]) -> Array:
         """Append tokens by prefill; float32 [tokens, vocab]."""
-        return self.step("prefill", ids)
+        return self.last(ids, len(ids))
 
     def prefill(self, ids: list[int], chunk: int) -> Array:
         """Append tokens, ``chunk`` in a call; the rows of the last call."""

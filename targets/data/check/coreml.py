@@ -67,6 +67,10 @@ class CoreMlDecoder(Decoder):
         self.past = total
         return np.asarray(out, np.float32)[0]
 
+    def rows(self, ids: list[int]) -> Array:
+        """See Decoder."""
+        return self.step("prefill", ids)
+
 
 class CoreMlEncoder(Encoder):
     """The function ``main``."""

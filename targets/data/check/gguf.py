@@ -87,14 +87,6 @@ class LlamaDecoder(Decoder):
         llama.llama_memory_clear(llama.llama_get_memory(self.opened.context), True)
         self.past = 0
 
-    def step(self, function: str, ids: list[int]) -> Array:
-        """The last row."""
-        return self.last(ids, 1)
-
-    def rows(self, ids: list[int]) -> Array:
-        """See Decoder."""
-        return self.last(ids, len(ids))
-
     def last(self, ids: list[int], outputs: int) -> Array:
         """Logits after the last tokens."""
         opened = self.opened

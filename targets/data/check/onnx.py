@@ -90,14 +90,6 @@ class OnnxShared(Decoder):
         """What is in the cache is not looked at."""
         self.past = 0
 
-    def step(self, function: str, ids: list[int]) -> Array:
-        """The last row."""
-        return self.last(ids, 1)
-
-    def rows(self, ids: list[int]) -> Array:
-        """See Decoder."""
-        return self.last(ids, len(ids))
-
     def last(self, ids: list[int], wanted: int) -> Array:
         """Logits of the last tokens."""
         count, total = len(ids), self.past + len(ids)
@@ -128,14 +120,6 @@ class OnnxGrown(Decoder):
     def begin(self, function: str) -> None:
         """With an empty cache."""
         self.cache, self.past = empty_past(self.session), 0
-
-    def step(self, function: str, ids: list[int]) -> Array:
-        """All rows that the graph gives."""
-        return self.last(ids, 1)
-
-    def rows(self, ids: list[int]) -> Array:
-        """See Decoder."""
-        return self.last(ids, len(ids))
 
     def last(self, ids: list[int], wanted: int) -> Array:
         """Logits of the last tokens."""
@@ -277,10 +261,20 @@ class Onnx(Runtime):
     needs: tuple[str, ...] = ("onnxruntime", "numpy")
     install = "pip install onnxruntime numpy"
     settings: tuple[tuple[str, str], ...] = ()
+    gpu: tuple[str, ...] = ()  # providers of its GPU, the best first
+
+    def units(self, root: Path, manifest: dict[str, Any]) -> list[str]:
+        """The GPU, where onnxruntime has a provider for it."""
+        import onnxruntime
+
+        return ["gpu" if set(self.gpu) & set(onnxruntime.get_available_providers()) else "cpu"]
 
     def providers(self, unit: str) -> list[str]:
-        """Of onnxruntime."""
-        return ["CPUExecutionProvider"]
+        """The GPU's before the processor's, which takes what they leave."""
+        import onnxruntime
+
+        here = onnxruntime.get_available_providers()
+        return [*(name for name in self.gpu if name in here and unit == "gpu"), "CPUExecutionProvider"]
 
     def opened(self, root: Path, manifest: dict[str, Any], unit: str) -> Any:
         """By what the graph says of itself."""

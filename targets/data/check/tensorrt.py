@@ -11,7 +11,6 @@ import numpy as np
 from tapeout.targets.data.check.common import ARTIFACT, Array, Decoder, Runtime, installed, torch_gpu
 from tapeout.targets.data.check.onnx import Onnx
 
-NVIDIA = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider")
 PLAN, SETTINGS = "model.plan", "engine.json"
 
 
@@ -58,14 +57,6 @@ class TensorRtDecoder(Decoder):
             for name, shape in self.cached.items()
         }
 
-    def step(self, function: str, ids: list[int]) -> Array:
-        """The last row."""
-        return self.last(ids, 1)
-
-    def rows(self, ids: list[int]) -> Array:
-        """See Decoder."""
-        return self.last(ids, len(ids))
-
     def last(self, ids: list[int], wanted: int) -> Array:
         """Logits of the last tokens."""
         torch, count, total = self.torch, len(ids), self.past + len(ids)
@@ -105,6 +96,7 @@ class OnnxTrt(Onnx):
     # Of onnxruntime; an engine needs tensorrt and PyTorch instead.
     install = "pip install onnxruntime-gpu numpy, or build the engine as README.md says and pip install tensorrt torch numpy"
     settings = (("session.qdq_matmulnbits_accuracy_level", "1"),)
+    gpu = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -118,28 +110,13 @@ class OnnxTrt(Onnx):
             if installed("tensorrt") and torch_gpu() and (root / ARTIFACT / PLAN).exists()
             else []
         )
-        if installed("onnxruntime"):
-            import onnxruntime
-
-            found.append("gpu" if set(NVIDIA) & set(onnxruntime.get_available_providers()) else "cpu")
-        return found
+        return found + (super().units(root, manifest) if installed("onnxruntime") else [])
 
     def unable(self, root: Path, manifest: dict[str, Any]) -> str | None:
         """TensorRT without an engine, and no onnxruntime."""
         if installed("tensorrt") and not (root / ARTIFACT / PLAN).exists() and not installed("onnxruntime"):
             return "There is no engine yet: python artifact/build_engine.py builds it."
         return None
-
-    def providers(self, unit: str) -> list[str]:
-        """NVIDIA's before the processor's, which takes what they leave."""
-        import onnxruntime
-
-        here = onnxruntime.get_available_providers()
-        return [
-            name
-            for name in (*NVIDIA, "CPUExecutionProvider")
-            if name in here and (unit == "gpu" or name not in NVIDIA)
-        ]
 
     def opened(self, root: Path, manifest: dict[str, Any], unit: str) -> Any:
         """The engine, or the graph."""

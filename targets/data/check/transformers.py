@@ -62,20 +62,12 @@ class TransformersDecoder(Decoder):
         """With an empty cache."""
         self.cache = self.transformers.DynamicCache(config=self.network.config)
 
-    def step(self, function: str, ids: list[int]) -> Array:
-        """The last row."""
-        return self.last(ids, 1)
-
-    def rows(self, ids: list[int]) -> Array:
-        """See Decoder."""
-        return self.last(ids, 0)
-
-    def last(self, ids: list[int], keep: int) -> Array:
-        """Logits of the last tokens; 0: of all."""
+    def last(self, ids: list[int], wanted: int) -> Array:
+        """Logits of the last tokens."""
         given = self.torch.tensor([ids], device=self.network.device)
         with self.torch.inference_mode():
             out = self.network(
-                input_ids=given, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+                input_ids=given, past_key_values=self.cache, use_cache=True, logits_to_keep=wanted
             )
         return np.asarray(out.logits[0].float().cpu().numpy())
 
