@@ -11,16 +11,20 @@ FOLDERS := tapeout models quantize exporters validate targets
 # Folders too: their time changes when a file goes away.
 SOURCES := $(shell find $(FOLDERS) docs/. -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test test-aarch64 lint types docs bench clean
 .NOTPARALLEL:
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
 
 demo: .venv/.installed ## export the embedded model to build/demo and prove the result
 	$(BIN)/tapeout export cpu arithmetic --scheme int4-g32 --out build/demo --force
 
 test: lint types ## everything that CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-aarch64: .venv/.dev .venv/.installed ## GGUF's check.cpp, built for 64-bit Arm and run under qemu
+	$(BIN)/python scripts/llama_cpp.py aarch64
+	$(BIN)/pytest tests/targets/test_checks_aarch64.py
 
 lint: .venv/.dev .venv/.installed ## style, format and the import rules
 	$(BIN)/ruff check .

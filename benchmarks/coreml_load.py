@@ -4,7 +4,7 @@
 
 The theory is ``Scheme.bits_per_weight`` for every quantized tensor and 32 bits for what the graph takes as float32; what the file has
 beyond it are 64 bytes a blob, and constants such as the table of rotations. Both functions share the one weight file. The program is read
-with coremltools' protobuf; what Core ML makes of it when an app loads it can only be measured on a Mac (artifact/mac_verify.py).
+with coremltools' protobuf; what Core ML makes of it when an app loads it can only be measured on a Mac (check.py of the package).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Install the llama-cpp-python that constraints.txt pins into this interpreter's environment.
 
 Its own build takes minutes, most of them for tools that tapeout never calls. Here the wheel is made from the vendored
-llama.cpp alone and kept in ~/.cache/tapeout/llama-cpp, one for each version and CPU.
+llama.cpp alone and kept in ~/.cache/tapeout/llama-cpp, one for each version and CPU; llama.cpp's headers are kept beside it.
+
+With the argument aarch64 it builds static libraries for 64-bit Arm instead, with Debian's cross compiler: what check.cpp is tested with.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -31,6 +34,18 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 takes the writes of ggml's AMX tile configuration for dead: its _tile_loadconfig names only the first 8 of 64 bytes as
     # read (llama.cpp's pull request 26954). What then runs crashes. With AMX a 1.1B in Q4_0 decodes more than twice as fast.
     SETTINGS += ["cmake.define.CMAKE_CXX_FLAGS=-fno-dse -fno-tree-dse"]
+AARCH64 = {
+    "CMAKE_SYSTEM_NAME": "Linux",
+    "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    "CMAKE_C_COMPILER": "aarch64-linux-gnu-gcc",
+    "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "OFF",
+    "GGML_NATIVE": "OFF",
+    "GGML_OPENMP": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+} | {f"LLAMA_BUILD_{part}": "OFF" for part in PARTS_OFF}
+CROSS_TOOLS = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "cmake", "ninja")
 CPU_FACTS = r"^(?:vendor_id|cpu family|model|flags|Features|isa|CPU (?:implementer|architecture|part))\s*:.*"
 LOADS = "import sys, llama_cpp as l; l.llama_backend_init(); sys.exit(l.__version__ != sys.argv[1])"
 
@@ -47,13 +62,16 @@ def loads(version: str) -> bool:
     return not subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
 
 
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tapeout" / "llama-cpp"
+
+
 def cache_entry(version: str) -> Path:
     """Native code runs on the CPU and the libc that it was built for, so both are part of the name."""
     facts = [sys.platform, platform.machine(), platform.processor(), *platform.libc_ver(), *SETTINGS]
     if (cpuinfo := Path("/proc/cpuinfo")).exists():  # a set, since one machine's cores may differ
         facts += sorted(set(re.findall(CPU_FACTS, cpuinfo.read_text(), re.MULTILINE)))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tapeout" / "llama-cpp"
-    return cache / f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    return cache() / f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
 def build(version: str, entry: Path) -> None:
@@ -74,9 +92,77 @@ def build(version: str, entry: Path) -> None:
             new.rename(entry)
 
 
+def sources(version: str, into: Path) -> Path:
+    """llama.cpp as llama-cpp-python's source package has it."""
+    run(
+        *PIP,
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary=llama-cpp-python",
+        "-d",
+        into,
+        f"llama-cpp-python=={version}",
+    )
+    (archive,) = into.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        wanted = [each for each in opened if "/vendor/llama.cpp/" in each.name]
+        opened.extractall(into, wanted, filter="data")
+    return into / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
+
+
+def keep_headers(version: str) -> None:
+    """llama.h and what it includes, which no wheel holds."""
+    entry = cache() / f"headers-{version}"
+    if entry.exists():
+        return
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}-") as scratch:
+        tree, new = sources(version, Path(scratch)), Path(scratch, "new")
+        for folder in ("include", "ggml/include"):
+            shutil.copytree(tree / folder, new, dirs_exist_ok=True)
+        if not entry.exists():
+            new.rename(entry)
+
+
+def build_aarch64(version: str) -> None:
+    """Static libraries and headers in one folder; minutes, once for each version."""
+    if absent := [tool for tool in CROSS_TOOLS if not shutil.which(tool)]:
+        sys.exit(
+            f"{', '.join(absent)} is not here: apt-get install g++-aarch64-linux-gnu cmake ninja-build, then run this again."
+        )
+    digest = hashlib.sha256(repr(AARCH64).encode()).hexdigest()[:16]
+    entry = cache() / f"aarch64-{version}-{digest}"
+    if entry.exists():
+        return
+    print(f"building llama.cpp for aarch64, once on this machine, into {entry} ...", flush=True)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}-") as scratch:
+        tree, made, new = sources(version, Path(scratch)), Path(scratch, "made"), Path(scratch, "new")
+        settings = [f"-D{name}={value}" for name, value in AARCH64.items()]
+        if launcher := shutil.which("ccache"):
+            settings += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher}" for language in ("C", "CXX")]
+        run("cmake", "-G", "Ninja", "-S", tree, "-B", made, *settings)
+        run("ninja", "-C", made, "llama")
+        for folder in ("include", "ggml/include"):
+            shutil.copytree(tree / folder, new, dirs_exist_ok=True)
+        for library in made.rglob("lib*.a"):
+            shutil.copy(library, new)
+        if not entry.exists():
+            new.rename(entry)
+
+
 def main() -> None:
     pin = re.search(r"^llama-cpp-python==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
     version = pin[1] if pin else sys.exit(f"{CONSTRAINTS} has no line llama-cpp-python==VERSION")
+    if sys.argv[1:] == ["aarch64"]:
+        build_aarch64(version)
+        return
+    install(version)
+    keep_headers(version)
+
+
+def install(version: str) -> None:
     if loads(version):
         return
     entry = cache_entry(version)

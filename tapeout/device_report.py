@@ -1,7 +1,7 @@
 """What a device found of a package, and how it is put into the package's report.
 
-A script that a package brings along (``artifact/mac_verify.py`` of target apple) writes ``device_report.json`` on the device, where
-there is no tapeout. This is the one place that says what stands in it, whatever the target.
+The script that a package brings along (``check.py``, and ``check.cpp`` of GGUF) writes ``device_report.json`` on the device, where there is
+no tapeout. This is the one place that says what stands in it, whatever the target.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from tapeout.pack import Package
 from tapeout.validate.report import GateResult, Report, Status
 
 FORMAT_VERSION = 1
+FILES = "files"
+"""The unit whose gates look at the package and run nothing."""
 
 # Artifacts whose session is emulated have a note with these words; it is not true any more once a device has run them.
 _NOT_RUN = re.compile(r"\bnot run on .+ hardware\b")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")]
 """Of a unit or a gate: a part of ``device/<unit>/<gate>``."""
-Seconds = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
+Words = Annotated[str, StringConstraints(max_length=4000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+"""What a terminal and a page can show: a report comes from elsewhere."""
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Part(BaseModel):
@@ -38,15 +42,17 @@ class DeviceGate(_Part):
 
     name: Name
     status: Status
-    metric: str
+    metric: Words
     value: float | None
     limit: float | None
-    reason: str
+    reason: Words
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.status == "passed" and (self.value is None or self.limit is None):
             raise ValueError("a gate that passed has a value and a limit")
+        if self.status == "passed" and not self.value <= self.limit:  # type: ignore[operator]
+            raise ValueError(f"it says passed, and {self.value:g} is above its limit of {self.limit:g}")
         if self.status != "passed" and not self.reason:
             raise ValueError("a gate that did not pass says why")
         return self
@@ -114,9 +120,9 @@ class Device(_Part):
         chip: (``Apple M2 Max``).
     """
 
-    machine: str
-    system: str
-    chip: str
+    machine: Words
+    system: Words
+    chip: Words
     memory_bytes: Count | None
 
 
@@ -132,8 +138,8 @@ class DeviceReport(_Part):
     format_version: Literal[1]
     root_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     device: Device
-    runtime: str
-    units: Annotated[dict[Name, Unit], Field(min_length=1)]
+    runtime: Words
+    units: Annotated[dict[Name, Unit], Field(min_length=1, max_length=64)]
 
     @classmethod
     def read(cls, path: Path, package: Package) -> DeviceReport:
@@ -143,12 +149,21 @@ class DeviceReport(_Part):
             PackageError: it is none, was cut short or edited, is of a newer format, or of another package.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            version = int(raw["format_version"])
+            data = path.read_bytes()
         except OSError as error:
             raise PackageError(f"the device report {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise PackageError(f"{path} is not a device report: {error!r}.") from error
+        return cls.parse(data, str(path), package)
+
+    @classmethod
+    def parse(cls, data: bytes, path: str, package: Package) -> DeviceReport:
+        """The same of its bytes; ``path`` is what errors call it."""
+        try:
+            raw = json.loads(data.decode("utf-8"))
+            version = int(raw["format_version"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise PackageError(
+                f"{path} is not a device report: {error!r}. It was cut short, or is of something else: run the script on the device again."
+            ) from error
         if version > FORMAT_VERSION:
             raise PackageError(
                 f"{path} has format_version {version}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
@@ -180,9 +195,13 @@ class DeviceReport(_Part):
     def merged(self, report: Report) -> Report:
         """A package's report with what the device found: gates, throughput by unit, and a note of where it ran."""
         ran = [
-            name for name, unit in self.units.items() if any(gate.status == "passed" for gate in unit.gates)
+            name
+            for name, unit in self.units.items()
+            if name != FILES and any(gate.status == "passed" for gate in unit.gates)
         ]
-        notes = [note for note in report.notes if not (ran and _NOT_RUN.search(note))]
+        # A processor may run what is for a GPU, or its twin, which says nothing of that.
+        there = any(name != "cpu" for name in ran)
+        notes = [note for note in report.notes if not (there and _NOT_RUN.search(note))]
         where = f"{self.device.chip}, {self.device.system}"
         note = f"run on {where} ({', '.join(ran)})" if ran else f"nothing of it ran on {where}"
         facts: dict[str, Any] = {**self.device.model_dump(), "runtime": self.runtime}

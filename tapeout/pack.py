@@ -25,7 +25,7 @@ from tapeout.files import canonical_json, file_sha256
 from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, Seq2SeqConfig, TracedConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized
-from tapeout.targets import Memory, Target
+from tapeout.targets import Memory, Target, checks
 from tapeout.validate.modules import Samples
 from tapeout.validate.report import Report
 from tapeout.validate.session import KV_BITS
@@ -250,6 +250,8 @@ def pack(
         shutil.copyfile(file, directory / "tokenizer" / file.name)
     if model.chat_template:
         (directory / "tokenizer" / "chat_template.jinja").write_text(model.chat_template, encoding="utf-8")
+    for name, text in checks.files_of(target).items():
+        (directory / name).write_text(text, encoding="utf-8")
     facts = {**_facts(artifact, quant, target), "recipe": recipe}
     (directory / "README.md").write_text(_card(artifact, facts, model, target), encoding="utf-8")
     manifest = {**facts, "files": _digests(directory)}
@@ -342,7 +344,13 @@ def _root(manifest: Mapping[str, Any]) -> str:
 
 
 def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Target) -> str:
-    return _template().render(facts=facts, model=model, how=target.card(artifact), notes=artifact.notes)
+    return _template().render(
+        facts=facts,
+        model=model,
+        how=target.card(artifact),
+        notes=artifact.notes,
+        checks=tuple(checks.files_of(target)),
+    )
 
 
 @cache

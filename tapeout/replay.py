@@ -53,7 +53,7 @@ def revalidate(
     *,
     calibration: Path | None = None,
     required: frozenset[str] = frozenset(),
-    device_report: Path | None = None,
+    device_report: Path | DeviceReport | None = None,
     speed: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -75,7 +75,7 @@ def revalidate(
         TapeoutError: one of its kinds.
     """
     package = Package.open(directory)
-    told = DeviceReport.read(device_report, package) if device_report else None
+    told = DeviceReport.read(device_report, package) if isinstance(device_report, Path) else device_report
     if source is None:
         found = _without_model(package, demanded(package, recipe, speed), required)
     else:

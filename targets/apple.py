@@ -4,7 +4,6 @@
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -20,10 +19,9 @@ from tapeout.validate.session import Arithmetic, KvCache, Lowering, SessionSpec
 
 _OPEN = "tapeout.targets.coreml:open_session"
 _TRACED = "tapeout.targets.coreml:open_traced"
-_VERIFY = "mac_verify.py"
 
 _EMULATED = (
-    "checked by the interpreter; not run on Apple hardware (artifact/mac_verify.py on a Mac runs it there, and "
+    "checked by the interpreter; not run on Apple hardware (check.py on a Mac runs it there, and "
     "tapeout validate --device-report puts what it found beside the gates)"
 )
 _CODES_DERIVATION = (
@@ -42,14 +40,7 @@ _SWIFT_UNITS = {
     "cpu-and-ne": "cpuAndNeuralEngine",
     "cpu-only": "cpuOnly",
 }
-_CARD = """On a Mac, check the package on every compute unit (coremltools and numpy are all that it takes):
-
-```
-pip install coremltools numpy
-python artifact/mac_verify.py
-```
-
-In an app, add `artifact/{package}` to the Xcode project, or compile it beforehand:
+_CARD = """In an app, add `artifact/{package}` to the Xcode project, or compile it beforehand:
 
 ```
 xcrun coremlcompiler compile artifact/{package} .
@@ -103,7 +94,7 @@ _EXPECTED = """
 
 An estimate, measured on no Mac: a token reads {size} of weights, and tokens a second are a fraction of the memory bandwidth that Apple
 publishes over that. The lower number is the fraction that Apple reached with Core ML (Llama 3.1 8B, int4, 33 tokens/s on an M1 Max), the upper
-one what well-tuned kernels for these GPUs reach; contexts are short. `mac_verify.py` measures it.
+one what well-tuned kernels for these GPUs reach; contexts are short. `check.py` measures it.
 
 {table}"""
 _CUT_CARD = """The model is cut into {parts} packages, `model_1_of_{parts}.mlpackage` and so on, which are called in turn: what one gives as `nextHiddenStates` the
@@ -192,6 +183,7 @@ class Apple:
     default_scheme: ClassVar[str] = "int4-g32"
     arithmetic: ClassVar[Arithmetic] = "float32"
     cache: ClassVar[KvCache] = "kv-f16"
+    checks: ClassVar[tuple[str, ...]] = ("coreml.py",)
 
     def __post_init__(self) -> None:
         """TapeoutError for a number that is none."""
@@ -228,14 +220,12 @@ class Apple:
         return "coremltools is not installed: pip install 'tapeout[apple]', or tapeout env create apple."
 
     def export(self, quant: Quantized, out: Path, progress: Progress | None = None) -> Artifact:
-        """Write ``model.mlpackage``, the tokenizer's files, and the script that checks them on a Mac."""
+        """Write ``model.mlpackage`` and the tokenizer's files."""
         options = coreml.Options(
             self.sequence_length, self.batch_size, self.prefill_chunk, self.opset, chunks=self.chunks
         )
         artifact = coreml.write(quant, out, options, progress=progress)
-        script = files("tapeout.targets") / "data" / _VERIFY
-        (out / _VERIFY).write_bytes(script.read_bytes())
-        return replace(artifact, files=(*artifact.files, _VERIFY), notes=(*artifact.notes, _EMULATED))
+        return replace(artifact, notes=(*artifact.notes, _EMULATED))
 
     def session(self, artifact: Artifact) -> SessionSpec:
         """Core ML on a Mac, and elsewhere the interpreter in float16."""

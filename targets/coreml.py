@@ -291,9 +291,7 @@ def open_session(
         engine = Native(paths, programs, units)
         runtime, device = f"Core ML, macOS {platform.mac_ver()[0]}", f"{platform.machine()}, {units}"
     else:
-        raise MissingToolchain(
-            "Core ML is on macOS only: run artifact/mac_verify.py of the package on a Mac."
-        )
+        raise MissingToolchain("Core ML is on macOS only: run check.py of the package on a Mac.")
     resident = max(0, psutil.Process().memory_info().rss - before)
     facts = Facts(runtime, device, perf_counter() - begin, resident, said["context"], emulated=units is None)
     kind = CoremlEncoder if "main" in programs[0].functions else CoremlDecoder

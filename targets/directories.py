@@ -46,6 +46,7 @@ class CompressedTensors:
     cache: ClassVar[KvCache] = "kv-f16"
     needs: ClassVar[str] = "ROCm, with vLLM or transformers"
     flags: ClassVar[tuple[str, ...]] = ("max_shard_size",)
+    checks: ClassVar[tuple[str, ...]] = ("served.py", "transformers.py", "compressed_tensors.py")
 
     @classmethod
     def carries(cls, scheme: Scheme) -> Carry:
@@ -129,6 +130,7 @@ class Bitsandbytes(CompressedTensors):
 
     form: ClassVar[huggingface.Format] = "bitsandbytes"
     default_scheme: ClassVar[str] = "nf4"
+    checks: ClassVar[tuple[str, ...]] = ("transformers.py",)
 
     @classmethod
     def card(cls, device: Rocm, artifact: Artifact) -> str:

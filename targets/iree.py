@@ -99,6 +99,7 @@ class Iree:
     cache: ClassVar[KvCache] = "kv-f32"
     needs: ClassVar[str] = "iree-base-runtime 3.13 and ROCm's HIP library"
     flags: ClassVar[tuple[str, ...]] = ("arch", "context", "prefill_chunk")
+    checks: ClassVar[tuple[str, ...]] = ("iree.py",)
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:

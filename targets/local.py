@@ -107,6 +107,11 @@ class Local:
         """The format's runtime."""
         return self._road.needs
 
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Of the script that checks a package on the device, and of llama.cpp's program besides."""
+        return ("onnx.py",) if self.format == "onnx" else ("gguf.py", "check.cpp")
+
     def carries(self, scheme: Scheme) -> Carry:
         """As the format's containers carry it."""
         return onnx.carries(scheme) if self.format == "onnx" else gguf.carries(scheme)

@@ -26,6 +26,7 @@ class MiGraphX(onnx_typed.TypedGraph):
     dialect: ClassVar[onnx.Dialect] = "migraphx"
     needs: ClassVar[str] = "ROCm 7 with MIGraphX, or onnxruntime-migraphx"
     flags: ClassVar[tuple[str, ...]] = ("context", "prefill_chunk")
+    checks: ClassVar[tuple[str, ...]] = ("onnx.py", "migraphx.py")
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:

@@ -57,6 +57,7 @@ class ModelOpt:
     cache: ClassVar[KvCache] = "kv-f16"
     needs: ClassVar[str] = "an NVIDIA GPU, with TensorRT-LLM, vLLM or SGLang"
     flags: ClassVar[tuple[str, ...]] = ("max_shard_size", "kv_cache")
+    checks: ClassVar[tuple[str, ...]] = ("served.py",)
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:

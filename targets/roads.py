@@ -24,6 +24,7 @@ class Road(Protocol):
         default_scheme: what a model is quantized as where nobody says.
         cache: what keys and values are kept in where nobody says.
         flags: the target's fields, besides ``format``, that the format knows; others are refused.
+        checks: see ``tapeout.targets.checks``.
     """
 
     default_scheme: ClassVar[str]
@@ -31,6 +32,7 @@ class Road(Protocol):
     cache: ClassVar[KvCache]
     needs: ClassVar[str]
     flags: ClassVar[tuple[str, ...]]
+    checks: ClassVar[tuple[str, ...]]
 
     @classmethod
     def carries(cls, scheme: Scheme) -> Carry: ...
@@ -112,6 +114,11 @@ class Roads:
     def needs(self) -> str:
         """The format's runtime."""
         return self._road.needs
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Of the script that checks a package on the device."""
+        return self._road.checks
 
     def carries(self, scheme: Scheme) -> Carry:
         """As the format holds it, and its loaders take it."""

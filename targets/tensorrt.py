@@ -42,6 +42,7 @@ class OnnxTrt(onnx_typed.TypedGraph):
         "builder_level",
         "timing_cache",
     )
+    checks: ClassVar[tuple[str, ...]] = ("onnx.py", "tensorrt.py")
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:

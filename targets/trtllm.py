@@ -75,6 +75,7 @@ class Trtllm:
         "max_input_len",
         "max_seq_len",
     )
+    checks: ClassVar[tuple[str, ...]] = ("trtllm.py",)
 
     @staticmethod
     def carries(scheme: Scheme) -> Carry:

@@ -40,11 +40,12 @@ def validate(
     calibration: Path | None = None,
     require: Annotated[list[str] | None, Many] = None,
     device_report: Path | None = None,
+    on: str | None = None,
     report: Path | None = None,
     speed: AllDemands = None,
     json: Json = False,
 ) -> int:
-    """Run the gates of a package again, on this machine.
+    """Run the gates of a package again, on this machine; with --on a device's besides.
 
     Without its model, the gates that need it are skipped; the golden logits are compared all the same.
 
@@ -57,21 +58,30 @@ def validate(
         calibration: The text that its rounding looked at, when that was one of your own.
         require: A gate that must run: skipped counts as failed. May be given several times.
         device_report: What the package's own script found on a device (device_report.json): its gates and figures become part of the report.
+        on: A device, ssh://[user@]host[:port][/directory]: the package is copied there, its check.py run, and the report brought back.
         report: A directory to write report.json, report.html, report.md and report.xml to.
         json: Print the report to stdout.
     """
     from tapeout.pack import Package
     from tapeout.replay import revalidate
+    from tapeout.ssh import Address, checked
 
-    where_it_runs(Package.open(package).manifest["target"]["name"])
+    if on and device_report:
+        raise TapeoutError(
+            "--on brings a device report, and --device-report gives one: leave one of them out."
+        )
+    address = Address.parse(on) if on else None
+    opened = Package.open(package)
+    where_it_runs(opened.manifest["target"]["name"])
     with progress_bars() as progress:
+        told = checked(opened, address, progress) if address else device_report
         found = revalidate(
             package,
             model,
             Recipe.read(recipe) if recipe else None,
             calibration=calibration,
             required=frozenset(require or ()),
-            device_report=device_report,
+            device_report=told,
             speed=demands(speed),
             progress=progress,
         )

@@ -98,7 +98,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_layout(made: Made) -> None:
     files = contents(made.root).keys()
-    assert {name for name in files if "/" not in name} == {"tapeout.json", "README.md"} | BESIDE
+    assert {name for name in files if "/" not in name} == {"tapeout.json", "README.md", "check.py"} | BESIDE
     assert {name.split("/")[0] for name in files if "/" in name} == {"artifact", "tokenizer"}
     assert {name for name in files if name.startswith("tokenizer/")} == {
         "tokenizer/chat_template.jinja",

@@ -520,7 +520,7 @@ def test_what_core_ml_refuses(make: Make, mac: Callable[[], None], monkeypatch: 
 def test_core_ml_is_on_macos_only(make: Make) -> None:
     made = make()
     assert made.target.session(made.artifact).arguments["units"] is None
-    with pytest.raises(MissingToolchain, match="Core ML is on macOS only: run artifact/mac_verify"):
+    with pytest.raises(MissingToolchain, match=r"Core ML is on macOS only: run check\.py of the package"):
         made.open(units="all")
 
 
