@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 ROUNDINGS = ("rtn", "hqq", "gptq", "awq", "smoothquant")
+FAR_TENSORS = 16
+"""Tensors that are on their way to other processes, and back, at once: each is held in memory whole there and here."""
 _WITH_DATA = ("gptq", "awq", "smoothquant")
 NONE = SCHEMES["none"]
 Progress = Callable[[str, int, int], None]
@@ -114,6 +116,7 @@ def quantize(
     force: bool = False,
     threads: int | None = None,
     device: str | None = None,
+    far: Executor | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a model into a store, or find the store that an earlier run made of the same weights and recipe.
@@ -132,6 +135,8 @@ def quantize(
         force: replace the store at ``out``.
         threads: default: as many as this process has cores.
         device: of torch, for what calibration computes; None: a GPU where there is one. It decides bits, and so the store's name.
+        far: rounds tensors in other processes, on this machine or others that see the checkpoint; what it is given can be pickled. The
+            bytes do not depend on it.
         progress: told how many weights are done.
 
     Raises:
@@ -173,14 +178,14 @@ def quantize(
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, plan, recipe, tokens, pool, progress, device)
+                _fill(partial, model, plan, recipe, tokens, pool, progress, device, far)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
                 return open_store(directory, model, pool)
-            _fill(directory, model, plan, recipe, tokens, pool, progress, device)
+            _fill(directory, model, plan, recipe, tokens, pool, progress, device, far)
         return open_store(directory, model)
 
 
@@ -266,6 +271,7 @@ def _fill(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     device: str | None,
+    far: Executor | None,
 ) -> None:
     """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
@@ -273,18 +279,27 @@ def _fill(
     if plan.foreign is not None:
         found = plan.foreign.write(directory, pool, progress)
     elif tokens is None:
-        found = _plain(directory, model, plan.schemes, simple, pool, progress)
+        found = _plain(directory, model, plan.schemes, simple, pool, progress, far=far)
     elif isinstance(model.config, EncoderConfig):
         from tapeout.quantize.ranges import input_scales
 
         static = [name for name, each in plan.schemes.items() if each.activations == "int8-static"]
         scales = input_scales(model, tokens, static, pool, progress)
-        found = _plain(directory, model, plan.schemes, simple, pool, progress, scales)
+        found = _plain(directory, model, plan.schemes, simple, pool, progress, scales, far)
     else:
         from tapeout.quantize.calibrated import Calibrated
 
         found = Calibrated(
-            model, plan.schemes, plan.rounding, tokens, directory, pool, simple, progress, device or "cpu"
+            model,
+            plan.schemes,
+            plan.rounding,
+            tokens,
+            directory,
+            pool,
+            simple,
+            progress,
+            device or "cpu",
+            far,
         ).run()
     index = {
         **recipe,
@@ -305,6 +320,7 @@ def _plain(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     input_scales: Mapping[str, np.float32] = MappingProxyType({}),
+    far: Executor | None = None,
 ) -> store.Findings:
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
@@ -326,7 +342,7 @@ def _plain(
                 scale = input_scales.get(name)
                 alike = [each for each in together.get(name, ()) if schemes[each] == schemes[name]]
                 most = max(map(largest, alike)) if alike else None
-                store.write_tensor(directory, source, schemes[name], pool, simple, scale, most)
+                store.write_tensor(directory, source, schemes[name], pool, simple, scale, most, far)
                 return store.written(directory, name)
             except ScaleOverflow:
                 found.fallbacks[name] = (
@@ -335,8 +351,8 @@ def _plain(
         store.check_finite(source, pool)
         return None
 
-    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool.
-    with ThreadPoolExecutor(2) as feeders:
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool, or far away.
+    with ThreadPoolExecutor(2 if far is None else FAR_TENSORS) as feeders:
         try:
             for name, entry in zip(schemes, feeders.map(tensor, schemes), strict=True):
                 if entry is not None:
