@@ -13,7 +13,8 @@ def matrix(
     recipe: Path,
     *,
     out: Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    ray: str | None = None,
     only: Annotated[list[str] | None, Many] = None,
     cache: str | None = None,
     memory: str | None = None,
@@ -30,7 +31,8 @@ def matrix(
     Args:
         recipe: The matrix file.
         out: Where packages, logs and pages go. Default: the file's name without its ending, here.
-        jobs: Cells at once; never more than memory holds.
+        jobs: Cells at once; never more than memory holds. Default: 1, of a Ray cluster one a machine.
+        ray: Do the work on the machines of the Ray cluster at this address (auto, HOST:PORT).
         only: Cells whose names this glob matches. May be given several times.
         cache: Where finished work is shared among machines: a directory, or what fsspec opens (s3://bucket/path).
         memory: What all cells may take together (8G). Default: what is free.
@@ -46,7 +48,8 @@ def matrix(
             recipe,
             place,
             watcher=watcher,
-            jobs=jobs,
+            jobs=jobs or 0,
+            ray=ray,
             only=tuple(only or ()),
             cache=cache,
             fail_fast=fail_fast,

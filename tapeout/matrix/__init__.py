@@ -10,7 +10,7 @@ OUT/matrix.json      the same for programs
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,16 +112,16 @@ def run(
     memory: int | None = None,
     fail_fast: bool = False,
     force: bool = False,
-    executor: Callable[[int, int], Executor] = Processes,
+    ray: str | None = None,
 ) -> dict[str, Outcome]:
     """Make and prove every cell of a matrix file that does not stand already.
 
     Args:
         path: the matrix file. out: the directory of packages, outcomes and pages.
-        jobs: tasks at once. memory: bytes that they may take together; None: what this machine has free.
+        jobs: tasks at once; 0: one. memory: bytes that they may take together; None: what this machine has free.
         only: globs of cells' names. cache: a shared storage; see ``shared``.
         fail_fast: stop at the first cell that does not pass. force: make again what stands.
-        executor: called with ``jobs`` and the file descriptor of the output's lease; gives who does the tasks.
+        ray: address of a Ray cluster whose machines do the tasks; ``jobs`` 0: as many as there are machines.
 
     Returns:
         An outcome of every cell, in the file's order.
@@ -135,7 +135,7 @@ def run(
         every = planned(matrix, out, only=only, cache=cache)
         if force:
             every = [replace(each, done=None) for each in every]
-        outcomes = {each.cell.name: known for each in every if (known := _known(each))}
+        outcomes = {each.cell.name: known for each in every if (known := _known(each, here=ray is None))}
         left = [each for each in every if each.cell.name not in outcomes]
         _check_disk(out, left)
         states = States(out)
@@ -147,23 +147,44 @@ def run(
                 outcomes[task.name] = outcome
                 states.write(outcome)
 
+        tasks = _tasks(left, cache)
+        executor, at_once, room = _machines(ray, jobs, lease, out, cache, tasks, memory)
         schedule(
-            _tasks(left, cache),
-            executor(jobs, lease),
+            tasks,
+            executor,
             watcher,
-            jobs=jobs,
-            room=Room.here(memory),
+            jobs=at_once,
+            room=room,
             fail_fast=fail_fast,
             keep=keep,
         )
         return {each.cell.name: outcomes[each.cell.name] for each in every}
 
 
-def _known(each: Planned) -> Outcome | None:
-    """What came of a cell, or can be told without making it."""
+def _machines(
+    ray: str | None,
+    jobs: int,
+    lease: int,
+    out: Path,
+    cache: str | None,
+    tasks: Sequence[Task],
+    memory: int | None,
+) -> tuple[Executor, int, Room | None]:
+    """Who does the tasks, how many at once, and the memory that there is; None: Ray lends it out."""
+    if ray is None:
+        return Processes(max(1, jobs), lease), max(1, jobs), Room.here(memory)
+    from tapeout.matrix.cluster import Cluster
+
+    models = {task.model: load(task.model) for task in tasks if task.kind == "codes"}
+    cluster = Cluster(ray, out, cache=cache, models=models, jobs=jobs)
+    return cluster, cluster.jobs, None
+
+
+def _known(each: Planned, *, here: bool) -> Outcome | None:
+    """What came of a cell, or can be told without making it; a toolchain that is missing here may be on another machine."""
     if each.done:
         return each.done
-    if each.forecast.skipped:
+    if each.forecast.skipped and (here or not each.task.inputs):
         return Outcome(each.cell.name, "skipped", each.forecast.skipped, each.task.inputs)
     if each.forecast.refused:
         return Outcome(each.cell.name, "refused", each.forecast.refused, each.task.inputs)

@@ -8,6 +8,7 @@ shared storage (``--cache``), from which they are fetched.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import secrets
@@ -18,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tapeout import __version__
@@ -26,6 +28,7 @@ from tapeout.files import cache_directory
 from tapeout.matrix import node
 from tapeout.matrix.shared import Storage
 from tapeout.matrix.tasks import Outcome, Task, Told
+from tapeout.models import Model
 
 LABELS: Mapping[str, tuple[str, ...]] = {
     "apple": ("macos",),
@@ -33,6 +36,9 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "rocm": ("amd", "GPU"),
 }
 """Resources that a target's machine has, the closest first: names of one's own (``ray start --resources '{"macos": 1}'``), or Ray's GPU."""
+
+SPREAD_BYTES = 1 << 30
+"""Of a checkpoint: the tensors of a smaller one are rounded sooner than other machines' processes have begun."""
 
 _UP_S = 60.0  # that connecting may take
 
@@ -43,6 +49,7 @@ class Request:
 
     task: Task
     environment: Mapping[str, str]
+    directory: str
     cores: int
     here: bool
     resources: Mapping[str, float]
@@ -68,7 +75,7 @@ class Cluster:
     """Does tasks on the machines of a Ray cluster.
 
     Args:
-        address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``. out: the matrix's output. models: directories of its models.
+        address: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``. out: the matrix's output. models: by what tasks call them.
         cache: the shared storage. jobs: tasks at once; 0: as many as there are machines.
 
     Raises:
@@ -77,7 +84,13 @@ class Cluster:
     """
 
     def __init__(
-        self, address: str, out: Path, *, cache: str | None = None, models: Sequence[str] = (), jobs: int = 0
+        self,
+        address: str,
+        out: Path,
+        *,
+        cache: str | None = None,
+        models: Mapping[str, Model] = MappingProxyType({}),
+        jobs: int = 0,
     ) -> None:
         try:
             import ray  # noqa: F401
@@ -96,8 +109,9 @@ class Cluster:
         try:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            paths = [str(token), str(seen), *models]
-            self._driver = context.Process(target=_drive, args=(theirs, address, paths), daemon=True)
+            paths = [str(token), str(seen), *(str(model.directory) for model in models.values())]
+            log = str(out / "logs" / "ray.log")
+            self._driver = context.Process(target=_drive, args=(theirs, address, paths, log), daemon=True)
             self._driver.start()
             theirs.close()
             self.machines = self._connected()
@@ -106,8 +120,7 @@ class Cluster:
             seen.unlink()
         self._here = self._all_see(str(token))
         self._environment = {"TAPEOUT_CACHE": str(stores)} if self._all_see(str(seen)) else {}
-        if models and all(map(self._all_see, models)) and len(self.machines.sights) > 1:
-            self._environment[node.RAY] = address
+        self._spread = {name for name, model in models.items() if self._is_worth_spreading(model)}
         if not self._here and cache is None:
             self.stop()
             raise TapeoutError(
@@ -150,29 +163,32 @@ class Cluster:
 
     def stop(self) -> None:
         """End every task, and let the cluster go."""
-        with self._guard:
-            try:
-                self._pipe.send(None)
-            except OSError:
-                pass  # it has ended
+        with self._guard, contextlib.suppress(OSError):  # it has ended
+            self._pipe.send(None)
         self._driver.join(10)
         if self._driver.is_alive():
             self._driver.kill()
 
     def _request(self, task: Task) -> Request:
         """A task with what it needs of a machine. Tensors are tasks too: codes hold no core while they wait for them."""
-        spreads = task.kind == "codes" and node.RAY in self._environment
-        wanted = next((label for label in LABELS.get(task.target, ()) if label in self.machines.resources), None)
-        environment = {key: each for key, each in self._environment.items() if spreads or key != node.RAY}
+        spreads = task.kind == "codes" and task.model in self._spread
+        wanted = next(
+            (label for label in LABELS.get(task.target, ()) if label in self.machines.resources), None
+        )
+        environment = {**self._environment, **({node.RAY: self._address} if spreads else {})}
         cores = max(1, min(self.machines.cores, int(self.machines.resources.get("CPU", 1)) // self.jobs))
         resources = {"CPU": 0.0 if spreads else float(cores), **({wanted: 1.0} if wanted else {})}
-        return Request(task, environment, cores, self._here, resources, task.memory_bytes)
+        return Request(task, environment, str(Path.cwd()), cores, self._here, resources, task.memory_bytes)
 
     def _connected(self) -> Machines:
         """Wait for the process that talks to Ray."""
         said: Any = None
         try:
-            said = self._pipe.recv() if self._pipe.poll(_UP_S) else f"it did not answer within {_UP_S:.0f} seconds"
+            said = (
+                self._pipe.recv()
+                if self._pipe.poll(_UP_S)
+                else f"it did not answer within {_UP_S:.0f} seconds"
+            )
         except EOFError:
             said = "what talks to it ended"
         if isinstance(said, Machines):
@@ -182,6 +198,11 @@ class Cluster:
             said = f"machines have tapeout {', '.join(sorted(others))}, and this one has {__version__}: install one version on all"
         self._driver.kill()
         raise TapeoutError(f"the Ray cluster at {self._address} cannot be used: {said}.")
+
+    def _is_worth_spreading(self, model: Model) -> bool:
+        """Whether its tensors are rounded by all machines: there are several, they see it, and it is large."""
+        size = sum(tensor.nbytes for tensor in model.checkpoint.values())
+        return len(self.machines.sights) > 1 and size >= SPREAD_BYTES and self._all_see(str(model.directory))
 
     def _all_see(self, path: str) -> bool:
         return all(path in sight.paths for sight in self.machines.sights)
@@ -209,26 +230,42 @@ class Cluster:
         )
 
 
-def _drive(pipe: Connection, address: str, paths: list[str]) -> None:
-    """Talk to Ray for the process at the other end of ``pipe``: requests in, (name, outcome, log) out; None ends it."""
+def _machines(paths: list[str]) -> Machines:
+    """Ask every machine of the cluster; one that dies meanwhile is left out."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    found: list[tuple[dict[str, float], node.Sight]] = []
+    asked = []
+    for each in [each for each in ray.nodes() if each["Alive"]]:
+        there = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
+        call = ray.remote(num_cpus=0, scheduling_strategy=there)(node.look)
+        asked.append((each["Resources"], call.remote(paths)))
+    for resources, reference in asked:
+        with contextlib.suppress(RayError):
+            found.append((resources, ray.get(reference, timeout=_UP_S)))
+    if not found:
+        raise ValueError("none of its machines answers")
+    memory = max(int(resources.get("memory", 0)) for resources, _ in found)
+    cores = min(int(resources.get("CPU", 0)) for resources, _ in found) or 1
+    return Machines(ray.cluster_resources(), memory, cores, [sight for _, sight in found])
+
+
+def _drive(pipe: Connection, address: str, paths: list[str], log: str) -> None:
+    """Talk to Ray for the process at the other end of ``pipe``: requests in, (name, outcome, log) out; None ends it."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):  # what Ray has to tell of its machines
+        os.dup2(handle, stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which says what is to happen
+    import ray
+    from ray.exceptions import RayError
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address, logging_level="ERROR", log_to_driver=False)
-        alive = [each for each in ray.nodes() if each["Alive"]]
-        looks = [
-            ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(each["NodeID"], soft=False))(
-                node.look
-            ).remote(paths)
-            for each in alive
-        ]
-        memory = max(int(each["Resources"].get("memory", 0)) for each in alive)
-        cores = min(int(each["Resources"].get("CPU", 0)) for each in alive) or 1
-        pipe.send(Machines(ray.cluster_resources(), memory, cores, ray.get(looks, timeout=_UP_S)))
+        node.connect(address)
+        pipe.send(_machines(paths))
     except Exception as error:  # whatever Ray has: told, and nothing else can be done
         pipe.send(" ".join(str(error).split())[:400].rstrip("."))
         return
@@ -241,7 +278,13 @@ def _drive(pipe: Connection, address: str, paths: list[str]) -> None:
                 pipe.send((task.name, *ray.get(reference)))
             except RayError as error:
                 said = " ".join(str(error).split())[:400]
-                pipe.send((task.name, Outcome(task.name, "error", f"Ray could not do it: {said}", task.inputs), None))
+                pipe.send(
+                    (
+                        task.name,
+                        Outcome(task.name, "error", f"Ray could not do it: {said}", task.inputs),
+                        None,
+                    )
+                )
         while pipe.poll(0 if waiting else 0.5):
             request = pipe.recv()
             if request is None:
@@ -257,5 +300,5 @@ def _drive(pipe: Connection, address: str, paths: list[str]) -> None:
                 "memory": request.memory,
                 "max_retries": 3,  # a machine that dies takes its task along: it goes to another one
             }
-            given = (request.task, request.environment, request.cores, request.here)
+            given = (request.task, request.environment, request.directory, request.cores, request.here)
             waiting[work.options(**options).remote(*given)] = request.task

@@ -35,22 +35,35 @@ class Sight:
     paths: frozenset[str]
 
 
+def connect(address: str) -> None:
+    """Join a cluster. Its machines would look for modules in this directory first, where a folder of any name may stand."""
+    import ray
+
+    if not ray.is_initialized():
+        with contextlib.chdir("/"):
+            ray.init(address, logging_level="ERROR", log_to_driver=False)
+
+
 def look(paths: list[str]) -> Sight:
     """Say which of these paths this machine has."""
     return Sight(platform.node(), __version__, frozenset(path for path in paths if Path(path).exists()))
 
 
-def do(task: Task, environment: Mapping[str, str], cores: int, here: bool) -> tuple[Outcome, bytes | None]:
+def do(
+    task: Task, environment: Mapping[str, str], directory: str, cores: int, here: bool
+) -> tuple[Outcome, bytes | None]:
     """Do a task on this machine; gives what came of it, and its log where the one that asks does not see this machine's files.
 
     Args:
-        environment: of the task's processes. cores: how many it may take. here: whether ``task.out`` and ``task.log`` mean the same here.
+        environment, directory: of the task's processes; the latter, if there is one like it. cores: how many they may take.
+        here: whether ``task.out`` and ``task.log`` mean the same here.
     """
     given = task
     if not here:
         place = cache_directory() / "matrix"
         task = replace(task, out=str(place / task.name), log=str(place / f"{task.name}.log"))
-    with _cores(cores), _environment(environment), tempfile.TemporaryFile() as lease:
+    where = contextlib.chdir(directory if Path(directory).is_dir() else ".")
+    with where, _cores(cores), _environment(environment), tempfile.TemporaryFile() as lease:
         outcome = Processes(1, lease.fileno())(task, _unheard)
     notes = (*outcome.notes, f"done on {platform.node()}.")
     if not here and outcome.status == "failed":
@@ -105,8 +118,7 @@ class Tensors(Executor):
     def __init__(self) -> None:
         import ray
 
-        if not ray.is_initialized():
-            ray.init(os.environ[RAY], logging_level="ERROR", log_to_driver=False)
+        connect(os.environ[RAY])
         self._call = ray.remote(num_cpus=1, max_retries=3)(_call)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

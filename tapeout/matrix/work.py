@@ -90,13 +90,15 @@ def main() -> NoReturn:
 
 def _codes(task: Task, told: Any, notes: list[str]) -> dict[str, Any]:
     """Make the codes in the cache, or take them from shared storage."""
+    from tapeout.matrix.node import RAY, Tensors
     from tapeout.models import load
     from tapeout.quantize import quantize
     from tapeout.recipe import Recipe
 
     storage = Storage.at(task.cache, notes)
     taken = storage.fetch_store(task.codes)
-    quant = quantize(load(task.model), **Recipe.of(dict(task.recipe)).rounds(), progress=told)
+    far = Tensors() if os.environ.get(RAY) else None
+    quant = quantize(load(task.model), **Recipe.of(dict(task.recipe)).rounds(), far=far, progress=told)
     if not taken:
         storage.push_store(task.codes, quant.directory)
     return {"status": "passed", "codes_sha256": quant.digest}
