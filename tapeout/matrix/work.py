@@ -22,6 +22,7 @@ from tapeout.errors import MissingToolchain, ModelError, SchemeError, TapeoutErr
 from tapeout.matrix.shared import Storage
 from tapeout.matrix.tasks import Status, Task
 
+_SAMPLES = 3  # of a speed
 _GRACE_S = 20.0  # that unwinding may take once the parent is gone
 
 
@@ -111,9 +112,12 @@ def _cell(task: Task, told: Any, notes: list[str]) -> dict[str, Any]:
     from tapeout.validate.page import risk
     from tapeout.validate.report import Report
 
-    storage, out = Storage.at(task.cache, notes), Path(task.out)
+    storage, out, figures = Storage.at(task.cache, notes), Path(task.out), {}
     if storage.fetch_package(task.inputs, out):
         package, report = Package.open(out), Report.read(out / "report.json")
+        figures = of(report)
+        if "speed" in figures:
+            figures["speed"]["alone"] = False  # nobody knows what ran beside it
     else:
         recipe = Recipe.of(dict(task.recipe))
         package, report = export(
@@ -126,7 +130,7 @@ def _cell(task: Task, told: Any, notes: list[str]) -> dict[str, Any]:
         "reason": "" if report.passed else risk(report),
         "root_sha256": package.manifest["root_sha256"],
         "codes_sha256": package.manifest["codes_sha256"],
-        "figures": of(report),
+        "figures": figures or of(report),
     }
 
 
@@ -135,7 +139,14 @@ def _speed(task: Task, told: Any, notes: list[str]) -> dict[str, Any]:
     from tapeout.matrix.figures import speed
     from tapeout.replay import bench
 
-    return {"status": "passed", "figures": {"speed": speed(bench(Path(task.out), (), told))}}
+    found = [speed(bench(Path(task.out), (), told)) for _ in range(_SAMPLES)]
+    measured = [each for each in found if each]
+    if not measured:
+        return {"status": "passed"}
+    return {
+        "status": "passed",
+        "figures": {"speed": {**measured[0], "samples": [each["value"] for each in measured]}},
+    }
 
 
 _DO = {"codes": _codes, "cell": _cell, "speed": _speed}
