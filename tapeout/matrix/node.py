@@ -64,7 +64,11 @@ def do(
         task = replace(task, out=str(place / task.name), log=str(place / f"{task.name}.log"))
     where = contextlib.chdir(directory if Path(directory).is_dir() else ".")
     with where, _cores(cores), _environment(environment), tempfile.TemporaryFile() as lease:
-        outcome = Processes(1, lease.fileno())(task, _unheard)
+        processes = Processes(1, lease.fileno())
+        try:
+            outcome = processes(task, _unheard)
+        finally:
+            processes.stop()
     notes = (*outcome.notes, f"done on {platform.node()}.")
     if not here and outcome.status == "failed":
         notes = (*notes, f"its package is there, in {task.out}.")
