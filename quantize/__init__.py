@@ -5,10 +5,12 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -45,8 +47,11 @@ __all__ = [
 ]
 
 ROUNDINGS = ("rtn", "hqq", "gptq", "awq", "smoothquant")
+FAR_TENSORS = 16
+"""Tensors that are on their way to other processes, and back, at once: each is held in memory whole there and here."""
 _WITH_DATA = ("gptq", "awq", "smoothquant")
 NONE = SCHEMES["none"]
+LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and how much there is (weights, tokens, bytes)."""
 
@@ -103,6 +108,10 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
         return tensor.dequantize() if isinstance(tensor, QuantTensor) else tensor.float32()
 
 
+class _Damaged(PackageError):
+    """A store has lost something, or something in it was changed."""
+
+
 def quantize(
     model: Model,
     scheme: Scheme | str | None = None,
@@ -114,6 +123,7 @@ def quantize(
     force: bool = False,
     threads: int | None = None,
     device: str | None = None,
+    far: Executor | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a model into a store, or find the store that an earlier run made of the same weights and recipe.
@@ -132,11 +142,15 @@ def quantize(
         force: replace the store at ``out``.
         threads: default: as many as this process has cores.
         device: of torch, for what calibration computes; None: a GPU where there is one. It decides bits, and so the store's name.
+        far: rounds tensors in other processes, on this machine or others that see the checkpoint; what it is given can be pickled. The
+            bytes do not depend on it.
         progress: told how many weights are done.
 
     Raises:
         SchemeError: a group does not divide, an unknown scheme. ModelError: a weight is NaN or infinite.
         RecipeError: an override that matches nothing. OutputError: the store cannot be written.
+
+    A store of the cache that is damaged is made again, and a warning is logged.
     """
     plan = planned(model, scheme, rounding, overrides or {})
     keep_freed_memory()
@@ -173,14 +187,20 @@ def quantize(
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, plan, recipe, tokens, pool, progress, device)
+                _fill(partial, model, plan, recipe, tokens, pool, progress, device, far)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
-                return open_store(directory, model, pool)
-            _fill(directory, model, plan, recipe, tokens, pool, progress, device)
+                try:
+                    return open_store(directory, model, pool)
+                except _Damaged as error:  # the cache's own: nobody else has put anything there
+                    LOG.warning(
+                        "%s It was taken away, and is made again.", str(error).partition(" Delete ")[0]
+                    )
+                    shutil.rmtree(directory)
+            _fill(directory, model, plan, recipe, tokens, pool, progress, device, far)
         return open_store(directory, model)
 
 
@@ -266,6 +286,7 @@ def _fill(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     device: str | None,
+    far: Executor | None,
 ) -> None:
     """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
@@ -273,18 +294,27 @@ def _fill(
     if plan.foreign is not None:
         found = plan.foreign.write(directory, pool, progress)
     elif tokens is None:
-        found = _plain(directory, model, plan.schemes, simple, pool, progress)
+        found = _plain(directory, model, plan.schemes, simple, pool, progress, far=far)
     elif isinstance(model.config, EncoderConfig):
         from tapeout.quantize.ranges import input_scales
 
         static = [name for name, each in plan.schemes.items() if each.activations == "int8-static"]
         scales = input_scales(model, tokens, static, pool, progress)
-        found = _plain(directory, model, plan.schemes, simple, pool, progress, scales)
+        found = _plain(directory, model, plan.schemes, simple, pool, progress, scales, far)
     else:
         from tapeout.quantize.calibrated import Calibrated
 
         found = Calibrated(
-            model, plan.schemes, plan.rounding, tokens, directory, pool, simple, progress, device or "cpu"
+            model,
+            plan.schemes,
+            plan.rounding,
+            tokens,
+            directory,
+            pool,
+            simple,
+            progress,
+            device or "cpu",
+            far,
         ).run()
     index = {
         **recipe,
@@ -305,6 +335,7 @@ def _plain(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     input_scales: Mapping[str, np.float32] = MappingProxyType({}),
+    far: Executor | None = None,
 ) -> store.Findings:
     """Round tensor by tensor, without data."""
     total = sum(int(np.prod(spec.shape)) for spec in model.specs.values())
@@ -326,7 +357,7 @@ def _plain(
                 scale = input_scales.get(name)
                 alike = [each for each in together.get(name, ()) if schemes[each] == schemes[name]]
                 most = max(map(largest, alike)) if alike else None
-                store.write_tensor(directory, source, schemes[name], pool, simple, scale, most)
+                store.write_tensor(directory, source, schemes[name], pool, simple, scale, most, far)
                 return store.written(directory, name)
             except ScaleOverflow:
                 found.fallbacks[name] = (
@@ -335,8 +366,8 @@ def _plain(
         store.check_finite(source, pool)
         return None
 
-    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool.
-    with ThreadPoolExecutor(2) as feeders:
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool, or far away.
+    with ThreadPoolExecutor(2 if far is None else FAR_TENSORS) as feeders:
         try:
             for name, entry in zip(schemes, feeders.map(tensor, schemes), strict=True):
                 if entry is not None:
@@ -361,7 +392,7 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
         raw = json.loads(index.read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = raw["tensors"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackageError(
+        raise _Damaged(
             f"{directory} is not a whole store: {index.name} cannot be read ({error!r})."
         ) from error
     if raw["format_version"] > store.FORMAT_VERSION:
@@ -376,7 +407,7 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
     for name, whole in zip(entries, pool.map(sound, entries) if pool else (), strict=pool is not None):
         if not whole:
             path = store.tensor_path(directory, name)
-            raise PackageError(
+            raise _Damaged(
                 f"{path} is not what {index} says: it was changed or lost. Delete {directory} and run again."
             )
     return Quantized(

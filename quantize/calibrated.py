@@ -9,9 +9,10 @@ give ("true sequential" in GPTQ's code).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +24,7 @@ from tapeout.errors import ModelError, SchemeError
 from tapeout.files import canonical_json
 from tapeout.models import Model, graph, trace
 from tapeout.models.decoder import joined
-from tapeout.models.torch_ops import TorchOps
+from tapeout.models.torch_ops import TorchOps, one_core_each
 from tapeout.models.trace import Step
 from tapeout.quantize import awq, gptq, lattice, rtn, store
 from tapeout.quantize.awq import Inputs
@@ -101,6 +102,7 @@ class Calibrated:
         rounding: ``gptq``, ``awq``, ``smoothquant``, or one that takes importance only (``rtn``, ``hqq``).
         simple: how a weight is rounded when no Hessian is used.
         device: of torch: where the layers run and the Hessians are summed up. Codes are always chosen on the CPU.
+        far: chooses the codes of tensors that read the same inputs in other processes, all at once; None: here, one after the other.
     """
 
     model: Model
@@ -112,6 +114,7 @@ class Calibrated:
     simple: store.Round
     progress: Progress | None = None
     device: str = "cpu"
+    far: Executor | None = None
     found: Findings = field(default_factory=Findings)
 
     def run(self) -> Findings:
@@ -282,15 +285,19 @@ class Calibrated:
             static = seen.largest.max() / np.float32(127)
             importance = seen.square if weighted else importance
         together = joined(name for name in wanted if self.schemes[name].scales == "e4m3")
-        rounded = {}
-        for name in wanted:
+
+        def one(name: str) -> Floats:
             alike = [each for each in together.get(name, (name,)) if self.schemes[each] == self.schemes[name]]
             sizes = {each: float(np.abs(weights[each]).max()) for each in alike}
             if wild := [each for each, size in sizes.items() if not np.isfinite(size)]:
                 raise store.not_finite(self.model.checkpoint[wild[0]])
             most = max(sizes.values())
-            rounded[name] = self._write(name, weights[name], factor, importance, static, most)
-        return rounded
+            return self._write(name, weights[name], factor, importance, static, most)
+
+        if self.far is None:
+            return {name: one(name) for name in wanted}
+        with ThreadPoolExecutor(len(wanted)) as feeders:
+            return dict(zip(wanted, feeders.map(one, wanted), strict=True))
 
     def _write(
         self,
@@ -309,11 +316,8 @@ class Calibrated:
         try:
             most = float(np.abs(weight).max()) if most is None else most
             whole = lattice.tensor_scale(most, scheme)
-            if factor is None:
-                rounded = self._simply(weight, scheme, importance, whole)
-            else:
-                grid = self._fit(weight, scheme, importance, whole)
-                rounded = rtn.Rounded(gptq.round_gptq(weight, scheme, factor, grid, self.pool), grid)
+            what = (weight, scheme, self.simple, factor, importance, whole)
+            rounded = self.far.submit(_elsewhere, *what).result() if self.far else _choose(self.pool, *what)
         except ScaleOverflow:
             self.found.fallbacks[name] = f"a scale of {scheme} does not fit float16; the tensor stays float"
             if self.rounding in _FOLDING:  # it has taken up scales: it is not the checkpoint's
@@ -337,26 +341,6 @@ class Calibrated:
             self.directory, name, parts, scheme, rounded.grid.clamped
         )
         return store.read_tensor(self.directory, name, scheme, weight.shape[1]).dequantize()
-
-    def _fit(
-        self, weight: Floats, scheme: Scheme, importance: Floats | None, whole: np.float32 | None
-    ) -> lattice.Grid:
-        grids = self.pool.map(
-            lambda rows: lattice.fit(weight[rows], scheme, importance, tensor_scale=whole), _rows(weight)
-        )
-        return lattice.join(list(grids))
-
-    def _simply(
-        self, weight: Floats, scheme: Scheme, importance: Floats | None, whole: np.float32 | None
-    ) -> rtn.Rounded:
-        parts = list(
-            self.pool.map(
-                lambda rows: self.simple(weight[rows], scheme, importance, tensor_scale=whole), _rows(weight)
-            )
-        )
-        return rtn.Rounded(
-            np.concatenate([part.codes for part in parts]), lattice.join([part.grid for part in parts])
-        )
 
     def _fold(self, this: _Layer) -> None:
         """Scale input channels up, and what they come from down: norms, and the rows of v_proj and up_proj."""
@@ -556,6 +540,34 @@ class Calibrated:
     def _tell(self, done: int, total: int) -> None:
         if self.progress:
             self.progress("calibrate", done, total)
+
+
+def _choose(
+    pool: Executor,
+    weight: Floats,
+    scheme: Scheme,
+    simple: store.Round,
+    factor: gptq.Factor | None,
+    importance: Floats | None,
+    whole: np.float32 | None,
+) -> rtn.Rounded:
+    """Codes of one tensor: by GPTQ where there is a factor, else by ``simple``."""
+    pieces = _rows(weight)
+    if factor is None:
+        parts = list(
+            pool.map(lambda rows: simple(weight[rows], scheme, importance, tensor_scale=whole), pieces)
+        )
+        codes = np.concatenate([part.codes for part in parts])
+        return rtn.Rounded(codes, lattice.join([part.grid for part in parts]))
+    fitted = pool.map(lambda rows: lattice.fit(weight[rows], scheme, importance, tensor_scale=whole), pieces)
+    grid = lattice.join(list(fitted))
+    return rtn.Rounded(gptq.round_gptq(weight, scheme, factor, grid, pool), grid)
+
+
+def _elsewhere(weight: Floats, *what: Any) -> rtn.Rounded:
+    """The same in a process that may be on another machine."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=one_core_each) as pool:
+        return _choose(pool, weight, *what)
 
 
 def _of(this: _Layer, source: Step, *, keep: bool = True) -> Each:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,12 @@ def write_tensor(
     simple: Round = rtn.round_to_nearest,
     input_scale: np.float32 | None = None,
     most: float | None = None,
+    far: Executor | None = None,
 ) -> None:
     """Round one tensor into its file, streamed by rows, by ``simple``; does nothing when the file is there.
 
     ``input_scale``: the calibrated one, of a scheme that wants it. ``most``: the magnitude that a scale of the whole tensor is made for;
-    None: its own largest.
+    None: its own largest. ``far``: who rounds it, in another process that sees the checkpoint; its file comes back whole.
 
     Raises:
         ModelError: a weight is NaN or infinite.
@@ -94,11 +97,29 @@ def write_tensor(
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                _round_into(file.fileno(), source, scheme, pool, simple, input_scale, most)
+                if far is None:
+                    _round_into(file.fileno(), source, scheme, pool, simple, input_scale, most)
+                else:
+                    file.write(far.submit(_elsewhere, source, scheme, simple, input_scale, most).result())
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _elsewhere(
+    source: SourceTensor, scheme: Scheme, simple: Round, input_scale: np.float32 | None, most: float | None
+) -> bytes:
+    """The bytes of a tensor's file, made in a process that may be on another machine."""
+    if not source.file.exists():
+        raise ModelError(
+            f"{platform.node()} has no {source.file}: machines that round tensors read the checkpoint at the same path. "
+            "What fits: a directory that all of them see."
+        )
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        tensor_path(Path(place), source.name).parent.mkdir()
+        write_tensor(Path(place), source, scheme, pool, simple, input_scale, most)
+        return tensor_path(Path(place), source.name).read_bytes()
 
 
 def _round_into(

@@ -35,6 +35,7 @@ VERBS = (
     "inspect",
     "verify",
     "targets",
+    "matrix",
     "export null",
     "export cpu",
 )

@@ -1,0 +1,147 @@
+"""What runs on a machine of a Ray cluster: a task in a process of its own, or one tensor's rounding. Imported there by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tapeout import __version__
+from tapeout.files import cache_directory
+from tapeout.matrix.local import Processes
+from tapeout.matrix.tasks import Outcome, Task
+
+RAY = "TAPEOUT_RAY"
+"""The cluster's address, in the environment of a task that spreads its tensors over it."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a machine sees of the one that asks.
+
+    Attributes:
+        version: of the tapeout that is installed there. paths: those that it has.
+    """
+
+    host: str
+    version: str
+    paths: frozenset[str]
+
+
+def connect(address: str) -> None:
+    """Join a cluster. Its machines would look for modules in this directory first, where a folder of any name may stand."""
+    import ray
+
+    if not ray.is_initialized():
+        with contextlib.chdir("/"):
+            ray.init(address, logging_level="ERROR", log_to_driver=False)
+
+
+def look(paths: list[str]) -> Sight:
+    """Say which of these paths this machine has."""
+    return Sight(platform.node(), __version__, frozenset(path for path in paths if Path(path).exists()))
+
+
+def do(
+    task: Task, environment: Mapping[str, str], directory: str, cores: int, here: bool
+) -> tuple[Outcome, bytes | None]:
+    """Do a task on this machine; gives what came of it, and its log where the one that asks does not see this machine's files.
+
+    Args:
+        environment, directory: of the task's processes; the latter, if there is one like it. cores: how many they may take.
+        here: whether ``task.out`` and ``task.log`` mean the same here.
+    """
+    given = task
+    if not here:
+        place = cache_directory() / "matrix"
+        task = replace(task, out=str(place / task.name), log=str(place / f"{task.name}.log"))
+    where = contextlib.chdir(directory if Path(directory).is_dir() else ".")
+    with where, _cores(cores), _environment(environment), tempfile.TemporaryFile() as lease:
+        processes = Processes(1, lease.fileno())
+        try:
+            outcome = processes(task, _unheard)
+        finally:
+            processes.stop()
+    notes = (*outcome.notes, f"done on {platform.node()}.")
+    if not here and outcome.status == "failed":
+        notes = (*notes, f"its package is there, in {task.out}.")
+    log = None if given.log == task.log else Path(task.log).read_bytes()
+    return replace(outcome, notes=notes), log
+
+
+def _unheard(stage: str, done: int, total: int) -> None:
+    """Progress that nobody follows."""
+
+
+@contextlib.contextmanager
+def _environment(given: Mapping[str, str]) -> Iterator[None]:
+    """Ray's own variables, which mean this process, are not for those that it starts."""
+    kept = dict(os.environ)
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def _cores(count: int) -> Iterator[None]:
+    """Keep to cores that no other task on this machine has, as far as there are enough; a process of Ray serves one task at a time."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    place = Path(tempfile.gettempdir()) / f"tapeout-cores-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    every, taken = os.sched_getaffinity(0), set[int]()
+    with contextlib.ExitStack() as stack:
+        for core in sorted(every):
+            file = stack.enter_context((place / str(core)).open("w"))
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken.add(core)
+            if len(taken) == count:
+                break
+        os.sched_setaffinity(0, taken or every)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, every)
+
+
+class Tensors(Executor):
+    """Rounds tensors on the machines of the cluster that ``RAY`` names; see ``quantize``'s ``far``."""
+
+    def __init__(self) -> None:
+        import ray
+
+        connect(os.environ[RAY])
+        self._call = ray.remote(num_cpus=1, max_retries=3)(_call)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call a function on some machine; its errors are those of the call itself."""
+        from ray.exceptions import RayTaskError
+
+        told: Future[Any] = Future()
+
+        def done(found: Future[Any]) -> None:
+            error = found.exception()
+            if error is None:
+                told.set_result(found.result())
+            else:
+                told.set_exception(error.cause if isinstance(error, RayTaskError) else error)
+
+        self._call.remote(fn, args, kwargs).future().add_done_callback(done)
+        return told
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _cores(1):
+        return fn(*args, **kwargs)
