@@ -11,6 +11,7 @@ from cyclopts import App
 
 from tapeout import __version__, targets
 from tapeout.commands import deliver, look, make, prove
+from tapeout.commands.matrix import matrix
 from tapeout.commands.terminal import Stopped, say, stop, stopped
 from tapeout.errors import MissingToolchain, OutputError, TapeoutError
 
@@ -26,6 +27,7 @@ for verb in (
     make.quantize,
     make.budget,
     make.plan,
+    matrix,
     prove.validate,
     prove.bench,
     prove.run,

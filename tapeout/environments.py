@@ -240,10 +240,11 @@ def worker_of(target: str) -> tuple[Environment, str] | None:
     return None
 
 
-def run_there(environment: Environment, arguments: Sequence[str]) -> NoReturn:
-    """Go on as the same command line in an environment that holds tapeout: this process becomes that one."""
+def run_there(environment: Environment, arguments: Sequence[str], module: str | None = None) -> NoReturn:
+    """Go on as the same command line, or as a module, in an environment that holds tapeout: this process becomes that one."""
     interpreter = str(_interpreter(environment.directory))
-    command = [interpreter, "-P", str(environment.directory / "bin" / "tapeout"), *arguments]
+    what = ["-m", module] if module else [str(environment.directory / "bin" / "tapeout")]
+    command = [interpreter, "-P", *what, *arguments]
     os.execve(interpreter, command, _variables() | {_WITHIN: environment.name})
 
 

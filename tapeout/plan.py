@@ -446,6 +446,13 @@ def _write_tokenizer(directory: Path, size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
 
 
+def lays_out(target: Target) -> bool:
+    """Whether a target's exporter lays its files out from shapes alone, so that they are sparse."""
+    ways = targets.variants(target.name)
+    same = (way for way, kind in ways.items() if getattr(kind, "format", "") == getattr(target, "format", ""))
+    return _writes(next(same, target.name)) is None
+
+
 @cache
 def _writes(way: str) -> str | None:
     """Why a target's files cannot be laid out: its exporter writes tensors that have no values. Found on a small model; None: they can."""
