@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +49,7 @@ __all__ = [
 ROUNDINGS = ("rtn", "hqq", "gptq", "awq", "smoothquant")
 _WITH_DATA = ("gptq", "awq", "smoothquant")
 NONE = SCHEMES["none"]
+LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and how much there is (weights, tokens, bytes)."""
 
@@ -103,6 +106,10 @@ class Quantized(Mapping[str, QuantTensor | SourceTensor]):
         return tensor.dequantize() if isinstance(tensor, QuantTensor) else tensor.float32()
 
 
+class _Damaged(PackageError):
+    """A store has lost something, or something in it was changed."""
+
+
 def quantize(
     model: Model,
     scheme: Scheme | str | None = None,
@@ -137,6 +144,8 @@ def quantize(
     Raises:
         SchemeError: a group does not divide, an unknown scheme. ModelError: a weight is NaN or infinite.
         RecipeError: an override that matches nothing. OutputError: the store cannot be written.
+
+    A store of the cache that is damaged is made again, and a warning is logged.
     """
     plan = planned(model, scheme, rounding, overrides or {})
     keep_freed_memory()
@@ -179,7 +188,11 @@ def quantize(
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
-                return open_store(directory, model, pool)
+                try:
+                    return open_store(directory, model, pool)
+                except _Damaged as error:  # the cache's own: nobody else has put anything there
+                    LOG.warning("%s It was taken away, and is made again.", str(error).partition(" Delete ")[0])
+                    shutil.rmtree(directory)
             _fill(directory, model, plan, recipe, tokens, pool, progress, device)
         return open_store(directory, model)
 
@@ -361,7 +374,7 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
         raw = json.loads(index.read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = raw["tensors"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackageError(
+        raise _Damaged(
             f"{directory} is not a whole store: {index.name} cannot be read ({error!r})."
         ) from error
     if raw["format_version"] > store.FORMAT_VERSION:
@@ -376,7 +389,7 @@ def open_store(directory: Path, model: Model, pool: ThreadPoolExecutor | None = 
     for name, whole in zip(entries, pool.map(sound, entries) if pool else (), strict=pool is not None):
         if not whole:
             path = store.tensor_path(directory, name)
-            raise PackageError(
+            raise _Damaged(
                 f"{path} is not what {index} says: it was changed or lost. Delete {directory} and run again."
             )
     return Quantized(

@@ -51,22 +51,34 @@ def lock(path: Path, *, wait: bool) -> Iterator[None]:
     import fcntl
 
     name = path.with_name(f".{path.name}.lock")
-    with writing(path):
-        name.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(handle)
-        raise OutputError(
-            f"another tapeout process is writing {path}; wait for it, or give another --out."
-        ) from None
+    while True:
+        with writing(path):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise OutputError(
+                f"another tapeout process is writing {path}; wait for it, or give another --out."
+            ) from None
+        if _same(name, handle):
+            break
+        os.close(handle)  # whoever held it has removed it: others lock a newer one by that name
     try:
         yield
     finally:
         # Removed while still held, so that only a process that never had the lock can find the name gone.
         name.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _same(path: Path, handle: int) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

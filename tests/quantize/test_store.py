@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 from tapeout.errors import ModelError, OutputError, PackageError, RecipeError, SchemeError
 from tapeout.models import load
-from tapeout.quantize import SCHEMES, Calibration, Quantized, QuantTensor, lattice, quantize
+from tapeout.quantize import SCHEMES, Calibration, Quantized, QuantTensor, lattice, open_store, quantize
 from tapeout.quantize.hqq import round_hqq
 from tapeout.quantize.rtn import round_to_nearest
 from tapeout.quantize.store import tensor_path
@@ -176,14 +177,30 @@ def test_a_scale_that_does_not_fit_keeps_the_tensor_float(make_model: MakeModel)
     np.testing.assert_array_equal(quant.float32(Q_PROJ), tensors[Q_PROJ])
 
 
-def test_a_store_edited_by_hand_is_refused(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("what", ["a tensor", "the index"])
+def test_a_store_of_the_cache_that_is_damaged_is_made_again(
+    make_model: MakeModel, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
     model = load(make_model())
-    path = tensor_path(quantize(model, "int4-g32").directory, Q_PROJ)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(PackageError, match=rf"{path.name} is not what"):
-        quantize(model, "int4-g32")
+    quant = quantize(model, "int4-g32")
+    whole = bytes_of(quant)
+    path = (
+        tensor_path(quant.directory, Q_PROJ) if what == "a tensor" else quant.directory / "quantization.json"
+    )
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert bytes_of(quantize(model, "int4-g32")) == whole
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert path.name in said
+    assert said.endswith("It was taken away, and is made again.")
+
+
+def test_a_store_of_ones_own_that_is_damaged_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    model = load(make_model())
+    quant = quantize(model, "int4-g32", out=tmp_path / "codes")
+    path = tensor_path(quant.directory, Q_PROJ)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(PackageError, match=rf"{path.name} is not what"):
+        open_store(quant.directory, model, pool)
 
 
 def test_a_store_of_an_earlier_format_is_not_found(

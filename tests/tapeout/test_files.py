@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -229,6 +230,30 @@ def test_who_waits_gets_the_lock_after_the_other(tmp_path: Path) -> None:
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_who_waited_for_a_lock_that_is_gone_does_not_hold_it_beside_a_newer_one(tmp_path: Path) -> None:
+    """Whoever held it removes its file: the next comes by a new file of that name, and one who waits still has the old one open."""
+    name, order = tmp_path / ".out.lock", []
+
+    def waits() -> None:
+        with lock(tmp_path / "out", wait=True):
+            order.append("waited")
+
+    with name.open("w") as old:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        thread = threading.Thread(target=waits)
+        thread.start()
+        thread.join(0.2)
+        name.unlink()
+        newer = name.open("w")
+        fcntl.flock(newer, fcntl.LOCK_EX)
+    thread.join(0.2)
+    assert thread.is_alive()
+    order.append("newer")
+    newer.close()
+    thread.join(10)
+    assert order == ["newer", "waited"]
 
 
 def test_a_lock_is_given_back_on_an_error(tmp_path: Path) -> None:
