@@ -191,7 +191,9 @@ def quantize(
                 try:
                     return open_store(directory, model, pool)
                 except _Damaged as error:  # the cache's own: nobody else has put anything there
-                    LOG.warning("%s It was taken away, and is made again.", str(error).partition(" Delete ")[0])
+                    LOG.warning(
+                        "%s It was taken away, and is made again.", str(error).partition(" Delete ")[0]
+                    )
                     shutil.rmtree(directory)
             _fill(directory, model, plan, recipe, tokens, pool, progress, device)
         return open_store(directory, model)

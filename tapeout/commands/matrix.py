@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from tapeout.commands.matrix_ci import ForCi, emit, key
 from tapeout.commands.matrix_table import watching
 from tapeout.commands.terminal import Flag, Json, Many, print_json
 
@@ -20,6 +21,7 @@ def matrix(
     fail_fast: Annotated[bool, Flag] = False,
     force: Annotated[bool, Flag] = False,
     json: Json = False,
+    ci: ForCi | None = None,
 ) -> int:
     """Make and prove models × schemes × roundings × targets, each cell a package, and write one page of them all.
 
@@ -39,15 +41,27 @@ def matrix(
         json: Print all outcomes to stdout.
     """
     from tapeout.matrix import run
+    from tapeout.matrix.part import join, make_codes
 
-    place = out or Path(recipe.stem)
+    ci, globs, place = ci or ForCi(), tuple(only or ()), out or Path(recipe.stem)
+    if ci.emit:
+        return emit(recipe, ci.emit, out, check=ci.check, fail_fast=fail_fast, force=force)
+    if ci.key:
+        return key(recipe, globs)
+    if ci.join:
+        outcomes = join(recipe, place, globs)
+        return 1 if any(outcome.red for outcome in outcomes.values()) else 0
+    if ci.codes:
+        with watching() as watcher:
+            outcomes = make_codes(recipe, place, watcher=watcher, only=globs, cache=cache, jobs=jobs)
+        return 1 if any(outcome.red for outcome in outcomes.values()) else 0
     with watching() as watcher:
         outcomes = run(
             recipe,
             place,
             watcher=watcher,
             jobs=jobs,
-            only=tuple(only or ()),
+            only=globs,
             cache=cache,
             fail_fast=fail_fast,
             force=force,

@@ -131,7 +131,7 @@ def run(
     """
     matrix = Matrix.read(path)
     out = out.absolute()
-    with _lease(out) as lease:
+    with lease(out) as held:
         every = planned(matrix, out, only=only, cache=cache)
         if force:
             every = [replace(each, done=None) for each in every]
@@ -149,7 +149,7 @@ def run(
 
         schedule(
             _tasks(left, cache),
-            executor(jobs, lease),
+            executor(jobs, held),
             watcher,
             jobs=jobs,
             room=Room.here(memory),
@@ -214,7 +214,7 @@ def _check_disk(out: Path, left: Sequence[Planned]) -> None:
 
 
 @contextmanager
-def _lease(out: Path) -> Iterator[int]:
+def lease(out: Path) -> Iterator[int]:
     """Hold the output among processes, ours and those that they start; waits for those of a run that was killed."""
     import fcntl
     import os
