@@ -84,6 +84,8 @@ def runner(system: str, said: Runners, *names: str) -> tuple[str, ...]:
     Buildkite's are rules, of which a bare word is a queue.
     """
     defaults = DEFAULT_RUNNERS[system]
-    labels = next((table[name] for table in (said, defaults) for name in names if name in table), defaults[""])
+    labels = next(
+        (table[name] for table in (said, defaults) for name in names if name in table), defaults[""]
+    )
     every = (labels,) if isinstance(labels, str) else tuple(labels)
     return tuple(f"queue={label}" if system == "buildkite" and "=" not in label else label for label in every)
