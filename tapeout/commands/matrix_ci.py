@@ -34,16 +34,9 @@ class ForCi:
     key: Annotated[
         bool, Flag, Parameter(help="Print a digest of all that decides those codes, as the key of a cache.")
     ] = False
-    join: Annotated[
-        bool,
-        Flag,
-        Parameter(
-            help="Make nothing: the page and verdict of cells that were made elsewhere and lie in --out."
-        ),
-    ] = False
 
     def __post_init__(self) -> None:
-        given = [f"--{name}" for name in ("emit", "codes", "key", "join") if getattr(self, name)]
+        given = [f"--{name}" for name in ("emit", "codes", "key") if getattr(self, name)]
         if len(given) > 1:
             raise TapeoutError(f"{' and '.join(given)} are different things to do: give one of them.")
         if self.check and not self.emit:

@@ -4,42 +4,39 @@ OUT/CELL/            the cell's package
 OUT/cells/CELL.json  what came of it; a run that was stopped goes on from these
 OUT/logs/CELL.log    what its process said
 OUT/index.html       all of them on a page; index.md for a comment, index.xml (JUnit) for CI systems
-OUT/matrix.json      the same for programs
+OUT/matrix.json      the same for programs, and the baseline of a later run
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from time import monotonic, sleep
+from typing import Any
 
 from tapeout import targets
 from tapeout.errors import MissingToolchain, OutputError
 from tapeout.files import writing
+from tapeout.matrix import baseline as baselines
 from tapeout.matrix.cells import Cell, chosen
 from tapeout.matrix.file import Matrix
 from tapeout.matrix.forecast import Forecast, codes_memory, forecast
 from tapeout.matrix.local import Processes
+from tapeout.matrix.result import Result
 from tapeout.matrix.schedule import Room, Watcher, schedule
 from tapeout.matrix.shared import Storage
-from tapeout.matrix.tasks import (
-    Executor,
-    Outcome,
-    Sources,
-    States,
-    Task,
-    cell_digest,
-    codes_digest,
-    finished,
-)
+from tapeout.matrix.tasks import Executor, Outcome, Sources, States, Task, cell_digest, codes_digest, finished
 from tapeout.models import Model, load
 from tapeout.recipe import Recipe
 from tapeout.targets import default_scheme
 
-__all__ = ["Cell", "Executor", "Matrix", "Outcome", "Planned", "Task", "planned", "run"]
+__all__ = ["Cell", "Executor", "Matrix", "Outcome", "Planned", "Result", "Task", "collect", "planned", "run"]
 
 _LEASE_S = 60.0
 """How long processes of a run that was killed may take to end before a new one gives up."""
@@ -63,16 +60,19 @@ class Planned:
 
 
 def planned(
-    matrix: Matrix, out: Path, *, only: Sequence[str] = (), cache: str | None = None
+    matrix: Matrix, out: Path, *, only: Sequence[str] = (), cache: str | None = None, remember: bool = False
 ) -> list[Planned]:
     """Look at every cell before any work: load the models, lay files out, find what stands already.
+
+    Args:
+        remember: keep the digests of models' files below ``out``, so that a later run reads none of them.
 
     Raises:
         TapeoutError: one of its kinds, of a model that cannot be read as much as of the file itself: before hours of work, not after.
     """
-    cells = chosen(matrix.cells(), only)
+    cells, out = chosen(matrix.cells(), only), out.absolute()
     models, missing = _models(cells)
-    sources, states = Sources(out / ".sources.json"), States(out)
+    sources, states = Sources(out / ".sources.json", remember), States(out)
     digests = {name: sources.digest(model) for name, model in models.items()}
     found = []
     for cell in cells:
@@ -87,7 +87,7 @@ def planned(
         raw = recipe.model_dump(mode="json", exclude_unset=True)
         codes = codes_digest(model, recipe, digests[cell.model])
         making = Task(
-            f"codes {cell.called}.{recipe.scheme_given or 'own'}.{cell.rounding}.{codes[:8]}",
+            f"codes {cell.called}.{recipe.scheme_given or 'own'}.{cell.rounding}",
             "codes", cell.model, raw, codes, codes, str(out / "logs" / f"codes-{codes[:16]}.log"),
             memory_bytes=codes_memory(model, recipe), cache=cache,
         )  # fmt: skip
@@ -112,51 +112,136 @@ def run(
     memory: int | None = None,
     fail_fast: bool = False,
     force: bool = False,
+    baseline: Path | None = None,
+    speed: bool = False,
     executor: Callable[[int, int], Executor] = Processes,
-) -> dict[str, Outcome]:
-    """Make and prove every cell of a matrix file that does not stand already.
+) -> Result:
+    """Make and prove every cell of a matrix file that does not stand already, and write the pages of all.
 
     Args:
         path: the matrix file. out: the directory of packages, outcomes and pages.
         jobs: tasks at once. memory: bytes that they may take together; None: what this machine has free.
         only: globs of cells' names. cache: a shared storage; see ``shared``.
         fail_fast: stop at the first cell that does not pass. force: make again what stands.
+        baseline: an earlier output, or its ``matrix.json``: what got worse than the file's margins fails the matrix.
+        speed: measure each cell's speed three times more, with nothing of ours beside it.
         executor: called with ``jobs`` and the file descriptor of the output's lease; gives who does the tasks.
-
-    Returns:
-        An outcome of every cell, in the file's order.
 
     Raises:
         TapeoutError: one of its kinds, before any work.
     """
     matrix = Matrix.read(path)
+    before = baselines.read(baseline) if baseline else {}
     out = out.absolute()
+    _models(chosen(matrix.cells(), only))  # what cannot be read stops here, before the output is made
     with lease(out) as held:
-        every = planned(matrix, out, only=only, cache=cache)
+        every = planned(matrix, out, only=only, cache=cache, remember=True)
         if force:
             every = [replace(each, done=None) for each in every]
+        states = States(out)
         outcomes = {each.cell.name: known for each in every if (known := _known(each))}
         left = [each for each in every if each.cell.name not in outcomes]
         _check_disk(out, left)
-        states = States(out)
-        for known in outcomes.values():
-            states.write(known)
+        for each in every:
+            if known := outcomes.get(each.cell.name):
+                states.write(known)
+                watcher.known(known, each.done is not None)
 
         def keep(task: Task, outcome: Outcome) -> None:
             if task.kind == "cell":
-                outcomes[task.name] = outcome
-                states.write(outcome)
+                outcomes[task.name] = _with_speed(outcome, {"alone": jobs == 1})
+            elif task.kind == "speed":
+                name = task.name.removeprefix("speed ")
+                outcomes[name] = _measured(outcomes[name], outcome)
+            else:
+                return
+            states.write(outcomes[task.name.removeprefix("speed ")])
 
-        schedule(
-            _tasks(left, cache),
-            executor(jobs, held),
-            watcher,
-            jobs=jobs,
-            room=Room.here(memory),
-            fail_fast=fail_fast,
-            keep=keep,
+        room, begin = Room.here(memory), executor(jobs, held)
+        schedule(_tasks(left, cache), begin, watcher, jobs=jobs, room=room, fail_fast=fail_fast, keep=keep)
+        if not (fail_fast and any(outcome.red for outcome in outcomes.values())):
+            again = _measurements(every, outcomes, before, matrix, speed)
+            schedule(again, executor(1, held), watcher, room=room, keep=keep)
+        return _gathered(matrix, path, out, outcomes, before)
+
+
+def collect(path: Path, out: Path, *, baseline: Path | None = None) -> Result:
+    """Write the pages of what stands below ``out``, as other machines made it, and run nothing: a cell that nobody ran fails the matrix.
+
+    Raises:
+        TapeoutError: one of its kinds, of the file or the baseline.
+    """
+    matrix = Matrix.read(path)
+    before = baselines.read(baseline) if baseline else {}
+    states, out = States(out.absolute()), out.absolute()
+    known = {cell.name: states.read(cell.name) or _not_run(cell, "nobody ran it.") for cell in matrix.cells()}
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return _gathered(matrix, path, out, known, before)
+
+
+def _gathered(
+    matrix: Matrix, path: Path, out: Path, outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]
+) -> Result:
+    """The verdict and its pages; cells that this run was not about are shown as an earlier one left them."""
+    states = States(out)
+    cells = tuple(
+        (cell, outcomes.get(cell.name) or states.read(cell.name) or _not_run(cell, "--only left it out."))
+        for cell in matrix.cells()
+    )
+    changes = baselines.compare(before, outcomes, matrix.margins)
+    result = Result(path.stem, cells, frozenset(outcomes), tuple(changes))
+    result.write(out)
+    return result
+
+
+def _not_run(cell: Cell, why: str) -> Outcome:
+    return Outcome(cell.name, "not run", why)
+
+
+def _with_speed(outcome: Outcome, found: Mapping[str, Any]) -> Outcome:
+    """An outcome with more said of its speed, where it has one; what it says itself stands."""
+    if "speed" not in outcome.figures:
+        return outcome
+    return replace(outcome, figures={**outcome.figures, "speed": {**found, **outcome.figures["speed"]}})
+
+
+def _measured(outcome: Outcome, found: Outcome) -> Outcome:
+    """An outcome with what a measurement alone found."""
+    if not found.figures.get("speed"):
+        return replace(
+            outcome, notes=(*outcome.notes, f"its speed could not be measured again: {found.reason}")
         )
-        return {each.cell.name: outcomes[each.cell.name] for each in every}
+    old, new = outcome.figures["speed"], found.figures["speed"]
+    samples = [*(baselines.samples(outcome) if old["alone"] else ()), *new["samples"]]
+    return replace(
+        outcome,
+        figures={
+            **outcome.figures,
+            "speed": {**new, "value": median(samples), "samples": samples, "alone": True},
+        },
+    )
+
+
+def _measurements(
+    every: Sequence[Planned],
+    outcomes: Mapping[str, Outcome],
+    before: Mapping[str, Outcome],
+    matrix: Matrix,
+    speed: bool,
+) -> list[Task]:
+    """What is measured alone: every cell that has a speed, if wanted, or those that look slower than a baseline."""
+    wanted = set(baselines.suspects(before, outcomes, matrix.margins))
+    if speed:
+        wanted |= {
+            name for name, each in outcomes.items() if each.status == "passed" and "speed" in each.figures
+        }
+    return [
+        replace(each.task, name=f"speed {each.cell.name}", kind="speed", needs=(), alone=True,
+                log=str(Path(each.task.log).with_suffix(".speed.log")))
+        for each in every
+        if each.cell.name in wanted
+    ]  # fmt: skip
 
 
 def _known(each: Planned) -> Outcome | None:
@@ -216,9 +301,6 @@ def _check_disk(out: Path, left: Sequence[Planned]) -> None:
 @contextmanager
 def lease(out: Path) -> Iterator[int]:
     """Hold the output among processes, ours and those that they start; waits for those of a run that was killed."""
-    import fcntl
-    import os
-
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".matrix.lock").exists())):
         raise OutputError(f"{out} exists and is no output of a matrix; give another --out.")
     with writing(out):

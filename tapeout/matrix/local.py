@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -21,11 +21,46 @@ from tapeout.matrix.tasks import Outcome, Task, Told
 
 _LOOK_S = 0.25  # between looks at how much memory processes hold
 _GRACE_S = 30.0  # that a process may take to unwind before it is ended by force
+_SMALL = 2_000_000_000  # predicted bytes of a task whose imports are most of its work
 _LAST_WORDS = 600  # letters of a log
+
+
+@dataclass
+class _Child:
+    """A process that does tasks, one after another."""
+
+    process: subprocess.Popen[bytes]
+    replies: IO[bytes]
+    cores: list[int]
+    model: str
+
+    @property
+    def known(self) -> psutil.Process:
+        """The same, to be looked at and signalled."""
+        return psutil.Process(self.process.pid)
+
+    def give(self, task: Task) -> None:
+        """Give it a task."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone: its status says how
+            self.process.stdin.write(json.dumps({"task": asdict(task), "cores": self.cores}).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def end(self) -> int:
+        """Let it end, and take what it leaves; its status."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        status = self.process.wait()
+        self.replies.close()
+        return status
 
 
 class Processes:
     """The executor of this machine.
+
+    Small tasks of one model that follow each other are done by one process, which has paid for its imports; whatever a task breaks is
+    its own all the same: a process that said nothing, or met an error, does no other.
 
     Args:
         jobs: how many tasks run at once: the cores are shared out among them, since runtimes that wait for one another's threads on
@@ -41,43 +76,70 @@ class Processes:
         self._free = (
             [cores[at * share % len(cores) :][:share] for at in range(jobs)] if cores else [[]] * jobs
         )
-        self._running: dict[str, psutil.Process] = {}
-        self._held: dict[str, int] = {}
+        self._idle: list[_Child] = []
+        self._running: dict[str, _Child] = {}
+        self._used: dict[str, int] = {}
         self._guard = threading.Lock()
         self._stopping = False
 
     def __call__(self, task: Task, told: Told) -> Outcome:
         """Do a task in a process; see ``tasks.Executor``."""
+        begun = time.monotonic()
         with self._guard:
-            cores = self._free.pop(0) if self._free else self._every
+            cores = self._free.pop(0)
         try:
-            return self._run(task, told, self._every if task.alone else cores)
+            child = self._child(task, self._every if task.alone else cores)
+            found, peak = self._watched(child, task, told)
+            if found and found["status"] != "error" and task.memory_bytes <= _SMALL and not self._stopping:
+                with self._guard:
+                    self._idle.append(child)
+            else:
+                status = child.end()
         finally:
             with self._guard:
-                self._free.append(cores)
+                self._free.insert(0, cores)
+        if found:
+            return replace(Outcome(**found | {"notes": tuple(found["notes"])}), peak_bytes=peak)
+        if self._stopping:
+            return Outcome(task.name, "not run", "it was stopped.", task.inputs)
+        how, seconds = _how(status, Path(task.log)), time.monotonic() - begun
+        return Outcome(task.name, "error", how, task.inputs, seconds=seconds, peak_bytes=peak)
 
     def used(self) -> Mapping[str, int]:
         """Bytes that each running task's processes hold, but for what they share with files."""
         with self._guard:
-            return dict(self._held)
+            return dict(self._used)
 
     def stop(self) -> None:
         """Ask every process to unwind; those that take too long are ended by force."""
         with self._guard:
             self._stopping = True
-            running = list(self._running.values())
+            running, idle = [child.known for child in self._running.values()], self._idle
+            self._idle = []
+        for child in idle:
+            child.end()
         for process in running:
             _signal(process, signal.SIGTERM)
         _, left = psutil.wait_procs(running, timeout=_GRACE_S)
         for process in left:
             _signal(process, signal.SIGKILL)
 
-    def _run(self, task: Task, told: Told, cores: list[int]) -> Outcome:
-        begun, peak = time.monotonic(), 0
+    def _child(self, task: Task, cores: list[int]) -> _Child:
+        """A process that is idle and has the same model and cores, or a new one."""
+        with self._guard:
+            same = [child for child in self._idle if (child.model, child.cores) == (task.model, cores)]
+            of_others = [child for child in self._idle if child.cores == cores and child not in same]
+            self._idle = [child for child in self._idle if child not in of_others and child not in same[:1]]
+        for child in of_others:
+            child.end()
+        if same and task.memory_bytes <= _SMALL:
+            return same[0]
+        for child in same[:1]:
+            child.end()
         reading, writing = os.pipe()
         log = Path(task.log)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as words, os.fdopen(reading, "rb") as replies:
+        with log.open("wb") as words:
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "tapeout.matrix.work", str(writing)],
@@ -89,61 +151,41 @@ class Processes:
                 )
             finally:
                 os.close(writing)
-            known = psutil.Process(process.pid)
-            with self._guard:
-                self._running[task.name], self._held[task.name] = known, 0
-                late = self._stopping
-            if late:
-                _signal(known, signal.SIGTERM)
-            found: dict[str, Any] = {}
-            ended = threading.Event()
+        return _Child(process, os.fdopen(reading, "rb"), cores, task.model)
 
-            def look() -> None:
-                nonlocal peak
-                while not ended.wait(_LOOK_S):
-                    held = _held(known)
-                    peak = max(peak, held)
-                    with self._guard:
-                        self._held[task.name] = held
+    def _watched(self, child: _Child, task: Task, told: Told) -> tuple[dict[str, Any], int]:
+        """What a process says of a task, nothing where it ended instead, and most bytes that it held."""
+        peak, known, ended = 0, child.known, threading.Event()
 
-            looking = threading.Thread(target=look, daemon=True)
-            looking.start()
-            try:
-                _give(process, {"task": asdict(task), "cores": cores})
-                for line in replies:
-                    said = json.loads(line)
-                    if "outcome" in said:
-                        found = said["outcome"]
-                    else:
-                        told(said["stage"], said["done"], said["total"])
-                status = process.wait()
-            finally:
-                ended.set()
-                looking.join()
+        def look() -> None:
+            nonlocal peak
+            while not ended.wait(_LOOK_S):
+                held = _held(known)
+                peak = max(peak, held)
                 with self._guard:
-                    self._running.pop(task.name)
-                    self._held.pop(task.name)
-        if found:
-            return replace(Outcome(**found | {"notes": tuple(found["notes"])}), peak_bytes=peak)
-        if self._stopping:
-            return Outcome(task.name, "not run", "it was stopped.", task.inputs)
-        return Outcome(
-            task.name,
-            "error",
-            _how(status, log),
-            task.inputs,
-            seconds=time.monotonic() - begun,
-            peak_bytes=peak,
-        )
+                    self._used[task.name] = held
 
-
-def _give(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(request).encode())
-        process.stdin.close()
-    except BrokenPipeError:  # it is gone: its status says how
-        pass
+        with self._guard:
+            self._running[task.name], self._used[task.name] = child, 0
+            late = self._stopping
+        if late:
+            _signal(known, signal.SIGTERM)
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            child.give(task)
+            for line in child.replies:
+                said = json.loads(line)
+                if "outcome" in said:
+                    return said["outcome"], peak
+                told(said["stage"], said["done"], said["total"])
+            return {}, peak
+        finally:
+            ended.set()
+            looking.join()
+            with self._guard:
+                self._running.pop(task.name)
+                self._used.pop(task.name)
 
 
 def _held(process: psutil.Process) -> int:

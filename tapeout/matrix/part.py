@@ -1,22 +1,20 @@
-"""Parts of a matrix, as the jobs of a CI system do them: the codes alone, a name for them, and the page of cells made elsewhere."""
+"""Parts of a matrix, as the jobs of a CI system do them: the codes alone, and a name for them."""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tapeout import own_wheel
-from tapeout.errors import MissingToolchain, PackageError
+from tapeout.errors import MissingToolchain
 from tapeout.files import canonical_json
-from tapeout.matrix import Executor, Matrix, Outcome, Planned, planned
+from tapeout.matrix import Executor, Matrix, Outcome, Planned, lease, planned
 from tapeout.matrix.local import Processes
 from tapeout.matrix.schedule import Room, Watcher, schedule
-from tapeout.matrix.tasks import States, Task
-from tapeout.pack import Package
+from tapeout.matrix.tasks import Task
 
-__all__ = ["codes_key", "join", "make_codes"]
+__all__ = ["codes_key", "make_codes"]
 
 
 def codes_key(path: Path, only: Sequence[str] = ()) -> str:
@@ -25,9 +23,7 @@ def codes_key(path: Path, only: Sequence[str] = ()) -> str:
     Raises:
         MissingToolchain: a model cannot be loaded here. TapeoutError: as ``planned``.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        every = planned(Matrix.read(path), Path(scratch), only=only)
-    tasks = [_codes_task(each) for each in every]
+    tasks = [_codes_task(each) for each in planned(Matrix.read(path), Path(), only=only)]
     found = {"codes": sorted({task.codes for task in tasks}), "tapeout": own_wheel.digest()}
     return hashlib.sha256(canonical_json(found).encode()).hexdigest()
 
@@ -51,8 +47,6 @@ def make_codes(
     Raises:
         MissingToolchain: a model cannot be loaded here. TapeoutError: as ``planned``, and what ``lease`` raises.
     """
-    from tapeout.matrix import lease
-
     out = out.absolute()
     outcomes: dict[str, Outcome] = {}
     with lease(out) as held:
@@ -78,37 +72,3 @@ def _codes_task(each: Planned) -> Task:
     if each.codes.kind != "codes":
         raise MissingToolchain(each.forecast.skipped)
     return each.codes
-
-
-def join(path: Path, out: Path, only: Sequence[str] = ()) -> dict[str, Outcome]:
-    """What came of each cell by what its own run left below ``out``, whichever machine that was.
-
-    A cell that left nothing was not run; a package is compared with its manifest once more, since it has been sent here.
-    """
-    states = States(out)
-    return {
-        cell.name: _joined(states.read(cell.name), cell.name, out) for cell in Matrix.read(path).only(only)
-    }
-
-
-def _joined(known: Outcome | None, name: str, out: Path) -> Outcome:
-    if known is None:
-        return Outcome(
-            name,
-            "not run",
-            "its job left no outcome: it did not start, was stopped, or its artifact was not brought here.",
-        )
-    if known.status != "passed":
-        return known
-    try:
-        package = Package.open(out / name)
-        damage = package.damage()
-        if package.manifest["root_sha256"] != known.root_sha256:
-            damage.append(f"its root digest is not {known.root_sha256}, which its job told")
-    except PackageError as error:
-        damage = [str(error)]
-    if not damage:
-        return known
-    return Outcome(
-        name, "error", f"its package did not arrive as it was made: {'; '.join(damage[:3])}.", known.inputs
-    )

@@ -193,10 +193,14 @@ def cell_digest(codes: str, recipe: Recipe, target: str, options: Mapping[str, A
 
 
 class Sources:
-    """Digests of models' files, remembered by size and time so that a second run reads none of them."""
+    """Digests of models' files, remembered by size and time so that a second run reads none of them.
 
-    def __init__(self, memory: Path) -> None:
-        self._memory = memory
+    Args:
+        memory: where. write: whether they are kept there.
+    """
+
+    def __init__(self, memory: Path, write: bool = True) -> None:
+        self._memory, self._write = memory, write
         try:
             self._known: dict[str, list[Any]] = json.loads(memory.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -212,8 +216,8 @@ class Sources:
         files |= {tensor.file for tensor in model.checkpoint.values()}
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(self._file, sorted(files)))
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
-        self._memory.write_text(json.dumps(self._known), encoding="utf-8")
+        if self._write:
+            self._memory.write_text(json.dumps(self._known), encoding="utf-8")
         names = [
             path.relative_to(model.directory).as_posix()
             if path.is_relative_to(model.directory)
@@ -269,7 +273,7 @@ def after(outcome: Outcome, task: Task) -> Outcome:
     )
 
 
-def worst(outcomes: Iterable[Outcome]) -> dict[str, int]:
+def worst(outcomes: Iterable[Outcome]) -> dict[Status, int]:
     """How many outcomes there are of each status, the worst first."""
     order: tuple[Status, ...] = ("failed", "error", "not run", "skipped", "refused", "passed")
     counted = [outcome.status for outcome in outcomes]

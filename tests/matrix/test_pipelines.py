@@ -172,9 +172,9 @@ def test_the_shell_gives_our_commands_what_was_meant(place: Path, system: str) -
             assert bound.arguments["recipe"] == Path(STRANGE)
             assert bound.arguments.get("only") == ([job.env["CELL"]] if "CELL" in job.env else None)
     parts = {
-        flag for arguments in _said(place) for flag in arguments if flag in ("--codes", "--join", "--key")
+        flag for arguments in _said(place) for flag in arguments if flag in ("--codes", "--collect", "--key")
     }
-    assert parts == {"--codes", "--join"} | ({"--key"} if system == "github" else set())
+    assert parts == {"--codes", "--collect"} | ({"--key"} if system == "github" else set())
 
 
 def _said(place: Path) -> list[list[str]]:
@@ -308,7 +308,7 @@ def test_the_command(place: Path) -> None:
     )
     assert (
         "give one of them"
-        in tapeout("matrix", "one.toml", "--emit", "github", "--join", cwd=place, status=2).stderr
+        in tapeout("matrix", "one.toml", "--emit", "github", "--collect", cwd=place, status=2).stderr
     )
     assert "it wants --emit" in tapeout("matrix", "one.toml", "--check", cwd=place, status=2).stderr
     assert (
