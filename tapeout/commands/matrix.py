@@ -178,9 +178,9 @@ def _listed(found: list[Planned], *, as_json: bool) -> int:
 
 
 def _do(each: Planned) -> str:
-    if each.done:
-        return "stands"
-    return "skip" if each.forecast.skipped else "refuse" if each.forecast.refused else "make"
+    if each.forecast.skipped or each.forecast.refused:
+        return "skip" if each.forecast.skipped else "refuse"
+    return "stands" if each.done else "make"
 
 
 def _size(count: Any) -> str:

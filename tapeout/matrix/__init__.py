@@ -24,12 +24,14 @@ from tapeout import targets
 from tapeout.errors import MissingToolchain, OutputError
 from tapeout.files import writing
 from tapeout.matrix import baseline as baselines
+from tapeout.matrix import forecast as forecasts
+from tapeout.matrix import schedule as scheduling
 from tapeout.matrix.cells import Cell, chosen
 from tapeout.matrix.file import Matrix
-from tapeout.matrix.forecast import Forecast, codes_memory, forecast
+from tapeout.matrix.forecast import Forecast
 from tapeout.matrix.local import Processes
 from tapeout.matrix.result import Result
-from tapeout.matrix.schedule import Room, Watcher, schedule
+from tapeout.matrix.schedule import Room, Watcher
 from tapeout.matrix.shared import Storage
 from tapeout.matrix.tasks import Executor, Outcome, Sources, States, Task, cell_digest, codes_digest, finished
 from tapeout.models import Model, load
@@ -83,13 +85,13 @@ def planned(
             continue
         if not model.quantization:
             recipe = recipe.with_default(default_scheme(device))
-        told = forecast(model, device, recipe)
+        told = forecasts.forecast(model, device, recipe)
         raw = recipe.model_dump(mode="json", exclude_unset=True)
         codes = codes_digest(model, recipe, digests[cell.model])
         making = Task(
             f"codes {cell.called}.{recipe.scheme_given or 'own'}.{cell.rounding}",
             "codes", cell.model, raw, codes, codes, str(out / "logs" / f"codes-{codes[:16]}.log"),
-            memory_bytes=codes_memory(model, recipe), cache=cache,
+            memory_bytes=forecasts.codes_memory(model, recipe), cache=cache,
         )  # fmt: skip
         options = targets.options(device)
         inputs = cell_digest(codes, recipe, cell.kind, options)
@@ -158,10 +160,12 @@ def run(
             states.write(outcomes[task.name.removeprefix("speed ")])
 
         room, begin = Room.here(memory), executor(jobs, held)
-        schedule(_tasks(left, cache), begin, watcher, jobs=jobs, room=room, fail_fast=fail_fast, keep=keep)
+        scheduling.schedule(
+            _tasks(left, cache), begin, watcher, jobs=jobs, room=room, fail_fast=fail_fast, keep=keep
+        )
         if not (fail_fast and any(outcome.red for outcome in outcomes.values())):
             again = _measurements(every, outcomes, before, matrix, speed)
-            schedule(again, executor(1, held), watcher, room=room, keep=keep)
+            scheduling.schedule(again, executor(1, held), watcher, room=room, keep=keep)
         return _gathered(matrix, path, out, outcomes, before)
 
 

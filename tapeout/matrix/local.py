@@ -22,6 +22,7 @@ from tapeout.matrix.tasks import Outcome, Task, Told
 _LOOK_S = 0.25  # between looks at how much memory processes hold
 _GRACE_S = 30.0  # that a process may take to unwind before it is ended by force
 _SMALL = 2_000_000_000  # predicted bytes of a task whose imports are most of its work
+_KEPT = 700_000_000  # bytes that it may hold between two: what a cell adds to that stays below forecast.BASE
 _LAST_WORDS = 600  # letters of a log
 
 
@@ -90,7 +91,7 @@ class Processes:
         try:
             child = self._child(task, self._every if task.alone else cores)
             found, peak = self._watched(child, task, told)
-            if found and found["status"] != "error" and task.memory_bytes <= _SMALL and not self._stopping:
+            if found and self._goes_on(found, task, child):
                 with self._guard:
                     self._idle.append(child)
             else:
@@ -123,6 +124,11 @@ class Processes:
         _, left = psutil.wait_procs(running, timeout=_GRACE_S)
         for process in left:
             _signal(process, signal.SIGKILL)
+
+    def _goes_on(self, found: Mapping[str, Any], task: Task, child: _Child) -> bool:
+        """Whether a process may do another task: it is sound, and what it keeps loaded is less than what it saves."""
+        small = task.memory_bytes <= _SMALL and _held(child.known) <= _KEPT
+        return found["status"] != "error" and small and not self._stopping
 
     def _child(self, task: Task, cores: list[int]) -> _Child:
         """A process that is idle and has the same model and cores, or a new one."""

@@ -14,12 +14,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tapeout.errors import MissingToolchain, TapeoutError
+from tapeout.errors import MissingToolchain, PackageError, TapeoutError
 from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory
 from tapeout.pack import DEVICE_REPORT, Package
 
@@ -78,39 +77,38 @@ class Storage:
 
     def fetch_package(self, key: str, out: Path) -> bool:
         """Put a package at ``out``, if the storage has it whole."""
-        with self._fetching("packages", key) as entry:
-            if entry is None:
-                return False
+
+        def put(entry: Mapping[str, Any]) -> None:
             with new_directory(out, force=True) as partial:
                 self._get(entry, partial)
                 if damage := Package.open(partial).damage():
                     raise _Damaged(f"the package is not whole: {'; '.join(damage[:3])}")
             self._notes.append(f"taken from {self._url}.")
-            return True
-        return False
+
+        return self._fetch("packages", key, put)
 
     def fetch_store(self, key: str) -> bool:
         """Put codes into this machine's cache, if the storage has them whole and the cache has not."""
-        with self._fetching("stores", key) as entry:
-            if entry is None:
-                return False
+
+        def put(entry: Mapping[str, Any]) -> None:
             name = entry["name"]
             if name != PurePosixPath(name).name or name.startswith("."):
                 raise _Damaged(f"it is to be called {name!r}")
             directory = cache_directory() / "store" / name
             with lock(directory, wait=True):
-                if not (directory / "quantization.json").exists():
-                    partial = directory.with_name(f".{name}.fetched")
+                if (directory / "quantization.json").exists():
+                    return
+                partial = directory.with_name(f".{name}.fetched")
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    self._get(entry, partial)
+                    shutil.rmtree(directory, ignore_errors=True)
+                    partial.rename(directory)
+                finally:
                     shutil.rmtree(partial, ignore_errors=True)
-                    try:
-                        self._get(entry, partial)
-                        shutil.rmtree(directory, ignore_errors=True)
-                        partial.rename(directory)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
-                    self._notes.append(f"codes taken from {self._url}.")
-            return True
-        return False
+            self._notes.append(f"codes taken from {self._url}.")
+
+        return self._fetch("stores", key, put)
 
     def push_package(self, key: str, directory: Path) -> None:
         """Share a package."""
@@ -149,13 +147,17 @@ class Storage:
         except Exception as error:  # of whichever client: any kind
             self._notes.append(self._unreachable("take this", error))
 
-    @contextmanager
-    def _fetching(self, kind: str, key: str) -> Iterator[dict[str, Any] | None]:
-        """Read an entry, None where there is none; what turns out to be damaged is taken away and said."""
-        path = self._entry(kind, key) if self._files else ""
+    def _fetch(self, kind: str, key: str, put: Callable[[Mapping[str, Any]], None]) -> bool:
+        """Read an entry and let its files be put where they belong; what turns out to be damaged is taken away and said."""
+        if self._files is None:
+            return False
+        path = self._entry(kind, key)
         try:
-            yield self._read(path) if self._files else None
-        except _Damaged as error:
+            if (entry := self._read(path)) is None:
+                return False
+            put(entry)
+            return True
+        except (_Damaged, PackageError) as error:
             self._notes.append(
                 f"{self._url} has a damaged entry ({error}): it was taken away, and is made again."
             )
@@ -164,6 +166,7 @@ class Storage:
             raise
         except Exception as error:  # of whichever client: any kind
             self._notes.append(self._unreachable("be read", error))
+        return False
 
     def _read(self, path: str) -> dict[str, Any] | None:
         try:
@@ -176,7 +179,7 @@ class Storage:
                 raise _Damaged("its list of files differs from its digest")
             if entry["format_version"] > FORMAT_VERSION:
                 return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _Damaged(f"its list of files cannot be read: {error!r}") from error
         return entry
 

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 STRANGE = 'it\'s ${{ secrets.A }} $HOME "x" — é.toml'
 MATRICES = {
     "one.toml": '[matrix]\nmodels = ["arithmetic"]\ntargets = ["null"]\n',
-    "all.toml": '[matrix]\nmodels = ["arithmetic", "topics_v1", "org/name"]\nschemes = ["default", "int8"]\ntargets = ["all"]\n',
+    "all.toml": '[matrix]\nmodels = ["arithmetic", "org/name"]\nschemes = ["default", "int8"]\ntargets = ["all"]\n',
     # 3 models, 10 schemes, 2 roundings, 5 targets
     "many.toml": """
         [matrix]
@@ -83,7 +83,7 @@ def test_schemas_and_linters(place: Path) -> None:
     blocks = set()
     for system in SYSTEMS:
         for number, name in enumerate(MATRICES):
-            for fail_fast in (False, True):
+            for fail_fast in (False, True) if name != "many.toml" else (False,):
                 text = pipeline(Path(name), system, fail_fast=fail_fast)
                 files[system].append(place / f"{system}-{number}-{fail_fast}.yml")
                 files[system][-1].write_text(text)
@@ -95,9 +95,11 @@ def test_schemas_and_linters(place: Path) -> None:
     }
     for system, paths in files.items():
         subprocess.run([BIN / "check-jsonschema", "--builtin-schema", *schema[system], *paths], check=True)
+    # Whose lines the large one has many times.
+    small = [path for paths in files.values() for path in paths if path.stat().st_size < 100_000]
     rules = "{extends: default, rules: {line-length: disable, document-start: disable, truthy: {check-keys: false}}}"
     subprocess.run(
-        [BIN / "yamllint", "--strict", "-d", rules, *[each for paths in files.values() for each in paths]],
+        [BIN / "yamllint", "--strict", "-d", rules, *small],
         check=True,
     )
     for number, block in enumerate(sorted(blocks)):
