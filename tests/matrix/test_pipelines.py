@@ -310,7 +310,7 @@ def test_the_command(place: Path) -> None:
     )
     assert (
         "give one of them"
-        in tapeout("matrix", "one.toml", "--emit", "github", "--collect", cwd=place, status=2).stderr
+        in tapeout("matrix", "one.toml", "--emit", "github", "--key", cwd=place, status=2).stderr
     )
     assert "it wants --emit" in tapeout("matrix", "one.toml", "--check", cwd=place, status=2).stderr
     assert (

@@ -1,0 +1,134 @@
+"""Emitted pipelines and our action, run: each job's lines by bash in a bare folder, with nothing but what its system brings there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pipelines as ci
+import pytest
+import yaml
+from runners import Ran, System
+
+from tapeout.matrix.pipelines import pipeline
+from tapeout.pack import Package
+
+ROOT = Path(__file__).resolve().parents[2]
+CELL = "count.int8.rtn.null"
+FILE = """
+tokens = 64
+[matrix]
+models = ["count"]
+schemes = ["int8"]
+targets = ["null"]
+[ci]
+install = 'command -v tapeout; echo "extras $EXTRAS"'
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "m.toml").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def proven(ran: Ran) -> None:
+    """The index job's folder has the page, JUnit and a whole package, whose codes were not made in its own job."""
+    packages = ran.folder / "packages"
+    assert ran.status == 0, ran.said
+    assert Package.open(packages / CELL).damage() == []
+    junit = ElementTree.parse(packages / "index.xml")
+    assert junit.find(".//testcase") is not None
+    assert [junit.find(f".//{bad}") for bad in ("failure", "error")] == [None, None]
+    assert (packages / "index.md").read_text().startswith("✅ **PASSED** `m`: 1 cells: 1 passed")
+    known = json.loads((packages / "cells" / f"{CELL}.json").read_text())
+    assert "codes taken from .tapeout." in known["notes"]
+
+
+def test_github(repository: Path) -> None:
+    text = pipeline(Path("m.toml"), "github")
+    codes, cell, index = ci.jobs("github", text)
+    system = System(repository / "github", {"m.toml": FILE})
+
+    def run(job: ci.Job) -> Ran:
+        row = {f"matrix.{key}": value for key, value in job.raw["row"].items()}
+        return system.github(job.raw["steps"], row, job.env)
+
+    assert run(codes).status == 0
+    (kept,) = system.caches.iterdir()
+    assert kept.name.startswith("tapeout-")
+    assert [path.parent.name for path in kept.rglob("*.json")] == ["stores"]
+    lost = run(index)  # before there is any cell: red, and the summary says which
+    assert lost.status == 1
+    assert CELL in (lost.folder.parent / "summary").read_text()
+    assert {path.name for path in system.artifacts.iterdir()} == {"matrix-index"}
+    system.artifacts.joinpath("matrix-index").rename(repository / "earlier")
+    made = run(cell)
+    assert made.status == 0, made.said
+    assert "extras reference" in made.said
+    last = run(index)
+    proven(last)
+    assert (last.folder.parent / "summary").read_text() == (last.folder / "packages" / "index.md").read_text()
+    assert {path.name for path in (system.artifacts / "matrix-index").iterdir()} == {
+        "index.html",
+        "index.md",
+        "index.xml",
+    }
+
+
+@pytest.mark.parametrize("name", ["gitlab", "buildkite"])
+def test_gitlab_and_buildkite(repository: Path, name: str) -> None:
+    codes, cell, index = ci.jobs(name, pipeline(Path("m.toml"), name))
+    system = System(repository / name, {"m.toml": FILE})
+    for job in (codes, cell):
+        ran = system.plain(job)
+        assert ran.status == 0, ran.said
+    last = system.plain(index)
+    proven(last)
+    if name == "buildkite":
+        assert (last.folder / "annotation").read_text() == (last.folder / "packages" / "index.md").read_text()
+    # A cell that nothing came of, as when its machine was lost.
+    for path in system.artifacts.iterdir():
+        path.rename(repository / path.name)
+    (system.artifacts / "cell-none.tar").write_bytes(bytes(10240))  # an archive of nothing
+    lost = system.plain(index)
+    assert lost.status == 1
+    assert "nobody ran it" in (lost.folder / "packages" / "index.md").read_text()
+
+
+def test_our_action(repository: Path) -> None:
+    action = yaml.safe_load((ROOT / ".github/actions/tapeout-export/action.yml").read_text())
+    inputs = {key: value.get("default") for key, value in action["inputs"].items()}
+    inputs |= {"target": "null", "model": "count", "install": "command -v tapeout", "out": "a b"}
+    recipe = "tokens = 64\n"
+    system = System(
+        repository / "action", {"it's mine.toml": recipe, "none.toml": recipe + "limits = {kl = 0.0}\n"}
+    )
+
+    def run(**given: str) -> Ran:
+        context = {f"inputs.{key}": value for key, value in {**inputs, **given}.items()}
+        return system.github(action["runs"]["steps"], context, {})
+
+    ran = run(scheme="int4-g32", args="--recipe \"it's mine.toml\" --require='lowering'")
+    assert ran.status == 0, ran.said
+    package = Package.open(ran.folder / "a b")
+    outputs = {key: ci.resolve(each["value"], ran.outputs) for key, each in action["outputs"].items()}
+    assert outputs == {"passed": "true", "package": "a b", "root-digest": package.manifest["root_sha256"]}
+    assert package.manifest["scheme"] == "int4-g32"
+    assert Package.open(system.artifacts / "package").damage() == []
+    assert [path.name[:14] for path in system.caches.iterdir()] == ["tapeout-export"]
+    (stored,) = system.caches.glob("*/store/*/quantization.json")
+    assert json.loads(stored.read_text())["scheme"] == "int4-g32"
+    # A gate that fails: the package is kept all the same, and the job is red.
+    (system.artifacts / "package").rename(repository / "passed")
+    failed = run(scheme="int4-g32", args="--recipe none.toml")
+    assert failed.status == 1
+    assert failed.outputs["steps.export.outputs.passed"] == "false"
+    assert not Package.open(system.artifacts / "package").passed
+    # What is no input of ours: the command's own words, and no package.
+    refused = run(scheme="int4-g23", artifact="other")
+    assert refused.status == 2
+    assert "did you mean 'int4-g32'" in refused.said
+    assert "steps.export.outputs.package" not in refused.outputs
