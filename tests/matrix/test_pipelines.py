@@ -83,7 +83,7 @@ def test_schemas_and_linters(place: Path) -> None:
     blocks = set()
     for system in SYSTEMS:
         for number, name in enumerate(MATRICES):
-            for fail_fast in (False, True) if name != "many.toml" else (False,):
+            for fail_fast in (False, True) if name == "one.toml" else (False,):
                 text = pipeline(Path(name), system, fail_fast=fail_fast)
                 files[system].append(place / f"{system}-{number}-{fail_fast}.yml")
                 files[system][-1].write_text(text)
@@ -284,12 +284,13 @@ def test_a_place_that_exists(place: Path) -> None:
     assert write(text, there)
     assert not write(text, there)
     check(text, there, "again")
+    line = 1 + text.splitlines().index('  image: "python:3.11"')
     there.write_text(text.replace("3.11", "3.12"))
     with pytest.raises(OutputError, match=r"exists and says something else; give --force"):
         write(text, there)
     with pytest.raises(
         OutputError,
-        match=r"a/b\.yml is not what its matrix gives, from line 20 on: again --force writes it anew",
+        match=rf"a/b\.yml is not what its matrix gives, from line {line} on: again --force writes it anew",
     ):
         check(text, there, "again")
     assert write(text, there, force=True)
