@@ -97,16 +97,23 @@ class Result:
         rows = [_row(cell, outcome, out) for cell, outcome in self.cells]
         columns = list(dict.fromkeys(cell.target for cell, _ in self.cells))
         places = {(_line(cell), cell.target): row for (cell, _), row in zip(self.cells, rows, strict=True)}
-        lines = list(dict.fromkeys(_line(cell) for cell, _ in self.cells))
         said = _template().render(
             result=self,
             rows=rows,
+            broken=[row for row in rows if row["outcome"].status in ("failed", "error")],
             columns=columns,
-            lines=[(line, [places.get((line, column)) for column in columns]) for line in lines],
+            lines=[(line, [places.get((line, column)) for column in columns]) for line in self._lines()],
             several=len({cell.rounding for cell, _ in self.cells}) > 1,
             marks=MARKS,
         )
         return str(said)
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        """The grid's lines: what a model has in common stands together, whatever was included last."""
+        models = list(dict.fromkeys(cell.called for cell, _ in self.cells))
+        return sorted(
+            dict.fromkeys(_line(cell) for cell, _ in self.cells), key=lambda line: models.index(line[0])
+        )
 
     def markdown(self) -> str:
         """Verdict, the grid, what failed and what got worse, as a comment of a pull request has room for."""
@@ -127,7 +134,7 @@ class Result:
             ] + [""]
         marks = {(_line(cell), cell.target): _EMOJI[outcome.status] for cell, outcome in self.cells}
         parts += [_markdown(["", *columns]), _markdown(["---", *[":-:"] * len(columns)])]
-        for line in dict.fromkeys(_line(cell) for cell, _ in self.cells):
+        for line in self._lines():
             parts.append(
                 _markdown([f"`{' '.join(line)}`", *(marks.get((line, column), "") for column in columns)])
             )

@@ -47,12 +47,14 @@ class Storage:
         self._files: Any = None
         if url is None:
             return
-        import fsspec
-
         try:
+            import fsspec
+
             self._files, self._root = fsspec.url_to_fs(url)
         except ImportError as error:
-            raise MissingToolchain(f"--cache {url}: {error}: pip install what it names.") from error
+            raise MissingToolchain(
+                f"--cache {url}: {error}: pip install what it names, or 'tapeout[shared]' for directories."
+            ) from error
         except (ValueError, OSError) as error:
             raise TapeoutError(f"--cache {url} cannot be opened: {error}.") from error
 

@@ -30,6 +30,7 @@ VERBS = (
     "inspect",
     "verify",
     "targets",
+    "matrix",
     "export null",
     "export cpu",
 )
