@@ -52,9 +52,12 @@ class System:
         }
         return folder, {**kept, **machine, "PATH": f"{folder.parent / 'bin'}:{BIN}:/usr/bin:/bin"}
 
-    def plain(self, job: ci.Job) -> Ran:
-        """A job of GitLab, or of Buildkite with its agent: all of its bash in one go."""
+    def plain(self, job: ci.Job, cached: Path | None = None) -> Ran:
+        """A job of GitLab, or of Buildkite with its agent: all of its bash in one go; ``cached`` is what its cache has."""
         folder, env = self.folder()
+        if cached and "cache" in job.raw:
+            (path,) = job.raw["cache"]["paths"]
+            shutil.copytree(cached, folder / path)
         agent = f"""
         case "$1 $2" in
           "artifact download") found=1; for each in "{self.artifacts}"/$3; do [ -e "$each" ] && cp "$each" "$4" && found=0; done; exit $found;;
