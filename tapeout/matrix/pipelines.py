@@ -128,6 +128,8 @@ def pipeline(path: Path, system: str, *, fail_fast: bool = False) -> str:
 
 def write(text: str, place: Path, *, force: bool = False) -> bool:
     """Put a pipeline file where it belongs; whether something changed. OutputError: another file stands there and not ``force``."""
+    if place.is_dir():
+        raise OutputError(f"{place} is a directory; --out names the pipeline file itself.")
     with writing(place):
         if place.exists():
             if place.read_text(encoding="utf-8") == text:

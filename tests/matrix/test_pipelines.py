@@ -298,6 +298,8 @@ def test_a_place_that_exists(place: Path) -> None:
     with pytest.raises(OutputError, match="at its end"):
         check(text, there, "again")
     assert [path.name for path in there.parent.iterdir()] == ["b.yml"]
+    with pytest.raises(OutputError, match="a is a directory; --out names the pipeline file itself"):
+        write(text, there.parent)
 
 
 def test_the_command(place: Path) -> None:
