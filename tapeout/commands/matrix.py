@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
+from tapeout.commands.matrix_ci import ForCi, emit, key
 from tapeout.commands.terminal import Flag, Json, Many, print_json, stderr
 from tapeout.errors import TapeoutError
 
@@ -32,6 +33,7 @@ def matrix(
     list_cells: Annotated[bool, Parameter(name="--list", negative="")] = False,
     collect: Annotated[bool, Flag] = False,
     json: Json = False,
+    ci: ForCi | None = None,
 ) -> int:
     """Make and prove models × schemes × roundings × targets, each cell a package, and write one page of them all.
 
@@ -57,11 +59,29 @@ def matrix(
     """
     from tapeout import matrix as matrices
     from tapeout.commands.matrix_table import watching
+    from tapeout.matrix.part import make_codes
     from tapeout.targets.local import parse_size
 
     place, globs = out or Path(recipe.stem), tuple(only or ())
     if jobs is not None and jobs < 1:
         raise TapeoutError(f"--jobs is {jobs}; what fits: 1 or more.")
+    ci = ci or ForCi()
+    if ci.emit:
+        return emit(recipe, ci.emit, out, check=ci.check, fail_fast=fail_fast, force=force)
+    if ci.key:
+        return key(recipe, globs)
+    if ci.codes:
+        with watching() as watcher:
+            made = make_codes(
+                recipe,
+                place,
+                watcher=watcher,
+                jobs=jobs or 1,
+                only=globs,
+                cache=cache,
+                memory=parse_size(memory) if memory else None,
+            )
+        return 1 if any(outcome.red for outcome in made.values()) else 0
     if list_cells:
         found = matrices.planned(matrices.Matrix.read(recipe), place, only=globs, cache=cache)
         return _listed(found, as_json=json)

@@ -136,7 +136,7 @@ def run(
     before = baselines.read(baseline) if baseline else {}
     out = out.absolute()
     _models(chosen(matrix.cells(), only))  # what cannot be read stops here, before the output is made
-    with _lease(out) as lease:
+    with lease(out) as held:
         every = planned(matrix, out, only=only, cache=cache, remember=True)
         if force:
             every = [replace(each, done=None) for each in every]
@@ -161,7 +161,7 @@ def run(
 
         def go(tasks: list[Task], jobs: int) -> None:
             if tasks:
-                executor, at_once, room = _machines(ray, jobs, lease, out, cache, tasks, memory)
+                executor, at_once, room = _machines(ray, jobs, held, out, cache, tasks, memory)
                 scheduling.schedule(
                     tasks, executor, watcher, jobs=at_once, room=room, fail_fast=fail_fast, keep=keep
                 )
@@ -325,7 +325,7 @@ def _check_disk(out: Path, left: Sequence[Planned]) -> None:
 
 
 @contextmanager
-def _lease(out: Path) -> Iterator[int]:
+def lease(out: Path) -> Iterator[int]:
     """Hold the output among processes, ours and those that they start; waits for those of a run that was killed."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".matrix.lock").exists())):
         raise OutputError(f"{out} exists and is no output of a matrix; give another --out.")

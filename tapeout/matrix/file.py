@@ -22,6 +22,9 @@ lm_head = "int8"
 
 [margins]                       # what may get worse before a baseline fails, as shares
 kl = 0.05
+
+[runners]                       # and [ci]: what pipelines of CI systems are written with, see matrix/ci.py
+nvidia = ["self-hosted", "gpu"]
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tapeout import targets
 from tapeout.errors import RecipeError, nearest
 from tapeout.matrix.cells import Cell, Named, Pattern, chosen, product, written_twice
+from tapeout.matrix.ci import Ci
 from tapeout.quantize import Calibration
 from tapeout.recipe import Recipe
 from tapeout.validate import Limits
@@ -95,6 +99,8 @@ class Matrix(_Table):
     text: Path | None = None
     tokens: int = Field(default=4096, gt=0)
     margins: Margins = Margins()
+    ci: Ci = Ci()
+    runners: dict[str, str | list[str]] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Matrix:
@@ -171,6 +177,7 @@ _TABLES: dict[str, Iterable[str]] = {
     "include": Pattern.model_fields,
     "exclude": Pattern.model_fields,
     "margins": Margins.model_fields,
+    "ci": Ci.model_fields,
     "limits": Limits.__dataclass_fields__,
     "calibration": Calibration.__dataclass_fields__,
 }
