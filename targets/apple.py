@@ -192,6 +192,7 @@ class Apple:
     default_scheme: ClassVar[str] = "int4-g32"
     arithmetic: ClassVar[Arithmetic] = "float32"
     cache: ClassVar[KvCache] = "kv-f16"
+    runtimes: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def __post_init__(self) -> None:
         """TapeoutError for a number that is none."""

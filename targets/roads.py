@@ -30,6 +30,7 @@ class Road(Protocol):
     arithmetic: ClassVar[Arithmetic]
     cache: ClassVar[KvCache]
     needs: ClassVar[str]
+    runtimes: ClassVar[tuple[str, ...]]
     flags: ClassVar[tuple[str, ...]]
 
     @classmethod
@@ -112,6 +113,11 @@ class Roads:
     def needs(self) -> str:
         """The format's runtime."""
         return self._road.needs
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Its distributions."""
+        return self._road.runtimes
 
     def carries(self, scheme: Scheme) -> Carry:
         """As the format holds it, and its loaders take it."""

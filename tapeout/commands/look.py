@@ -28,10 +28,10 @@ def inspect(path: Path, *, json: Json = False) -> int:
     if json:
         print_json(found)
         return 0
-    table = Table(title=str(path), show_header=False, title_justify="left")
+    table = Table(title=Text(str(path)), show_header=False, title_justify="left")
     for key, value in found.items():
         shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(key, shown)
+        table.add_row(key, Text(shown))
     stderr.print(table)
     return 0
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from tapeout import targets
@@ -22,7 +23,23 @@ from tapeout.recipe import Recipe
 if TYPE_CHECKING:
     from tapeout.budget import Plan
 
-stderr = Console(stderr=True, highlight=False)
+# Controls of a terminal, and what turns the direction of text.
+_CONTROLS = dict.fromkeys(
+    [*({*range(0x20)} - {0x09, 0x0A}), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\ufffd",
+)
+
+
+class _Shown(Console):
+    """A console on which what models and packages say is shown: a control sequence in a name is not obeyed."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Everything that is printed comes through here; rich's own commands are no text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=segment.text.translate(_CONTROLS))
+
+
+stderr = _Shown(stderr=True, highlight=False)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Flag = Parameter(negative="")
