@@ -53,7 +53,7 @@ def plain(value: object) -> str:
     shown = "".join(c for c in shown if unicodedata.category(c) not in _HIDDEN)
     shown = _MARKUP.sub(r"\\\1", " ".join(shown.split()))
     shown = re.sub(r"^([#+=_-])", r"\\\1", shown)
-    shown = re.sub(r"^(\d+)([.)])", r"\1\\\2", shown)  # a list
+    shown = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", shown)  # a list
     # Addresses become links by themselves, and names of people are told of it.
     shown = re.sub(r"(?i)(https?|ftp|mailto|xmpp):", r"\1&#58;", shown)
     return re.sub(r"(?i)\bwww\.", "www&#46;", shown).replace("@", "&#64;")

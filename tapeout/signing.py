@@ -135,13 +135,11 @@ def check(directory: Path, trust: Trust) -> int:
     wanted = "key" if trust.key else "certificate" if trust.certificates else "keyless"
     if kind != wanted:
         how = {
-            "key": "--key FILE",
-            "certificate": "--certificate FILE",
-            "keyless": "--identity and --identity-provider",
+            "key": "with a key: give --key FILE",
+            "certificate": "with a certificate: give --certificate FILE",
+            "keyless": "keyless: give --identity and --identity-provider",
         }
-        raise PackageError(
-            f"{directory} is signed {'keyless' if kind == 'keyless' else f'with a {kind}'}, which {trust.words} cannot tell: give {how[kind]}."
-        )
+        raise PackageError(f"{directory} is signed {how[kind]}; {trust.words} cannot tell.")
     library = _library()
     config = library.verifying.Config().set_hashing_config(_hashing(library))
     try:
@@ -309,4 +307,4 @@ def _list(paths: Sequence[Path]) -> str:
 
 def _short(error: BaseException) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
-    return (said if len(said) <= 300 else f"{said[:300]}…").rstrip(".")
+    return (said if len(said) <= 300 else f"{said[:300]}…").rstrip(".?")

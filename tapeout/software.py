@@ -59,7 +59,8 @@ def software(name: str) -> Software:
 def libraries(runtimes: Iterable[str]) -> list[Software]:
     """What is installed here of tapeout's own requirements, of those of the reference, and of the extras that bring these runtimes."""
     own, extras = _requirements()
-    wanted = {"reference", *(name for name, brought in extras.items() if brought & {*map(_normal, runtimes)})}
+    running = {_normal(each) for each in runtimes}
+    wanted = {"reference", *(name for name, brought in extras.items() if brought & running)}
     names = {*own, *(each for extra in wanted for each in extras.get(extra, ()))}
     return [found for name in sorted(names) if (found := software(name)).version]
 
