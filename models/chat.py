@@ -108,7 +108,7 @@ def _answer() -> None:
     given = json.loads(sys.stdin.buffer.read())
     used = resource.getrusage(resource.RUSAGE_SELF)
     limits = {
-        "RLIMIT_CPU": int(used.ru_utime + used.ru_stime) + _CPU_S + 1,
+        "RLIMIT_CPU": int(used.ru_utime + used.ru_stime) + _CPU_S,
         "RLIMIT_AS": _MEMORY_BYTES,
         "RLIMIT_CORE": 0,
         "RLIMIT_FSIZE": 0,

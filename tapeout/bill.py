@@ -128,7 +128,7 @@ def _runtime(found: Software, *, alone: bool) -> Component:
 
 def _licences(named: str | None) -> list[License]:
     """An SPDX id or expression where it is one, whatever its letters' case; else the name as it stands."""
-    return [LicenseFactory().make_from_string(named)] if named else []  # type: ignore[list-item]
+    return [LicenseFactory().make_from_string(named)] if named else []
 
 
 def _texts(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -52,7 +52,8 @@ def plain(value: object) -> str:
     shown = "".join(" " if c.isspace() else c for c in str(value))
     shown = "".join(c for c in shown if unicodedata.category(c) not in _HIDDEN)
     shown = _MARKUP.sub(r"\\\1", " ".join(shown.split()))
-    shown = re.sub(r"^([#+=_-])", r"\\\1", shown)
+    shown = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", shown)  # within a word it is itself
+    shown = re.sub(r"^([#+=-])", r"\\\1", shown)
     shown = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", shown)  # a list
     # Addresses become links by themselves, and names of people are told of it.
     shown = re.sub(r"(?i)(https?|ftp|mailto|xmpp):", r"\1&#58;", shown)

@@ -40,10 +40,14 @@ def read_json(path: Path) -> Any:
     """
     try:
         # Neither follows a link nor waits for the other end of a pipe.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise PackageError(f"{path} is not an ordinary file.")
-            raw = file.read(MAX_JSON_BYTES + 1)
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                raw = file.read(MAX_JSON_BYTES + 1)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise
     except OSError as error:

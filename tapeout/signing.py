@@ -18,7 +18,6 @@ from tapeout.files import file_sha256, writing
 from tapeout.manifest import BESIDE, SIGNATURE, read_json, walk
 
 if TYPE_CHECKING:
-    import model_signing
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -227,7 +226,7 @@ def _library() -> Any:
     return model_signing
 
 
-def _hashing(library: Any) -> model_signing.hashing.Config:
+def _hashing(library: Any) -> Any:
     # Files of git are no part of a package, so that one is not left out either.
     return library.hashing.Config().set_ignored_paths(paths=BESIDE, ignore_git_paths=False)
 
@@ -271,9 +270,9 @@ def _private_key(path: Path, password: str | None) -> EllipticCurvePrivateKey:
 
 def needs_password(path: Path) -> bool:
     """Whether a private key in PEM is encrypted."""
+    _library()
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    _library()
     try:
         load_pem_private_key(path.read_bytes(), None)
     except TypeError:

@@ -50,7 +50,8 @@ def software(name: str) -> Software:
         below = len(each.parts) == 3 and each.parts[0].endswith(".dist-info") and each.parts[1] == "licenses"
         if (beside or below) and _TEXT.fullmatch(each.name) and each.suffix not in (".py", ".pyc"):
             texts[each.name] = Path(str(each.locate()))
-    told = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
+    fields = [field for field in ("License-Expression", "License") if field in found.metadata]
+    told = found.metadata[fields[0]] if fields else ""
     # Some write the whole text there.
     licence = told.strip() if 0 < len(told.strip()) <= 100 and "\n" not in told.strip() else None
     return Software(_normal(name), found.version, licence, texts)

@@ -63,6 +63,7 @@ def sign(
     key: Path | None = None,
     certificate: Annotated[list[Path] | None, Many] = None,
     keyless: Annotated[bool, Flag] = False,
+    json: Json = False,
 ) -> int:
     """Sign a whole package with OpenSSF's model-signing; the signature is model.sig, which `model_signing verify` reads too.
 
@@ -73,6 +74,7 @@ def sign(
         key: Your private key on a NIST curve (PEM). Its password, if it has one, comes from TAPEOUT_KEY_PASSWORD or is asked for.
         certificate: The key's certificate (PEM), then those that lead to the root. May be given several times.
         keyless: Sign with an identity instead, through Sigstore: needs a network, and tells a public log who signed what.
+        json: Print what was signed to stdout.
     """
     from tapeout.pack import Package
     from tapeout.signing import sign as run
@@ -93,7 +95,10 @@ def sign(
         stderr.print(
             Text(f"note: {package} failed its gates; the signature says who made it, not that it is good.")
         )
-    stderr.print(Text(f"{path} signs {len(opened.files()) + 1} files"), soft_wrap=True)
+    files = len(opened.files()) + 1  # and the manifest
+    if json:
+        print_json({"package": str(package), "signature": str(path), "files": files})
+    stderr.print(Text(f"{path} signs {files} files"), soft_wrap=True)
     return 0
 
 

@@ -344,6 +344,15 @@ def test_keyless_without_a_network(package: Path, keys: Path, monkeypatch: pytes
         check(package, Trust(identity="somebody@example.org", provider="https://accounts.google.com"))
 
 
+def test_without_the_library(package: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sign(package, keys / "mine.pem")
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    for arguments in (("sign", "--key", keys / "mine.pem"), ("verify", "--key", keys / "mine.pub")):
+        done = tapeout(arguments[0], package, *arguments[1:], status=3)
+        assert "pip install 'tapeout[sign]'" in done.stderr
+    assert "made with a key, not checked" in tapeout("verify", package, status=0).stderr
+
+
 def test_trust_is_one_thing(keys: Path) -> None:
     with pytest.raises(TapeoutError, match="give one of them"):
         Trust(keys / "mine.pub", (keys / "mine.pub",))
