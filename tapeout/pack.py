@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 from tapeout import CalledByItsName, __version__, targets
 from tapeout.attestation import PROVENANCE, statement
-from tapeout.bill import BILL, bill
 from tapeout.card import card
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
@@ -225,6 +224,8 @@ def pack(
     Raises:
         PackageError: what the model or the target call their files or themselves does not fit a package.
     """
+    from tapeout.bill import BILL, bill  # CycloneDX's library, which opening a package needs not
+
     directory, model = artifact.directory.parent, quant.model
     (directory / "tokenizer").mkdir()
     for file in model.tokenizer_files():

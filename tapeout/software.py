@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -23,13 +23,24 @@ class Software:
     Attributes:
         version: None: it is not installed here.
         licence: an SPDX expression or id, or what its author wrote in its place.
-        texts: the texts of its licence by the names of their files; empty where its wheel has none.
     """
 
     name: str
     version: str | None = None
     licence: str | None = None
-    texts: dict[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def texts(self) -> dict[str, Path]:
+        """The texts of its licence by the names of their files; empty where its wheel has none, or it is not here."""
+        found = {}
+        for each in (distribution(self.name).files or ()) if self.version else ():
+            beside = len(each.parts) == 2  # of the metadata, or of the import package
+            below = (
+                len(each.parts) == 3 and each.parts[0].endswith(".dist-info") and each.parts[1] == "licenses"
+            )
+            if (beside or below) and _TEXT.fullmatch(each.name) and each.suffix not in (".py", ".pyc"):
+                found[each.name] = Path(str(each.locate()))
+        return found
 
     @property
     def purl(self) -> PackageURL:
@@ -44,17 +55,11 @@ def software(name: str) -> Software:
         found = distribution(name)
     except PackageNotFoundError:
         return Software(_normal(name))
-    texts = {}
-    for each in found.files or ():
-        beside = len(each.parts) == 2  # of the metadata, or of the import package
-        below = len(each.parts) == 3 and each.parts[0].endswith(".dist-info") and each.parts[1] == "licenses"
-        if (beside or below) and _TEXT.fullmatch(each.name) and each.suffix not in (".py", ".pyc"):
-            texts[each.name] = Path(str(each.locate()))
     fields = [field for field in ("License-Expression", "License") if field in found.metadata]
     told = found.metadata[fields[0]] if fields else ""
     # Some write the whole text there.
     licence = told.strip() if 0 < len(told.strip()) <= 100 and "\n" not in told.strip() else None
-    return Software(_normal(name), found.version, licence, texts)
+    return Software(_normal(name), found.version, licence)
 
 
 def libraries(runtimes: Iterable[str]) -> list[Software]:
