@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+# Texts that a licence asks to be passed on, at the top of a model's directory.
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_LICENCE_BYTES = 4 << 20
 
 # Where a checkpoint that somebody quantized says how, besides config.json; and who writes such a file.
 _QUANTIZATION_FILES = {
@@ -120,6 +125,23 @@ class Model:
         """The files of TOKENIZER_FILES that the model has."""
         return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).exists()]
 
+    def licence_files(self) -> list[Path]:
+        """LICENSE, NOTICE, USE_POLICY and the like, sorted; ModelError for one that no licence is as long as."""
+        found = sorted(
+            {
+                file
+                for pattern in _LICENCE_FILES
+                for file in self.directory.glob(pattern)
+                if file.is_file() and re.fullmatch(r"[\w.-]+", file.name, re.ASCII)
+            }
+        )
+        for file in found:
+            if (size := file.stat().st_size) > _LICENCE_BYTES:
+                raise ModelError(
+                    f"{file} has {size} bytes, and a package would carry it along as a licence; what fits: {_LICENCE_BYTES} bytes."
+                )
+        return found
+
     @cached_property
     def tokenizer_config(self) -> Mapping[str, Any]:
         """``tokenizer_config.json``, or nothing."""
@@ -142,15 +164,21 @@ class Model:
         raw = _read_json(self.directory / "generation_config.json", optional=True)
         sample = bool(raw.get("do_sample", False))
         eos = raw.get("eos_token_id", self.config.eos_token_id)
-        stop = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
-        return Generation(
-            temperature=float(raw.get("temperature") or 1.0) if sample else 0.0,
-            top_p=float(raw.get("top_p") or 1.0),
-            top_k=int(raw.get("top_k") or (50 if sample else 0)),
-            repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
-            max_new_tokens=int(raw.get("max_new_tokens") or Generation.max_new_tokens),
-            stop_token_ids=stop,
-        )
+        try:
+            return Generation(
+                temperature=float(raw.get("temperature") or 1.0) if sample else 0.0,
+                top_p=float(raw.get("top_p") or 1.0),
+                top_k=int(raw.get("top_k") or (50 if sample else 0)),
+                repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
+                max_new_tokens=int(raw.get("max_new_tokens") or Generation.max_new_tokens),
+                stop_token_ids=()
+                if eos is None
+                else tuple(map(int, eos if isinstance(eos, list | tuple) else [eos])),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ModelError(
+                f"{self.directory / 'generation_config.json'} has a value of the wrong type: {error}."
+            ) from error
 
     @cached_property
     def licence(self) -> str | None:
@@ -159,8 +187,10 @@ class Model:
         if not card.exists():
             return None
         front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-        named = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
-        return named[1] if named else None
+        named = (
+            re.search(r"^license:[ \t]*['\"]?([^\s'\"]{1,100})", front[1], re.MULTILINE) if front else None
+        )
+        return named[1] if named and named[1].isprintable() else None
 
 
 def load(source: str | Path, *, weights: bool = True) -> Model:
@@ -218,7 +248,7 @@ def load(source: str | Path, *, weights: bool = True) -> Model:
         checkpoint = Checkpoint(directory, gguf.tensors(Path(quantization["file"]), config, specs))
     else:
         checkpoint = Checkpoint(directory, quantized=True)
-    return Model(directory.name, directory, raw, config, specs, checkpoint, quantization)
+    return Model(_name(directory.name), directory, raw, config, specs, checkpoint, quantization)
 
 
 def load_module(
@@ -250,7 +280,13 @@ def _traced(
     directory: Path, raw: dict[str, Any], config: TracedConfig, checkpoint: Checkpoint, name: str
 ) -> Model:
     specs, oriented = traced.specs(config, checkpoint)
-    return Model(name, directory, raw, config, specs, oriented)
+    return Model(_name(name), directory, raw, config, specs, oriented)
+
+
+def _name(given: str) -> str:
+    """A name that can be that of a file, stand in a command and in a text, on every system: letters, digits, ``.``, ``_``, ``+`` and ``-``."""
+    kept = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", given))
+    return kept.strip(".-").encode()[:180].decode(errors="ignore") or "model"
 
 
 def _in_transformers(model_type: str) -> bool:
@@ -323,7 +359,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "README.md", *(("*.safetensors", "*.safetensors.index.json") if weights else ())]
-    wanted += [*TOKENIZER_FILES, *_QUANTIZATION_FILES]
+    wanted += [*TOKENIZER_FILES, *_QUANTIZATION_FILES, *_LICENCE_FILES]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (

@@ -36,6 +36,7 @@ for verb in (
     prove.diff,
     prove.compare,
     deliver.verify,
+    deliver.sign,
     look.inspect,
     look.env_app,
     look.doctor,

@@ -10,9 +10,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-__all__ = ["digest", "requirement"]
+__all__ = ["digest", "is_editable", "requirement"]
 
 _OF_THE_INSTALLER = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json")
+
+
+def is_editable() -> bool:
+    """Whether this is an editable install, whose files nobody has a digest of."""
+    return _sources(distribution("tapeout")) is not None
 
 
 def digest() -> str:

@@ -6,40 +6,38 @@ import hashlib
 import json
 import shutil
 import sys
-import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jinja2
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tapeout import CalledByItsName, __version__, targets
+from tapeout.attestation import PROVENANCE, statement
+from tapeout.card import card
 from tapeout.errors import PackageError
 from tapeout.exporters import Artifact
 from tapeout.files import canonical_json, file_sha256
+from tapeout.manifest import BESIDE, DEVICE_REPORT, FORMAT_VERSION, MANIFEST, walk
+from tapeout.manifest import read as read_manifest
 from tapeout.models import DecoderConfig, EncoderConfig, Generation, Model, Seq2SeqConfig, TracedConfig
 from tapeout.models.module import SAMPLES
 from tapeout.quantize import Quantized
+from tapeout.software import Software, libraries, software
 from tapeout.targets import Memory, Target, checks
 from tapeout.validate.modules import Samples
 from tapeout.validate.report import Report
 from tapeout.validate.session import KV_BITS
 
-FORMAT_VERSION = 1
-MANIFEST = "tapeout.json"
-DEVICE_REPORT = "device_report.json"
-"""What a script of the package writes on a device; no part of the package, but it may stand in its directory."""
+__all__ = ["DEVICE_REPORT", "FORMAT_VERSION", "MANIFEST", "Package", "pack"]
 
 # Measured, or dependent on the machine: these carry digests of their own and are not part of the root digest.
-_BESIDE = ("root_sha256", "beside", "passed")
-_KEYS = (
-    "model", "scheme", "rounding", "calibration_sha256", "schemes", "recipe", "target", "artifact", "files", "generation", "needs", *_BESIDE,
-)  # fmt: skip
+_UNROOTED = ("root_sha256", "beside", "passed")
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,12 @@ class Package:
 
     @classmethod
     def open(cls, directory: Path) -> Package:
-        """Read a package's manifest; PackageError when there is none, or it is of a newer format."""
-        path = directory / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version = int(manifest["format_version"])
-        except FileNotFoundError:
-            raise PackageError(f"{directory} is not a package: it has no {MANIFEST}.") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PackageError(f"{path} cannot be read as a manifest: {error!r}.") from error
-        if version > FORMAT_VERSION:
-            raise PackageError(
-                f"{path} has format_version {version}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
-            )
-        if absent := [key for key in _KEYS if key not in manifest]:
-            raise PackageError(f"{path} lacks {', '.join(absent)}: it was cut short or edited by hand.")
-        return cls(directory, manifest)
+        """Read a package's manifest, and look at every name in its directory; no other file is opened.
+
+        Raises:
+            PackageError: there is none, it is of a newer format, or it is not one that can be trusted: see ``manifest.read``.
+        """
+        return cls(directory, read_manifest(directory))
 
     @property
     def passed(self) -> bool:
@@ -96,7 +84,7 @@ class Package:
     @property
     def samples(self) -> int:
         """How many inputs a module's artifact has for its gates."""
-        return len(Samples(load_file(self.directory / "artifact" / SAMPLES)))
+        return len(Samples(self.arrays(f"artifact/{SAMPLES}")))
 
     @property
     def artifact(self) -> Artifact:
@@ -128,20 +116,36 @@ class Package:
     def generation(self) -> Generation:
         """The package's generation defaults."""
         raw = dict(self.manifest["generation"])
-        return Generation(**raw | {"stop_token_ids": tuple(raw["stop_token_ids"])})
+        known = {field.name: raw[field.name] for field in fields(Generation)}
+        return Generation(**known | {"stop_token_ids": tuple(raw["stop_token_ids"])})
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja source of its chat template."""
+        """The Jinja source of its chat template; PackageError when it is no text."""
         path = self.directory / "tokenizer" / "chat_template.jinja"
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.exists() else None
+        except UnicodeDecodeError as error:
+            raise PackageError(f"{path} is not UTF-8: {error}.") from error
 
     @property
     def tokenizer_config(self) -> Mapping[str, Any]:
-        """The package's ``tokenizer_config.json``, or nothing."""
+        """The package's ``tokenizer_config.json``, or nothing; PackageError when it is no JSON object."""
         path = self.directory / "tokenizer" / "tokenizer_config.json"
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (ValueError, RecursionError) as error:
+            raise PackageError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise PackageError(f"{path} holds no JSON object.")
         return config
+
+    def arrays(self, path: str) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a safetensors file of the package; PackageError when it is none."""
+        try:
+            return load_file(self.directory / path)
+        except (OSError, SafetensorError) as error:
+            raise PackageError(f"{self.directory / path} cannot be read: {error}.") from error
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -166,8 +170,8 @@ class Package:
         }
 
     def target(self) -> Target:
-        """The target that it was made for, with the options that it was made with."""
-        return targets.get(self.manifest["target"]["name"])(**self.manifest["target"]["options"])
+        """The target that it was made for, with the options that it was made with; TapeoutError for options that are none of it."""
+        return targets.restored(self.manifest["target"]["name"], self.manifest["target"]["options"])
 
     def report(self) -> Report:
         """The report that it was made with.
@@ -211,17 +215,25 @@ class Package:
         return found
 
     def damage(self) -> list[str]:
-        """What is not as the manifest says, one sentence each; empty for a whole package."""
+        """What is not as the manifest says, one sentence each; empty for a whole package.
+
+        Raises:
+            PackageError: a link or a device came into its directory.
+        """
+        every = {**self.manifest["files"], **self.manifest["beside"]}
+        present = set(walk(self.directory))
         found = []
-        for path, digest in self.files().items():
-            if not (self.directory / path).exists():
+        for path, entry in every.items():
+            file = self.directory / path
+            if path not in present:
                 found.append(f"{path} is missing")
-            elif file_sha256(self.directory / path) != digest:
+            elif (size := file.stat().st_size) != entry["size"]:
+                found.append(f"{path} has {size} bytes instead of {entry['size']}")
+            elif file_sha256(file) != entry["sha256"]:
                 found.append(f"{path} differs from its digest")
-        present = {p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file()}
         found += [
-            f"{path} is not part of it"
-            for path in sorted(present - self.files().keys() - {MANIFEST, DEVICE_REPORT})
+            f"{path.encode('utf-8', 'backslashreplace').decode()} is not part of it"
+            for path in sorted(present - every.keys() - {MANIFEST, *BESIDE})
         ]
         if _root(self.manifest) != self.manifest["root_sha256"]:
             found.append(f"{MANIFEST} differs from its root digest")
@@ -242,8 +254,14 @@ def pack(
     """Make the directory around ``artifact`` (its ``artifact/`` already stands there) a whole package.
 
     ``recipe`` is what ``Recipe.kept`` gives: with it the package's gates can be run again by who does not have the file.
-    The same inputs give the same root digest: no clock, host name or absolute path is in what it covers.
+    The same inputs give the same root digest: no clock, host name or absolute path is in what it covers, nor which versions of
+    libraries are installed here. Those are in the bill of materials and in the provenance, beside it.
+
+    Raises:
+        PackageError: what the model or the target call their files or themselves does not fit a package.
     """
+    from tapeout.bill import BILL, bill  # CycloneDX's library, which opening a package needs not
+
     directory, model = artifact.directory.parent, quant.model
     (directory / "tokenizer").mkdir()
     for file in model.tokenizer_files():
@@ -252,12 +270,26 @@ def pack(
         (directory / "tokenizer" / "chat_template.jinja").write_text(model.chat_template, encoding="utf-8")
     for name, text in checks.files_of(target).items():
         (directory / name).write_text(text, encoding="utf-8")
+    texts = _copied(directory / "licences", model)
     facts = {**_facts(artifact, quant, target), "recipe": recipe}
-    (directory / "README.md").write_text(_card(artifact, facts, model, target), encoding="utf-8")
+    runtimes = [software(name) for name in facts["needs"]["distributions"]]
+    told = card(
+        artifact,
+        facts,
+        target.card(artifact),
+        texts,
+        [each.name for each in runtimes],
+        tuple(checks.files_of(target)),
+    )
+    (directory / "README.md").write_text(told, encoding="utf-8")
     manifest = {**facts, "files": _digests(directory)}
     manifest["root_sha256"] = _root(manifest)
-    replace(report, provenance=Package(directory, manifest).provenance).write(directory)
-    (directory / "sbom.cdx.json").write_text(_sbom(manifest), encoding="utf-8")
+    _copy_runtimes(directory / "licences" / "runtime", runtimes)
+    report = replace(report, provenance=Package(directory, manifest).provenance)
+    report.write(directory)
+    used = libraries(each.name for each in runtimes)
+    (directory / BILL).write_text(bill(manifest, model, report, runtimes, used), encoding="utf-8")
+    (directory / PROVENANCE).write_text(canonical_json(statement(manifest, used)), encoding="utf-8")
     if report.golden or report.golden_arrays:
         _write_golden(directory / "golden.safetensors", report)
     manifest["beside"] = {
@@ -268,7 +300,26 @@ def pack(
         if path.is_file():
             path.chmod(0o644)  # safetensors writes 0600, and a package is for others
     (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
+    read_manifest(directory)  # what is written can be opened
     return Package(directory, manifest)
+
+
+def _copied(directory: Path, model: Model) -> list[str]:
+    """Copy the texts of the model's licence and of tapeout's; their paths in the package."""
+    texts = {f"model/{file.name}": file for file in model.licence_files()}
+    texts |= {f"tapeout/{name}": file for name, file in software("tapeout").texts.items()}
+    for path, file in texts.items():
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, directory / path)
+    return [f"{directory.name}/{path}" for path in texts]
+
+
+def _copy_runtimes(directory: Path, runtimes: Iterable[Software]) -> None:
+    """Copy the texts of the licences of the runtimes that are installed here."""
+    for each in runtimes:
+        for name, file in each.texts.items():
+            (directory / each.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / each.name / name)
 
 
 def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, Any]:
@@ -315,6 +366,7 @@ def _facts(artifact: Artifact, quant: Quantized, target: Target) -> dict[str, An
         "generation": asdict(quant.model.generation),
         "needs": {
             "runtime": target.needs,
+            "distributions": targets.runtimes(target),
             "memory_bytes": size + memory.cache + memory.work,
             "key_value_cache_bytes": memory.cache,
             "work_bytes": memory.work,
@@ -339,30 +391,8 @@ def _digests(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _root(manifest: Mapping[str, Any]) -> str:
-    covered = {key: value for key, value in manifest.items() if key not in _BESIDE}
+    covered = {key: value for key, value in manifest.items() if key not in _UNROOTED}
     return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
-
-
-def _card(artifact: Artifact, facts: Mapping[str, Any], model: Model, target: Target) -> str:
-    return _template().render(
-        facts=facts,
-        model=model,
-        how=target.card(artifact),
-        notes=artifact.notes,
-        checks=tuple(checks.files_of(target)),
-    )
-
-
-@cache
-def _template() -> jinja2.Template:
-    """The template of ``README.md``, compiled once."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tapeout"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("card.md.j2")
 
 
 def _write_golden(path: Path, report: Report) -> None:
@@ -372,57 +402,6 @@ def _write_golden(path: Path, report: Report) -> None:
         arrays[f"tokens.{index}"] = np.array(ids, np.int32)
         arrays[f"logits.{index}"] = logits
     save_file(arrays, path)
-
-
-def _sbom(manifest: Mapping[str, Any]) -> str:
-    """A CycloneDX 1.6 ML-BOM: the model, its files and the runtime that it needs."""
-    from cyclonedx.model import HashAlgorithm, HashType, Property
-    from cyclonedx.model.bom import Bom
-    from cyclonedx.model.component import Component, ComponentType
-    from cyclonedx.model.license import DisjunctiveLicense
-    from cyclonedx.output.json import JsonV1Dot6
-
-    model = manifest["model"]
-    licences = [DisjunctiveLicense(name=model["licence"])] if model["licence"] else []
-    root = Component(
-        name=f"{model['name']}-{manifest['scheme']}-{manifest['target']['name']}",
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref="model",
-        version=manifest["root_sha256"][:16],
-        licenses=licences,
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=manifest["root_sha256"])],
-        properties=[
-            Property(name=f"tapeout:{key}", value=str(value))
-            for key, value in {
-                "source_sha256": model["source_sha256"],
-                "codes_sha256": manifest["codes_sha256"],
-                "scheme": manifest["scheme"],
-                "rounding": manifest["rounding"],
-                "graph": manifest["graph"],
-                "runtime": manifest["needs"]["runtime"],
-            }.items()
-        ],
-    )
-    files = [
-        Component(
-            name=path,
-            type=ComponentType.FILE,
-            bom_ref=path,
-            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=entry["sha256"])],
-        )
-        for path, entry in manifest["files"].items()
-    ]
-    # The library stamps a random serial and the clock; a package's bytes must not depend on either.
-    bom = Bom(components=files, serial_number=uuid.uuid5(uuid.NAMESPACE_OID, manifest["root_sha256"]))
-    bom.metadata.timestamp = cast(Any, None)
-    bom.metadata.component = root
-    bom.metadata.tools.components.add(
-        Component(
-            name="tapeout", version=manifest["tapeout"], type=ComponentType.APPLICATION, bom_ref="tapeout"
-        )
-    )
-    bom.register_dependency(root, files)
-    return JsonV1Dot6(bom).output_as_string(indent=1) + "\n"
 
 
 sys.modules[__name__].__class__ = CalledByItsName

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from tapeout.device_report import DeviceReport
 from tapeout.errors import MissingToolchain, ModelError, NewerFormat, PackageError, RecipeError, TapeoutError
@@ -232,7 +231,7 @@ def _golden(package: Package, session: Any) -> GateResult:
     path = package.directory / "golden.safetensors"
     if not path.exists():
         return GateResult("golden", "skipped", reason=f"the package has no {path.name}.")
-    arrays = load_file(path)
+    arrays = package.arrays(path.name)
     if package.is_module:
         return _golden_arrays(arrays, session, path.name)
     distance = Distance()

@@ -6,11 +6,13 @@ A target is a frozen dataclass, found by its entry point in the group ``tapeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from tapeout.errors import SchemeError, TapeoutError, nearest
 from tapeout.exporters import Artifact, Refused
@@ -33,6 +35,8 @@ __all__ = [
     "get",
     "loaded",
     "names",
+    "restored",
+    "runtimes",
     "scratch_bytes",
     "variants",
 ]
@@ -97,6 +101,24 @@ def get(name: str) -> type[Target]:
     raise TapeoutError(f"'{name}' is not an installed target{nearest(name, names())}.")
 
 
+def restored(name: str, options: Mapping[str, Any]) -> Target:
+    """The target of that name with options that a stranger wrote; TapeoutError for one that it does not have, or of another type."""
+    kind = get(name)
+    hints, known = get_type_hints(kind), {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    given = {}
+    for option, value in options.items():
+        if option not in known:
+            raise TapeoutError(f"target {name} has no option {option[:60]!a}{nearest(option[:60], known)}.")
+        try:
+            given[option] = TypeAdapter(hints[option]).validate_python(value)
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]["msg"]
+            raise TapeoutError(
+                f"option '{option}' of target {name} is {ascii(value)[:60]}: {said}."
+            ) from None
+    return kind(**given)
+
+
 def variants(name: str) -> dict[str, Target]:
     """The target of that name with its defaults, and for each other value of its ``format``, if it has one, that way of it."""
     kind = get(name)
@@ -112,6 +134,12 @@ def loaded(target: Target, quant: Quantized, size: int) -> tuple[int, int]:
     """
     found = getattr(target, "loaded", None)
     return found(quant, size) if found else (size, 0)
+
+
+def runtimes(target: Target) -> tuple[str, ...]:
+    """Distributions on PyPI of which any one runs the package: the target's ``runtimes``; without it none."""
+    found: tuple[str, ...] = getattr(target, "runtimes", ())
+    return found
 
 
 def scratch_bytes(target: Target, quant: Quantized) -> int:

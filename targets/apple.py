@@ -184,6 +184,7 @@ class Apple:
     arithmetic: ClassVar[Arithmetic] = "float32"
     cache: ClassVar[KvCache] = "kv-f16"
     checks: ClassVar[tuple[str, ...]] = ("coreml.py",)
+    runtimes: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def __post_init__(self) -> None:
         """TapeoutError for a number that is none."""

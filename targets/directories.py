@@ -45,6 +45,7 @@ class CompressedTensors:
     arithmetic: ClassVar[Arithmetic] = "scheme"
     cache: ClassVar[KvCache] = "kv-f16"
     needs: ClassVar[str] = "ROCm, with vLLM or transformers"
+    runtimes: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
     flags: ClassVar[tuple[str, ...]] = ("max_shard_size",)
     checks: ClassVar[tuple[str, ...]] = ("served.py", "transformers.py", "compressed_tensors.py")
 

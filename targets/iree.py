@@ -98,6 +98,7 @@ class Iree:
     arithmetic: ClassVar[Arithmetic] = "float32"
     cache: ClassVar[KvCache] = "kv-f32"
     needs: ClassVar[str] = "iree-base-runtime 3.13 and ROCm's HIP library"
+    runtimes: ClassVar[tuple[str, ...]] = ("iree-base-runtime",)
     flags: ClassVar[tuple[str, ...]] = ("arch", "context", "prefill_chunk")
     checks: ClassVar[tuple[str, ...]] = ("iree.py",)
 

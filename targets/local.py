@@ -112,6 +112,11 @@ class Local:
         """Of the script that checks a package on the device, and of llama.cpp's program besides."""
         return ("onnx.py",) if self.format == "onnx" else ("gguf.py", "check.cpp")
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Its distribution."""
+        return self._road.runtimes
+
     def carries(self, scheme: Scheme) -> Carry:
         """As the format's containers carry it."""
         return onnx.carries(scheme) if self.format == "onnx" else gguf.carries(scheme)
@@ -201,6 +206,7 @@ class _Gguf:
 
     arithmetic: ClassVar[Arithmetic] = "ggml"
     needs = "llama.cpp, or llama-cpp-python 0.3.36 or newer"
+    runtimes = ("llama-cpp-python",)
     packages = ("llama_cpp", "gguf")
     caches: ClassVar[tuple[KvCache, ...]] = tuple(_CACHE_TYPES)
 
@@ -296,6 +302,7 @@ class _Onnx:
 
     arithmetic: ClassVar[Arithmetic] = "mlas"
     needs = "onnxruntime 1.32 or newer"
+    runtimes = ("onnxruntime",)
     packages = ("onnxruntime", "onnx")
     caches: ClassVar[tuple[KvCache, ...]] = ("kv-f32",)
 

@@ -25,6 +25,7 @@ class MiGraphX(onnx_typed.TypedGraph):
     default_scheme: ClassVar[str] = "int4-g32"
     dialect: ClassVar[onnx.Dialect] = "migraphx"
     needs: ClassVar[str] = "ROCm 7 with MIGraphX, or onnxruntime-migraphx"
+    runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime-migraphx",)
     flags: ClassVar[tuple[str, ...]] = ("context", "prefill_chunk")
     checks: ClassVar[tuple[str, ...]] = ("onnx.py", "migraphx.py")
 

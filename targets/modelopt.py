@@ -56,6 +56,7 @@ class ModelOpt:
     arithmetic: ClassVar[Arithmetic] = "modelopt"
     cache: ClassVar[KvCache] = "kv-f16"
     needs: ClassVar[str] = "an NVIDIA GPU, with TensorRT-LLM, vLLM or SGLang"
+    runtimes: ClassVar[tuple[str, ...]] = ("tensorrt-llm", "vllm", "sglang")
     flags: ClassVar[tuple[str, ...]] = ("max_shard_size", "kv_cache")
     checks: ClassVar[tuple[str, ...]] = ("served.py",)
 

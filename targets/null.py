@@ -45,6 +45,7 @@ class Null:
     cache: ClassVar[KvCache] = "kv-f32"
     summary: ClassVar[str] = "No device: canonical codes in safetensors, run by transformers."
     needs: ClassVar[str] = "transformers and torch"
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers",)
 
     def carries(self, scheme: Scheme) -> Carry:
         """Everything that has canonical codes."""

@@ -31,6 +31,7 @@ class Road(Protocol):
     arithmetic: ClassVar[Arithmetic]
     cache: ClassVar[KvCache]
     needs: ClassVar[str]
+    runtimes: ClassVar[tuple[str, ...]]
     flags: ClassVar[tuple[str, ...]]
     checks: ClassVar[tuple[str, ...]]
 
@@ -119,6 +120,11 @@ class Roads:
     def checks(self) -> tuple[str, ...]:
         """Of the script that checks a package on the device."""
         return self._road.checks
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Its distributions."""
+        return self._road.runtimes
 
     def carries(self, scheme: Scheme) -> Carry:
         """As the format holds it, and its loaders take it."""

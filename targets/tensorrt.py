@@ -33,6 +33,7 @@ class OnnxTrt(onnx_typed.TypedGraph):
     default_scheme: ClassVar[str] = "int4-g64"
     dialect: ClassVar[onnx.Dialect] = "tensorrt"
     needs: ClassVar[str] = "TensorRT 10.13 or newer, or TensorRT-RTX 1.7"
+    runtimes: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     flags: ClassVar[tuple[str, ...]] = (
         "context",
         "max_batch",

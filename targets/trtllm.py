@@ -66,6 +66,7 @@ class Trtllm:
     arithmetic: ClassVar[Arithmetic] = "scheme"
     cache: ClassVar[KvCache] = "kv-f16"
     needs: ClassVar[str] = f"an NVIDIA GPU a rank, and {_NEEDS}"
+    runtimes: ClassVar[tuple[str, ...]] = ("tensorrt-llm",)
     flags: ClassVar[tuple[str, ...]] = (
         "tensor_parallel",
         "pipeline_parallel",

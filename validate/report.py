@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from xml.etree import ElementTree
 
 import numpy.typing as npt
 
 from tapeout.errors import NewerFormat, PackageError
 from tapeout.files import canonical_json
+from tapeout.manifest import read_json
 from tapeout.validate.session import Logits
 
 if TYPE_CHECKING:
@@ -139,19 +139,22 @@ class Report:
     def read(cls, path: Path) -> Report:
         """Read ``report.json``; PackageError when it is none, or of a newer format."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             if raw["format_version"] > FORMAT_VERSION:
                 raise NewerFormat(
                     f"{path} has format_version {raw['format_version']}; this tapeout reads up to {FORMAT_VERSION}: upgrade it."
                 )
+            gates = tuple(GateResult.of(gate) for gate in raw["gates"])
+            for gate in gates:
+                _check(gate)
             return cls(
                 raw["model"],
                 raw["target"],
                 raw["scheme"],
-                tuple(GateResult.of(gate) for gate in raw["gates"]),
+                gates,
                 raw["throughput"],
                 raw["machine"],
-                tuple(raw["notes"]),
+                tuple(map(str, raw["notes"])),
                 graph=raw.get("graph", "built"),
                 device=raw.get("device", {}),
                 provenance=raw.get("provenance", {}),
@@ -224,6 +227,18 @@ def _measured(gate: GateResult) -> str:
     return "" if gate.value is None else f"{gate.metric} {number(gate.value)}{limit}."
 
 
+def _check(gate: GateResult) -> None:
+    """ValueError for a gate of types that none has."""
+    words = (gate.name, gate.status, gate.metric, gate.reason)
+    numbers = (gate.value, gate.limit)
+    if (
+        not all(isinstance(word, str) for word in words)
+        or gate.status not in get_args(Status)
+        or not all(number is None or type(number) in (int, float) for number in numbers)
+    ):
+        raise ValueError(f"{gate} is no gate")
+
+
 def verdict_table(report: Report) -> Table:
     """The gates as a table for the terminal, the verdict in its title."""
     from rich.table import Table
@@ -247,10 +262,14 @@ def verdict_table(report: Report) -> Table:
         reason = gate.reason if gate.status != "passed" else gate.metric
         measured = number(gate.value)
         table.add_row(
-            gate.name, Text(gate.status, styles[gate.status]), measured, number(gate.limit), Text(reason)
+            Text(gate.name),
+            Text(gate.status, styles[gate.status]),
+            measured,
+            number(gate.limit),
+            Text(reason),
         )
     if report.notes:
-        table.caption = Text("\n".join(report.notes))
+        table.caption = Text("\n".join(report.notes))  # no markup, whatever stands in a note
     return table
 
 

@@ -8,15 +8,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console, ConsoleDimensions
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -28,8 +29,17 @@ if TYPE_CHECKING:
     from tapeout.budget import Plan
 
 
+# Controls of a terminal, and what turns the direction of text.
+_CONTROLS = dict.fromkeys(
+    [*({*range(0x20)} - {0x09, 0x0A}), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\ufffd",
+)
+
+
 class _Console(Console):
-    """Prints what it is given, whole: names and texts of others may hold what rich takes for markup, and no cell loses its end."""
+    """Prints what it is given, whole: names and texts of others may hold what rich takes for markup, or a terminal for controls, and no
+    cell loses its end.
+    """
 
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
@@ -41,6 +51,11 @@ class _Console(Console):
             for column in each.columns if isinstance(each, Table) else ():
                 column.overflow = "fold"
         super().print(*objects, **keywords)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Everything that is printed comes through here; rich's own commands are no text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=segment.text.translate(_CONTROLS))
 
 
 stdout, stderr = _Console(stderr=False), _Console(stderr=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -34,6 +35,7 @@ VERBS = (
     "diff",
     "inspect",
     "verify",
+    "sign",
     "targets",
     "matrix",
     "export null",
@@ -330,8 +332,10 @@ def test_a_report_of_a_newer_format_is_refused(null: Exported, tmp_path: Path) -
 
 
 def beside(path: Path, package: Path) -> bool:
-    """Whether a file is the manifest, or measured: not what the root digest covers."""
-    return path.parent == package and path.name not in ("README.md", "check.py")
+    """Whether a file is the manifest, measured, or of what is installed here: not what the root digest covers."""
+    return (
+        path.parent == package and path.name not in ("README.md", "check.py", "check.cpp")
+    ) or package / "licences" / "runtime" in path.parents
 
 
 def test_diff_of_a_package_and_its_model(null: Exported, tmp_path: Path) -> None:
@@ -360,15 +364,24 @@ def test_diff_of_what_parts_ends_with_1(null: Exported, make_model: MakeModel) -
 
 
 def test_verify_a_whole_package(null: Exported) -> None:
-    manifest = json.loads((null.package / "tapeout.json").read_text())
-    assert document(tapeout("verify", null.package, "--json")) == {
-        "package": str(null.package),
-        "root_sha256": manifest["root_sha256"],
-        "damage": [],
-    }
+    text = (null.package / "tapeout.json").read_bytes()
+    root = json.loads(text)["root_sha256"]
+    found = document(tapeout("verify", null.package, "--json"))
+    assert found["package"] == str(null.package)
+    assert (found["root_sha256"], found["manifest_sha256"]) == (root, hashlib.sha256(text).hexdigest())
+    assert (found["damage"], found["signature"]) == ([], "none")
+    assert found["bill"].startswith("its digests are the manifest's; ")
+    assert found["provenance"].startswith("SLSA 1.0, ")
+    assert "tapeout/LICENSE" in found["licences"]
     files = sum(path.is_file() for path in null.package.rglob("*")) - 1  # the manifest cannot hold its own
-    said = told(tapeout("verify", null.package))
-    assert said == f"{null.package} is whole: {files} files, root digest {manifest['root_sha256']}"
+    first, *rest = tapeout("verify", null.package, status=0).stderr.splitlines()
+    assert first == f"{null.package} is whole: {files} files, root digest {root}"
+    assert [line.split(":")[0] for line in rest] == [
+        "signature",
+        "bill of materials",
+        "provenance",
+        "licences",
+    ]
 
 
 def test_verify_tells_damage_in_its_document_too(null: Exported, tmp_path: Path) -> None:

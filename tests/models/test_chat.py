@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from tapeout.errors import ModelError
 from tapeout.generated import write_model
 from tapeout.models import load
-from tapeout.models.chat import render, special_tokens
+from tapeout.models.chat import _render, render, special_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,8 +160,9 @@ def both(tokenizer: Any, model: Path, template: str, messages: Any, prompt: bool
     expected = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
+    # In this process: one of its own for each of them takes a quarter of a second.
     tokens = special_tokens(load(model).tokenizer_config)
-    return render(template, messages, tokens, add_generation_prompt=prompt), expected
+    return _render(template, {**tokens, "messages": messages, "add_generation_prompt": prompt}), expected
 
 
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
@@ -248,3 +251,55 @@ def test_special_tokens_as_strings_and_as_objects(tokenizer: Any, model: Path) -
 def test_the_rarer_special_tokens() -> None:
     config = {"sep_token": "[SEP]", "cls_token": "[CLS]", "mask_token": {"content": "[MASK]"}}
     assert special_tokens(config) == {"sep_token": "[SEP]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for a in range(10**9) %}a{% endfor %}", "Range too big"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was stopped"),
+        ("{{ 'a' * 10**10 }}", "MemoryError|was stopped"),
+        ("{{ ('a' * 10**6) ~ ('b' * 10**6) }}", "more than 1048576 characters"),
+        ("{% for a in range(99999) %}{{ 'b' * 99 }}{% endfor %}", "more than 1048576 characters"),
+        ("{{ 10 ** (10 ** 10) }}", "was stopped"),
+        ("{{ '%1000000000d' % 1 }}", "MemoryError|was stopped|more than"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion|was stopped|too many nested"),
+        ("a" * (1 << 20) + "b", "it has 1048577 characters"),
+    ],
+    ids=["range", "loops", "memory", "length", "pieces", "power", "format", "macro", "nested", "long"],
+)
+def test_a_template_that_means_harm_is_stopped(template: str, why: str) -> None:
+    before = perf_counter()
+    with pytest.raises(
+        ModelError, match=f"the chat template cannot render this conversation: .*({why})"
+    ) as told:
+        render(template, [USER], {})
+    assert perf_counter() - before < 30  # two seconds of a core; the machine has others to serve
+    assert len(str(told.value)) < 2200
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ self._TemplateReference__context.environment }}",
+        "{{ lipsum.__globals__ }}",
+    ],
+)
+def test_a_template_reaches_nothing_but_its_arguments(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, or an attribute that does not exist: nothing of the process is shown and nothing is done."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = render(template, [USER], {})
+    except ModelError:
+        found = ""
+    assert not re.search("<(class|module|function|jinja)|root:", found)
+    assert list(tmp_path.iterdir()) == []

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tapeout.models import Generation
+from tapeout import target
+from tapeout.generated import write_model
+from tapeout.models import Generation, load
+from tapeout.pack import pack
+from tapeout.quantize import quantize
+from tapeout.recipe import Recipe
+from tapeout.validate import GateResult, Report
 from tapeout.validate.generate import Said, say
 from tapeout.validate.session import SessionSpec
 from tapeout.validate.timing import Timing, measure, measure_encoding
@@ -57,3 +66,28 @@ class Here:
 def here() -> type[Here]:
     """Takes the place of ``open_session``."""
     return Here
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package for ``null`` with everything that one holds, whose gates a test has made up; not to be written to."""
+    work = tmp_path_factory.mktemp("bare")
+    model = write_model(work / "small", "mistral", {"sliding_window": 100}, dtype="F32")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    (model / "LICENSE").write_text("Do as you like.")
+    (model / "NOTICE").write_text("Made by a test.")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    said = {"chat_template": "{{ messages[0].content }}"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config | said))
+    device, recipe = target("null", threads=1), Recipe.of({})
+    quant = quantize(load(model), "int8", out=work / "codes")
+    (work / "out" / "artifact").mkdir(parents=True)
+    artifact = device.export(quant, work / "out" / "artifact")
+    gates = (
+        GateResult("codes", "passed", "tensors that differ from the store", 0.0, 0.0, "made up"),
+        GateResult("quality/kl", "passed", "mean KL, nats", 0.0125, 0.1, "made up"),
+        GateResult("task", "skipped", reason="made up"),
+    )
+    golden = (((1, 2), np.arange(272, dtype=np.float32)),)
+    report = Report("small", "null", "int8", gates, golden=golden)
+    return pack(artifact, report, quant, device, recipe.kept(quant)).directory
