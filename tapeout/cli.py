@@ -32,6 +32,8 @@ for verb in (
     prove.diff,
     prove.compare,
     deliver.verify,
+    deliver.push,
+    deliver.pull,
     look.inspect,
     look.env_app,
 ):

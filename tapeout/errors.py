@@ -32,6 +32,10 @@ class PackageError(TapeoutError):
     """A package or a store is not whole: a file is missing, differs from its digest, or is of a newer format."""
 
 
+class RegistryError(TapeoutError):
+    """A registry cannot be reached, refuses, or gives what its manifest does not say."""
+
+
 class MissingToolchain(TapeoutError):
     """A runtime or toolchain is not installed; the message holds the command that installs it."""
 

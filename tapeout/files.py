@@ -7,14 +7,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from tapeout.errors import OutputError
+from tapeout.errors import OutputError, PackageError
+
+_MOST_PATH_BYTES = 1024
 
 
 def cache_directory() -> Path:
@@ -115,6 +118,29 @@ def _replace(partial: Path, path: Path) -> None:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_paths(paths: Iterable[str], what: str) -> None:
+    """Raise PackageError unless every path names a file of its own below the directory that it is relative to.
+
+    ``what`` said so, and somebody else may have written it. Names that only some systems would take as one count as one.
+    """
+    known: dict[str, str] = {}
+    for path in paths:
+        shown = repr(path if len(path) <= 80 else path[:80] + "…")
+        parts = path.split("/")
+        if not path.isprintable() or {"\\", ":"} & set(path) or {"", ".", ".."} & set(parts):
+            raise PackageError(f"{what} names {shown}, which is no file inside of a package.")
+        if max(len(part.encode()) for part in parts) > 255 or len(path.encode()) > _MOST_PATH_BYTES:
+            raise PackageError(f"{what} names {shown}, which is longer than a name of a file can be.")
+        key = unicodedata.normalize("NFC", path).casefold()
+        if key in known:
+            raise PackageError(f"{what} names {known[key]!r} and {shown}, which are one file.")
+        known[key] = path
+    for key, path in known.items():
+        for at, letter in enumerate(key):
+            if letter == "/" and key[:at] in known:
+                raise PackageError(f"{what} names {known[key[:at]]!r} as a file and as a folder of {path!r}.")
 
 
 def file_sha256(path: Path) -> str:

@@ -1,11 +1,18 @@
-"""Verbs of a package on its way: verify."""
+"""Verbs of a package on its way: verify, push, pull."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from tapeout.commands.terminal import Json, print_json, stderr
+from rich.text import Text
+
+from tapeout.commands.terminal import Flag, Json, print_json, progress_bars, stderr
 from tapeout.errors import PackageError
+
+if TYPE_CHECKING:
+    from tapeout.registry import Shipped
 
 
 def verify(package: Path, *, json: Json = False) -> int:
@@ -27,6 +34,60 @@ def verify(package: Path, *, json: Json = False) -> int:
         raise PackageError(f"{package} is not what its manifest says: {'; '.join(damage[:5])}.")
     stderr.print(
         f"{package} is whole: {len(opened.files())} files, root digest {opened.manifest['root_sha256']}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def push(package: Path, reference: str, *, mount_from: str | None = None, json: Json = False) -> int:
+    """Bring a package into an OCI registry, as a CNCF ModelPack artifact; what the registry has is not sent.
+
+    Example: tapeout push build/demo localhost:5000/team/arithmetic:cpu
+
+    Args:
+        package: The package's directory.
+        reference: host[:port]/repository[:tag]; the tag is latest by default. Logins are those of `docker login`.
+        mount_from: Another repository of the same registry, which may take files from there.
+        json: Print what was done to stdout.
+    """
+    from tapeout.oci import Reference
+    from tapeout.registry import push
+
+    where = Reference.parse(reference)
+    with progress_bars() as progress:
+        shipped = push(package, where, mount_from=mount_from, progress=progress)
+    return _tell(f"{package} is {where}", shipped, json)
+
+
+def pull(reference: str, *, out: Path, force: Annotated[bool, Flag] = False, json: Json = False) -> int:
+    """Fetch a package from an OCI registry and check every byte; what was fetched before a stop is not fetched again.
+
+    Example: tapeout pull localhost:5000/team/arithmetic:cpu --out build/pulled
+
+    Args:
+        reference: host[:port]/repository[:tag][@sha256:digest]; with a digest these bytes and no others.
+        out: The directory to write.
+        force: Replace it if it is a tapeout output.
+        json: Print what was done to stdout.
+    """
+    from tapeout.oci import Reference
+    from tapeout.registry import pull
+
+    where = Reference.parse(reference)
+    with progress_bars() as progress:
+        shipped = pull(where, out, force=force, progress=progress)
+    return _tell(f"{out} is {where}", shipped, json)
+
+
+def _tell(what: str, shipped: Shipped, json: bool) -> int:
+    if json:
+        print_json(asdict(shipped))
+    there = f"{shipped.present} there already" + (f", {shipped.mounted} mounted" if shipped.mounted else "")
+    stderr.print(
+        Text(
+            f"{what}: {shipped.files} files of {shipped.size_bytes} bytes, root digest {shipped.root_sha256}\n"
+            f"{shipped.sent_bytes} bytes travelled; of {shipped.blobs} blobs {there}\n{shipped.reference}"
+        ),
         soft_wrap=True,
     )
     return 0
