@@ -34,6 +34,8 @@ for verb in (
     deliver.verify,
     deliver.push,
     deliver.pull,
+    deliver.delta,
+    deliver.patch,
     look.inspect,
     look.env_app,
 ):

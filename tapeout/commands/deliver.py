@@ -1,4 +1,4 @@
-"""Verbs of a package on its way: verify, push, pull."""
+"""Verbs of a package on its way: verify, push, pull, delta, patch."""
 
 from __future__ import annotations
 
@@ -77,6 +77,68 @@ def pull(reference: str, *, out: Path, force: Annotated[bool, Flag] = False, jso
     with progress_bars() as progress:
         shipped = pull(where, out, force=force, progress=progress)
     return _tell(f"{out} is {where}", shipped, json)
+
+
+def delta(
+    old: Path, new: Path, *, out: Path, force: Annotated[bool, Flag] = False, json: Json = False
+) -> int:
+    """Write what a package has over an older one to a file: only changed tensors travel.
+
+    Example: tapeout delta build/v1 build/v2 --out build/v1-v2.delta
+
+    Args:
+        old: The package that is there already.
+        new: The package that it should become.
+        out: The file to write.
+        force: Replace it.
+        json: Print what the delta holds to stdout.
+    """
+    from tapeout.delta import make
+
+    with progress_bars() as progress:
+        made = make(old, new, out, force=force, progress=progress)
+    if json:
+        print_json(asdict(made))
+    tensors = (
+        f"{len(made.changed)} of {made.tensors} tensors travel" if made.tensors else "no tensors are seen"
+    )
+    few = "".join(f"\n  {name}" for name in made.changed[:10])
+    more = f"\n  and {len(made.changed) - 10} more" if len(made.changed) > 10 else ""
+    stderr.print(
+        Text(
+            f"{out}: {made.size_bytes} bytes, {made.size_bytes / made.package_bytes:.1%} of the package; {tensors}{few}{more}\n"
+            f"root digest {made.old_root_sha256} becomes {made.new_root_sha256}"
+        ),
+        soft_wrap=True,
+    )
+    return 0
+
+
+def patch(
+    old: Path, delta: Path, *, out: Path, force: Annotated[bool, Flag] = False, json: Json = False
+) -> int:
+    """Make the new package of an old one and a delta, and check every byte of it.
+
+    Example: tapeout patch build/v1 build/v1-v2.delta --out build/patched
+
+    Args:
+        old: The package that the delta was made from.
+        delta: A file of `tapeout delta`.
+        out: The directory to write.
+        force: Replace it if it is a tapeout output.
+        json: Print the new root digest to stdout.
+    """
+    from tapeout.delta import apply
+
+    with progress_bars() as progress:
+        package = apply(old, delta, out, force=force, progress=progress)
+    if json:
+        print_json({"package": str(out), "root_sha256": package.manifest["root_sha256"]})
+    stderr.print(
+        f"{out} is whole: {len(package.files())} files, root digest {package.manifest['root_sha256']}",
+        soft_wrap=True,
+    )
+    return 0
 
 
 def _tell(what: str, shipped: Shipped, json: bool) -> int:
