@@ -14,10 +14,11 @@ import httpx2
 
 from tapeout.errors import PackageError, RegistryError
 from tapeout.oci.reference import Reference, check_repository
-from tapeout.oci.session import READ_BYTES, AgainError, Patience, Reply, Session, whole
+from tapeout.oci.session import AgainError, Patience, Reply, Session, whole
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+_READ_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20
 _MOST_CHUNK_BYTES = 1 << 30  # it is held in memory
 _OCTETS = {"Content-Type": "application/octet-stream"}
@@ -147,7 +148,7 @@ class Repository:
             file.truncate(0)
         file.seek(0)
         at, hashed = 0, hashlib.sha256()
-        while block := file.read(READ_BYTES):
+        while block := file.read(_READ_BYTES):
             hashed.update(block)
             at += len(block)
         moved(at)
@@ -158,7 +159,7 @@ class Repository:
                     if not self._continues(response, digest, at) and at:  # it knows no ranges
                         file.truncate(0)
                         at, hashed = 0, hashlib.sha256()
-                    for block in response.iter_raw(READ_BYTES):
+                    for block in response.iter_raw():
                         self._end_if_stopped(digest)
                         if at + len(block) > size:
                             raise RegistryError(

@@ -18,7 +18,6 @@ from tapeout.oci.authorize import Authorizer
 from tapeout.oci.credentials import DOCKER_HUB
 from tapeout.oci.reference import Reference
 
-READ_BYTES = 1 << 20
 _MOST_BODY_BYTES = 4 << 20  # the size of a manifest that registries must take, by the spec
 _TIMEOUT_S = 30
 _FAILURES = 6  # in a row without a byte of progress; with the waits about 15 s
@@ -28,6 +27,10 @@ AGAIN = {408, 429, 500, 502, 503, 504}
 
 class AgainError(Exception):
     """The registry, or the way to it, failed in a manner that may pass."""
+
+
+class NobodyError(AgainError):
+    """Nobody listens at that address."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Session:
             try:
                 return self.once(method, url, headers, content)
             except AgainError as error:
-                if not self._reached:
+                if isinstance(error, NobodyError) and not self._reached:
                     raise RegistryError(f"{self._host} cannot be reached: {error}.") from error
                 patience.failed(error)
 
@@ -137,7 +140,8 @@ class Session:
                     asked = response.headers.get("www-authenticate", "")
                 self._authorizer.answer(asked, sent)
         except httpx2.TransportError as error:
-            raise AgainError(str(error) or type(error).__name__) from error
+            kind = NobodyError if isinstance(error, httpx2.ConnectError) else AgainError
+            raise kind(str(error).rstrip(".") or type(error).__name__) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise RegistryError(f"{self._host} sends {method} {url} astray: {error}.") from error
 
@@ -157,7 +161,7 @@ def whole(response: httpx2.Response) -> Reply:
         RegistryError: it is larger than a manifest may be.
     """
     body = b""
-    for block in response.iter_raw(READ_BYTES):
+    for block in response.iter_raw():
         body += block
         if len(body) > _MOST_BODY_BYTES:
             raise RegistryError(f"{response.url} answers with more than {_MOST_BODY_BYTES} bytes.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import shutil
 import socket
 import subprocess
@@ -10,10 +12,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 REGISTRY = shutil.which("docker-registry") or shutil.which("registry")
 WHY_NOT = "no docker-registry (Debian: apt-get install docker-registry)"
@@ -120,3 +124,108 @@ class Cutting:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+
+
+class Spec(ThreadingHTTPServer):
+    """The spec's blobs and manifests in memory, for what no registry does on demand.
+
+    It keeps what came of a chunk when the connection breaks, and says so when asked, as Distribution does since 3.0.
+
+    Attributes:
+        script: answers ``(method, beginning of the path)`` before anything else does.
+        seen: method and path of every request.
+        token: what a request must show, as ``/token`` gives it to who sends one of ``logins``.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.manifests: dict[str, bytes] = {}
+        self.uploads: dict[str, bytearray] = {}
+        self.script: dict[tuple[str, str], Callable[[Handler], None]] = {}
+        self.seen: list[tuple[str, str]] = []
+        self.token: str | None = None
+        self.logins: set[str] = set()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.host = f"127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """A connection that breaks is what the tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Spec
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def say(self, status: int, body: bytes = b"", **headers: object) -> None:
+        """Answer; underscores in the names of headers become hyphens."""
+        self.send_response(status)
+        for name, value in ({"Content_Length": len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer(self) -> None:
+        spec, (path, _, query) = self.server, self.path.partition("?")
+        spec.seen.append((self.command, path))
+        for (method, start), said in spec.script.items():
+            if self.command == method and path.startswith(start):
+                return said(self)
+        if path == "/token":
+            known = self.headers.get("Authorization") in spec.logins
+            return self.say(200 if known else 401, b'{"token": "%s"}' % str(spec.token).encode())
+        if spec.token and self.headers.get("Authorization") != f"Bearer {spec.token}":
+            realm = f'Bearer realm="http://{spec.host}/token",service="tests"'
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self.say(401, WWW_Authenticate=realm)
+        kind, _, name = path.removeprefix("/v2/a/b/").partition("/")
+        if kind == "blobs" and name.startswith("uploads/"):
+            return self._upload(name.removeprefix("uploads/"), parse_qs(query))
+        if kind == "manifests" and self.command == "PUT":
+            spec.manifests[name] = self.rfile.read(int(self.headers["Content-Length"]))
+            return self.say(201)
+        held = spec.manifests.get(name) if kind == "manifests" else spec.blobs.get(name)
+        if held is None:
+            return self.say(404, b'{"errors": [{"code": "UNKNOWN", "message": "no \\u001b[31msuch"}]}')
+        first = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not first:
+            return self.say(200, held)
+        begin = int(first[1])
+        return self.say(206, held[begin:], Content_Range=f"bytes {begin}-{len(held) - 1}/{len(held)}")
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = answer  # noqa: N815
+
+    def _upload(self, name: str, query: dict[str, list[str]]) -> None:
+        spec = self.server
+        if self.command == "POST":
+            name = str(len(spec.uploads))
+            spec.uploads[name] = bytearray()
+            return self.say(202, Location=f"/v2/a/b/blobs/uploads/{name}")
+        if name not in spec.uploads:
+            return self.say(404)
+        came, missing = spec.uploads[name], int(self.headers.get("Content-Length") or 0)
+        first = self.headers.get("Content-Range", "").partition("-")[0]
+        if first and int(first) != len(came):
+            self.rfile.read(missing)
+            return self.say(416, Location=self.path, Range=f"0-{len(came) - 1}")
+        while missing and (block := self.rfile.read1(min(missing, 1 << 14))):
+            came += block
+            missing -= len(block)
+        if missing:
+            self.close_connection = True
+            return None
+        if self.command != "PUT":
+            status = 204 if self.command == "GET" else 202
+            return self.say(status, Location=self.path, Range=f"0-{max(len(came) - 1, 0)}")
+        digest = f"sha256:{hashlib.sha256(came).hexdigest()}"
+        if [digest] != query["digest"]:
+            return self.say(400, b'{"errors": [{"code": "DIGEST_INVALID", "message": "other bytes"}]}')
+        spec.blobs[digest] = bytes(came)
+        del spec.uploads[name]
+        return self.say(201)
