@@ -1,11 +1,11 @@
 """Bytes and seconds of a delta between two versions of a package, one layer of which was tuned: tapeout, xdelta3 and zstd --patch-from.
 
-    python benchmarks/delta.py [--shape 1b] [--work DIR] [--bsdiff]
+    python benchmarks/delta.py [--shape 1b|…|arithmetic] [--work DIR]
 
-The model is generated; version 2 has every matrix of one layer with noise of 2 % of its deviation. Both are packages of `cpu`, int4-g32.
+The model is generated, or the embedded one; version 2 has every matrix of one layer with noise of 2 % of its deviation. Both are packages of `cpu`, int4-g32.
 The other tools get a tar of each package, and are told to look at all of the old one. Seconds are of processes of their own, with the
 packages in the page cache: ours read and check both packages first, and so does `patch`. bsdiff takes 17 bytes of memory a byte, so it
-is for small shapes.
+is left out where the package has more than 100 MB.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import common
 
+from tapeout import embedded
 from tapeout.files import cache_directory
 
 # Gates say nothing of what is measured here: a package without them has the same files but for its reports.
@@ -48,7 +49,8 @@ for path in Path(sys.argv[1]).glob("*.safetensors"):
 
 def packages(shape: str, work: Path) -> tuple[Path, Path]:
     """The two versions; made once."""
-    model, tuned = common.checkpoint(shape, work), work / f"tuned-{shape}" / f"llama-{shape}"
+    model = embedded.path(shape) if shape in embedded.NAMES else common.checkpoint(shape, work)
+    tuned = work / f"tuned-{shape}" / model.name
     old, new = work / f"package-{shape}-1", work / f"package-{shape}-2"
     if not (new / "tapeout.json").exists():
         for place in (tuned, old, new):
@@ -74,9 +76,8 @@ def tarred(package: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="1b", choices=common.SHAPES)
+    parser.add_argument("--shape", default="1b", choices=[*common.SHAPES, "arithmetic"])
     parser.add_argument("--work", type=Path, default=cache_directory() / "benchmark-delta")
-    parser.add_argument("--bsdiff", action="store_true")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     old, new = packages(given.shape, given.work)
@@ -96,7 +97,7 @@ def main() -> None:
             ["zstd", "-q", "-d", "--long=31", "-f", f"--patch-from={before}", delta, "-o", out],
         ),
     }
-    if given.bsdiff:
+    if before.stat().st_size < 100 << 20:
         ways["bsdiff"] = (["bsdiff", before, after, delta], ["bspatch", before, out, delta])
     whole, rows = common.size(new), {}
     print(f"package: {whole / 1e6:.1f} MB")

@@ -12,7 +12,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 
-BLOCK = 64  # bytes; a match costs a delta some ten
+BLOCK = 64  # bytes, of files up to 64 MiB; a match costs a delta some ten
+_LARGEST = 4096  # of files from 4 GiB on, so that a table has at most a few million blocks
 _WINDOW = 1 << 18  # bytes of the new file looked at at once: the hashes of that many positions take 2 MB
 _FACTOR = 0x9E3779B97F4A7C15 | 1  # odd, so that it has an inverse among the integers modulo 2⁶⁴
 _FILTER_BITS = 22
@@ -32,6 +33,7 @@ class Blocks:
 
     def __init__(self, old: Bytes) -> None:
         self._old = old
+        self._size = min(max(BLOCK, 1 << (len(old) >> 20).bit_length()), _LARGEST)
 
     def matches(self, new: Bytes, begin: int, end: int) -> Iterator[Match]:
         """What of ``new[begin:end]``, uint8 [bytes], the old file has, from left to right and without overlaps.
@@ -47,19 +49,19 @@ class Blocks:
 
     def _moved(self, new: Bytes, begin: int, end: int) -> Iterator[Match]:
         """Blocks of the old file at any place of ``new[begin:end]``, made as long as they can be."""
-        if end - begin < BLOCK or len(self._old) < BLOCK:
+        if end - begin < self._size or len(self._old) < self._size:
             return
         old = self._old
         at = begin
-        for first in range(begin, end - BLOCK + 1, _WINDOW):
+        for first in range(begin, end - self._size + 1, _WINDOW):
             if at >= first + _WINDOW:
                 continue
-            window = new[first : min(first + _WINDOW + BLOCK - 1, end)]
-            positions, blocks = self._table.find(_rolling(window))
+            window = new[first : min(first + _WINDOW + self._size - 1, end)]
+            positions, blocks = self._table.find(_rolling(window, self._size))
             positions += first
             while (index := int(np.searchsorted(positions, at))) < len(positions):
-                left, source = int(positions[index]), int(blocks[index]) * BLOCK
-                right, other = left + BLOCK, source + BLOCK
+                left, source = int(positions[index]), int(blocks[index]) * self._size
+                right, other = left + self._size, source + self._size
                 if not np.array_equal(new[left:right], old[source:other]):  # another block with the same hash
                     positions, blocks = np.delete(positions, index), np.delete(blocks, index)
                     continue
@@ -70,12 +72,14 @@ class Blocks:
 
     @cached_property
     def _table(self) -> _Table:
-        count = len(self._old) // BLOCK
+        count = len(self._old) // self._size
         hashes = np.empty(count, np.uint64)
-        step = _WINDOW // BLOCK
-        inverse = _powers()[1][:BLOCK]
+        step = _WINDOW // self._size
+        inverse = _powers()[1][: self._size]
         for first in range(0, count, step):
-            part = self._old[first * BLOCK : min(first + step, count) * BLOCK].reshape(-1, BLOCK)
+            part = self._old[first * self._size : min(first + step, count) * self._size].reshape(
+                -1, self._size
+            )
             hashes[first : first + step] = (part * inverse).sum(axis=1, dtype=np.uint64)
         unique, blocks = np.unique(_mixed(hashes), return_index=True)
         known = np.zeros(1 << _FILTER_BITS, np.bool_)
@@ -130,12 +134,12 @@ class _Table:
         return likely[hit], self.blocks[index[hit]]
 
 
-def _rolling(window: Bytes) -> Hashes:
+def _rolling(window: Bytes, size: int) -> Hashes:
     """The hash of the block at every position: Σ byte·f⁻ʲ over a block, from sums over all that stands before it."""
     powers, inverse = _powers()
     sums = np.zeros(len(window) + 1, np.uint64)
     np.cumsum(window * inverse[: len(window)], out=sums[1:])
-    return _mixed((sums[BLOCK:] - sums[:-BLOCK]) * powers[: len(window) - BLOCK + 1])
+    return _mixed((sums[size:] - sums[:-size]) * powers[: len(window) - size + 1])
 
 
 def _mixed(hashes: Hashes) -> Hashes:
@@ -147,7 +151,7 @@ def _mixed(hashes: Hashes) -> Hashes:
 @cache
 def _powers() -> tuple[Hashes, Hashes]:
     """fⁱ and f⁻ⁱ modulo 2⁶⁴, as many as a window and a block need."""
-    count = _WINDOW + BLOCK
+    count = _WINDOW + _LARGEST
     powers, inverse = np.full((2, count), 1, np.uint64)
     powers[1:], inverse[1:] = _FACTOR, pow(_FACTOR, -1, 1 << 64)
     return np.multiply.accumulate(powers), np.multiply.accumulate(inverse)

@@ -51,10 +51,9 @@ class Planner:
             return made
         at = 0
         for span in self._is[path]:
-            if span.offset + span.size <= blob.size:
-                self._between(made, path, at, span.offset)
-                self._tensor(made, span)
-                at = span.offset + span.size
+            self._between(made, path, at, span.offset)
+            self._tensor(made, span)
+            at = span.end
         self._between(made, path, at, blob.size)
         return made
 
@@ -102,7 +101,9 @@ class Planner:
         at = begin
         if path in self._had:
             if path != self._searched[0]:
-                self._searched = path, Blocks(self._mapped(self._old / path))
+                was = self._was[path]  # where tensors are known, what is none of them stands before the first
+                rest = was[0].offset if was else self._had[path].size
+                self._searched = path, Blocks(self._mapped(self._old / path)[:rest])
             for match in self._searched[1].matches(new, begin, end):
                 self._add_new(made, match.begin - at)
                 self._copy(made, path, match.source, match.size)
@@ -128,7 +129,7 @@ class Planner:
         return self.sources.index(path)
 
     def _values(self, directory: Path, span: Span) -> Bytes:
-        return self._mapped(directory / span.path)[span.offset : span.offset + span.size]
+        return self._mapped(directory / span.path)[span.offset : span.end]
 
     def _mapped(self, path: Path) -> Bytes:
         """A file's bytes, not read before they are looked at."""

@@ -21,12 +21,17 @@ class Span:
     size: int
     name: str
 
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.size
+
 
 def find(directory: Path, paths: Iterable[str]) -> dict[str, list[Span]]:
     """The tensors of each safetensors and GGUF file and of ONNX's external data, in the order of the file.
 
     Files of other formats have none, nor those that their reader refuses or that has no reader here: nobody's loss but a finer view.
-    Of tensors that share bytes the first counts.
+    Of tensors that share bytes the first counts, and none that its file is too short for.
     """
     every = set(paths)
     found: set[Span] = set()
@@ -35,13 +40,14 @@ def find(directory: Path, paths: Iterable[str]) -> dict[str, list[Span]]:
         if read is None:
             continue
         try:
-            found |= {span for span in read(directory, path) if span.path in every and span.size}
+            found |= {span for span in read(directory, path) if span.path in every and span.size > 0}
         except (TapeoutError, ImportError, OSError, ValueError, LookupError) as error:
             log.info("no tensors are seen in %s: %s", directory / path, error)
     files: dict[str, list[Span]] = {path: [] for path in every}
     for span in sorted(found):
         before = files[span.path]
-        if not before or before[-1].offset + before[-1].size <= span.offset:
+        begin = before[-1].end if before else 0
+        if begin <= span.offset and span.end <= (directory / span.path).stat().st_size:
             before.append(span)
     return files
 

@@ -52,6 +52,22 @@ def test_what_is_new_is_not_found() -> None:
     assert found(np.zeros(0, np.uint8), OLD) == 0
 
 
+def test_larger_files_have_larger_blocks() -> None:
+    """Of a file of 100 MB a block has 128 bytes; windows meet inside of blocks."""
+    large = np.tile(OLD, 8)[: 3 * blocks._WINDOW + 77] ^ np.arange(3 * blocks._WINDOW + 77).astype(np.uint8)
+    search = Blocks(large)
+    search._size = 128
+    matched = list(search.matches(np.concatenate([OLD[:5], large]), 0, len(large) + 5))
+    assert sum(match.size for match in matched) == len(large)
+    assert [Blocks(np.broadcast_to(np.uint8(0), 1 << n))._size for n in (10, 26, 27, 30, 40)] == [
+        64,
+        128,
+        256,
+        2048,
+        4096,
+    ]
+
+
 def test_blocks_that_repeat() -> None:
     """Padding has one hash at every position, and must neither be lost nor take a step a byte."""
     zeros = np.zeros(300_000, np.uint8)
