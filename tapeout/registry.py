@@ -38,7 +38,7 @@ class Shipped:
         files: of the package; ``size_bytes`` of them all.
         blobs: what they are in the registry, config included: files with the same bytes are one.
         present: blobs that were there already; ``mounted`` came from another repository of the registry.
-        sent_bytes: of the others.
+        sent_bytes: that travelled, of the others.
     """
 
     reference: str
@@ -119,20 +119,19 @@ def pull(
         store.mkdir(exist_ok=True)
         _check_room([layers[MANIFEST]], store)
 
-        def fetch(blob: Blob, moved: Moved) -> str:
+        def fetch(blob: Blob, moved: Moved) -> int | None:
             path = store / blob.digest.removeprefix("sha256:")
             if path.is_file() and path.stat().st_size == blob.size:
                 moved(blob.size)
-                return "present"
-            repository.download(blob.digest, blob.size, path, moved)
-            return "sent"
+                return None
+            return repository.download(blob.digest, blob.size, path, moved)
 
         became = _each([layers[MANIFEST]], fetch, repository, progress, "manifest")
         _place({MANIFEST: layers[MANIFEST]}, store, whole)
         package = Package.open(whole)
         _compare(package, layers, reference)
         blobs = set(layers.values())
-        _check_room(blobs, store)
+        _check_room(layers.values(), store)
         became = _each(blobs, fetch, repository, progress, "pull") | became
         _place(layers, store, whole)
         if damage := package.damage():
@@ -144,9 +143,9 @@ def pull(
         files=len(layers),
         size_bytes=sum(blob.size for blob in layers.values()),
         blobs=len(blobs),
-        present=sum(how == "present" for how in became.values()),
+        present=sum(came is None for came in became.values()),
         mounted=0,
-        sent_bytes=sum(blob.size for blob, how in became.items() if how == "sent"),
+        sent_bytes=sum(came or 0 for came in became.values()),
     )
 
 
@@ -195,7 +194,7 @@ def _compare(package: Package, layers: Mapping[str, Blob], reference: Reference)
 def _check_room(blobs: Iterable[Blob], store: Path) -> None:
     """OutputError when the disk has no room for what is still to come."""
     had = sum(path.stat().st_size for path in store.iterdir())
-    need, free = sum(blob.size for blob in set(blobs)) - had, shutil.disk_usage(store).free
+    need, free = sum(blob.size for blob in blobs) - had, shutil.disk_usage(store).free
     if need > free:
         raise OutputError(f"{store.parent} has {free} bytes free, and {need} would have to be written there.")
 

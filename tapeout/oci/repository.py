@@ -123,26 +123,27 @@ class Repository:
             else:
                 return "sent"
 
-    def download(self, digest: str, size: int, path: Path, moved: Moved) -> None:
-        """Write a blob to ``path``; what came of it before stands in ``path.partial``, and is gone on with.
+    def download(self, digest: str, size: int, path: Path, moved: Moved) -> int:
+        """Write a blob to ``path``; what came of it before stands in ``path.partial``, and is gone on with. Gives the bytes that came now.
 
         Raises:
             RegistryError: the registry has no such blob, or gives other bytes or more of them.
         """
         partial = path.with_name(path.name + ".partial")
-        resumed = True
+        resumed, came = True, 0
         while resumed:  # what a former run had left may have been damaged: then once more from the start
             with partial.open("a+b") as file:
                 resumed = file.tell() > 0
-                found = self._receive(digest, size, file, moved)
+                found, received = self._receive(digest, size, file, moved)
+            came += received
             if found == digest:
                 partial.replace(path)
-                return
+                return came
             partial.unlink()
         raise RegistryError(f"{self._reference.host} gave other bytes than those of {digest}: {found}.")
 
-    def _receive(self, digest: str, size: int, file: IO[bytes], moved: Moved) -> str:
-        """Write what is missing of a blob behind what there is; gives the digest of the whole."""
+    def _receive(self, digest: str, size: int, file: IO[bytes], moved: Moved) -> tuple[str, int]:
+        """Write what is missing of a blob behind what there is; gives the digest of the whole, and the bytes that came."""
         patience = Patience(f"the download of {digest} from {self._reference.host}", self._session.stop)
         if file.tell() > size:
             file.truncate(0)
@@ -152,6 +153,7 @@ class Repository:
             hashed.update(block)
             at += len(block)
         moved(at)
+        came = 0
         while at < size:
             ranged = {"Range": f"bytes={at}-{size - 1}"} if at else {}
             try:
@@ -168,12 +170,13 @@ class Repository:
                         file.write(block)
                         hashed.update(block)
                         at += len(block)
+                        came += len(block)
                         moved(at)
                 if at < size:
                     raise AgainError(f"the connection ended after {at} of {size} bytes")
             except AgainError as error:
                 patience.failed(error, at)
-        return f"sha256:{hashed.hexdigest()}"
+        return f"sha256:{hashed.hexdigest()}", came
 
     def _continues(self, response: httpx2.Response, digest: str, at: int) -> bool:
         """Whether the response begins at byte ``at``, not at the first."""
