@@ -216,7 +216,7 @@ def _write(file: IO[bytes], header: _Header, old: Path, new: Path, progress: Cal
 
     put(_HEAD.pack(MAGIC, FORMAT_VERSION, len(described)))
     put(packed.compress(described))
-    done = 0
+    done, sources = 0, [_map(old / source.path, source.size) for source in header.sources]
     for each in header.files:
         values, at = _map(new / each.path, each.size), 0
         for piece in each.pieces:
@@ -224,9 +224,8 @@ def _write(file: IO[bytes], header: _Header, old: Path, new: Path, progress: Cal
                 for begin in range(at, at + piece[-1], _STEP):
                     block = values[begin : min(begin + _STEP, at + piece[-1])]
                     if piece[0] == "xor":
-                        source = header.sources[piece[1]]
                         first = piece[2] + begin - at
-                        block = block ^ _map(old / source.path, source.size)[first : first + len(block)]
+                        block = block ^ sources[piece[1]][first : first + len(block)]
                     put(packed.compress(block.tobytes()))
                     done += len(block)
                     progress(done)
@@ -269,22 +268,27 @@ class _Stream:
         """The next ``count`` bytes, and never more than that in memory."""
         parts, missing = [], count
         while missing:
-            try:
-                part = self._unpacker.decompress(self._ahead or self._more(), missing)
-            except zlib.error as error:
-                raise PackageError(f"{self._path} cannot be unpacked: {error}.") from error
-            self._ahead = self._unpacker.unconsumed_tail
-            if not part and not self._ahead and (self._unpacker.eof or not self._left):
+            if self._unpacker.eof or not (self._ahead or self._left):
                 raise PackageError(f"{self._path} ends {missing} bytes too early.")
-            parts.append(part)
-            missing -= len(part)
+            parts.append(self._next(missing))
+            missing -= len(parts[-1])
         return b"".join(parts)
 
     def end(self) -> None:
-        """PackageError when something is left."""
-        rest = self._unpacker.decompress(self._ahead or self._more(), 1)
-        if rest or self._left or not self._unpacker.eof or self._unpacker.unused_data:
+        """PackageError unless this was all."""
+        rest = b""
+        while not rest and not self._unpacker.eof and (self._ahead or self._left):
+            rest = self._next(1)
+        if rest or self._left or self._unpacker.unused_data:
             raise PackageError(f"{self._path} has more bytes than its header tells of.")
+
+    def _next(self, most: int) -> bytes:
+        try:
+            part = self._unpacker.decompress(self._ahead or self._more(), most)
+        except zlib.error as error:
+            raise PackageError(f"{self._path} cannot be unpacked: {error}.") from error
+        self._ahead = self._unpacker.unconsumed_tail
+        return part
 
     def _more(self) -> bytes:
         block = self._file.read(min(_STEP, self._left))

@@ -18,6 +18,7 @@ from commands import tapeout
 from packages import names, packed, same
 from safetensors.numpy import load_file, save_file
 
+from tapeout import delta
 from tapeout.delta import Made, apply, make
 from tapeout.errors import OutputError, PackageError
 from tapeout.generated import write_model
@@ -63,8 +64,8 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Versions]
             kind = "cpu" if options else name
             old = packed(model, kind, work / name / "old", **options)
             new = packed(changed, kind, work / name / "new", **options)
-            delta = work / name / "delta"
-            found[name] = Versions(old, new, delta, make(old.directory, new.directory, delta))
+            file = work / name / "delta"
+            found[name] = Versions(old, new, file, make(old.directory, new.directory, file))
     return found
 
 
@@ -96,16 +97,16 @@ def test_only_changed_tensors_travel(versions: Mapping[str, Versions], tmp_path:
 
 
 def test_the_command_line(null: Versions, tmp_path: Path) -> None:
-    old, new, delta, out = null.old.directory, null.new.directory, tmp_path / "v.delta", tmp_path / "out"
-    done = tapeout("delta", old, new, "--out", delta, "--json", status=0)
+    old, new, file, out = null.old.directory, null.new.directory, tmp_path / "v.delta", tmp_path / "out"
+    done = tapeout("delta", old, new, "--out", file, "--json", status=0)
     told = json.loads(done.stdout)
-    assert told["size_bytes"] == delta.stat().st_size
+    assert told["size_bytes"] == file.stat().st_size
     assert f"of {told['tensors']} tensors travel" in done.stderr
-    assert "exists; give --force" in tapeout("delta", old, new, "--out", delta, status=2).stderr
-    done = tapeout("patch", old, delta, "--out", out, "--json", status=0)
+    assert "exists; give --force" in tapeout("delta", old, new, "--out", file, status=2).stderr
+    done = tapeout("patch", old, file, "--out", out, "--json", status=0)
     assert json.loads(done.stdout)["root_sha256"] == told["new_root_sha256"]
     assert tapeout("verify", out).returncode == 0
-    assert "exists; give --force" in tapeout("patch", old, delta, "--out", out, status=2).stderr
+    assert "exists; give --force" in tapeout("patch", old, file, "--out", out, status=2).stderr
     assert "is no delta: no such file" in tapeout("patch", old, "none", "--out", out, status=2).stderr
 
 
@@ -228,16 +229,27 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], bytes], bytes], str]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_edited_by_hand(null: Versions, tmp_path: Path, name: str) -> None:
     edit, message = EDITS[name]
-    delta = edited(null.delta, tmp_path / "edited", edit)
+    changed = edited(null.delta, tmp_path / "edited", edit)
     with pytest.raises((PackageError, OutputError), match=message):
-        apply(null.old.directory, delta, tmp_path / "out")
+        apply(null.old.directory, changed, tmp_path / "out")
     assert names(tmp_path) == {"edited"}
 
 
 def test_edited_by_nobody(null: Versions, tmp_path: Path) -> None:
     """The editor of the test above changes nothing by itself."""
-    delta = edited(null.delta, tmp_path / "edited", lambda _, rest: rest)
-    assert same(apply(null.old.directory, delta, tmp_path / "out").directory, null.new.directory)
+    changed = edited(null.delta, tmp_path / "edited", lambda _, rest: rest)
+    assert same(apply(null.old.directory, changed, tmp_path / "out").directory, null.new.directory)
+
+
+@pytest.mark.parametrize("step", [3, 7, 64, 4093])
+def test_whatever_is_read_at_once(
+    null: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The packed bytes end anywhere in what is read at once, within their own checksum too."""
+    monkeypatch.setattr(delta, "_STEP", step)
+    assert same(apply(null.old.directory, null.delta, tmp_path / "out").directory, null.new.directory)
+    make(null.old.directory, null.new.directory, tmp_path / "delta")
+    assert same(apply(null.old.directory, tmp_path / "delta", tmp_path / "2").directory, null.new.directory)
 
 
 def test_a_header_that_is_no_json(null: Versions, tmp_path: Path) -> None:
