@@ -25,12 +25,12 @@ from tapeout.files import cache_directory
 # Gates say nothing of what is measured here: a package without them has the same files but for its reports.
 PACK = """
 import sys; from pathlib import Path; import numpy as np
-from tapeout import load, quantize, target; from tapeout.pack import pack; from tapeout.validate import Report
+from tapeout import load, quantize, target; from tapeout.pack import pack; from tapeout.recipe import Recipe; from tapeout.validate import Report
 model, out = load(sys.argv[1]), Path(sys.argv[2])
 quant, cpu = quantize(model, "int4-g32"), target("cpu")
 (out / "artifact").mkdir(parents=True)
 artifact = cpu.export(quant, out / "artifact")
-pack(artifact, Report(model=model.name, target="cpu", scheme="int4-g32", gates=()), quant, cpu, {})
+pack(artifact, Report(model=model.name, target="cpu", scheme="int4-g32", gates=()), quant, cpu, Recipe().kept(quant))
 """
 
 TUNE = """

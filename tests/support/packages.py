@@ -10,6 +10,7 @@ import numpy as np
 from tapeout import load, quantize
 from tapeout.build import target
 from tapeout.pack import Package, pack
+from tapeout.recipe import Recipe
 from tapeout.validate import GateResult, Report
 
 
@@ -28,7 +29,7 @@ def packed(model: Path, name: str, out: Path, scheme: str = "int4-g32", **option
         gates=(GateResult("codes", "passed", "tensors that differ from the store", 0, 0),),
         golden=(((1, 2, 3), logits[0]), ((4, 5), logits[1])),
     )
-    return pack(artifact, report, quant, kind, {})
+    return pack(artifact, report, quant, kind, Recipe().kept(quant))
 
 
 def same(one: Path, other: Path) -> bool:
