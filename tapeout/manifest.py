@@ -117,6 +117,15 @@ def check_distinct(paths: Iterable[str]) -> None:
                 raise ValueError(f"the path {path!a} lies below a file")
 
 
+def check_paths(paths: Iterable[str], what: str) -> None:
+    """PackageError unless every path names a file of its own below the directory that it is relative to; ``what`` said so."""
+    every = list(paths)
+    try:
+        check_distinct(map(safe_path, every))
+    except ValueError as error:
+        raise PackageError(f"{what} names what is no file inside of a package: {error}.") from None
+
+
 def _shows(text: str) -> str:
     if any(unicodedata.category(c) == "Cc" for c in text):
         raise ValueError("a name holds control characters")

@@ -81,6 +81,15 @@ def inputs(directory: Path) -> list[Any]:
     return list(_open(directory / MODEL).graph.input)
 
 
+def places(path: Path) -> dict[str, tuple[str, int, int]]:
+    """File, offset and length of every initializer that lies beside the model, by its name.
+
+    Raises:
+        PackageError: the file is no ONNX model.
+    """
+    return {each.name: _place(each) for each in _open(path).graph.initializer if each.external_data}
+
+
 def describe(path: Path) -> dict[str, Any]:
     """The facts of one model, any tool's: its operators, its initializers by type, and their bytes.
 

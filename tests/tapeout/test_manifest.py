@@ -427,5 +427,5 @@ def test_validating_a_stranger_s_package_ends_in_words(bare: Path, here: type, d
             lambda path: changed if path.name == "tapeout.json" else read_json(path),
         )
         patch.setattr("tapeout.validate.worker.borrow", here)
-        patch.setattr("tapeout.replay._measure", lambda *_: {})  # takes seconds, and nothing of a manifest
+        patch.setattr("tapeout.replay.measured", lambda *_: {})  # takes seconds, and nothing of a manifest
         in_words(lambda: revalidate(bare))
