@@ -18,7 +18,7 @@ PROVENANCE = "provenance.json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "pkg:pypi/tapeout#export/v1"
-"""docs/packages.md says what stands in a provenance of this type."""
+"""docs/package.md says what stands in a provenance of this type."""
 
 
 def statement(manifest: Mapping[str, Any], libraries: Iterable[Software]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ __all__ = ["explaining", "for_terminal", "names", "read", "title"]
 
 # What a part of the code is about, where that says more than the kind of the error; of several that fit the longest counts.
 _SUBJECTS = {
+    "tapeout.bench": "throughput",
+    "tapeout.delta": "delta",
+    "tapeout.device_report": "device-reports",
     "tapeout.devices": "plan",
     "tapeout.diff": "diff",
     "tapeout.environments": "doctor",
@@ -23,10 +26,17 @@ _SUBJECTS = {
     "tapeout.exporters.iree": "rocm",
     "tapeout.exporters.onnx": "onnx",
     "tapeout.exporters.trtllm": "nvidia-trtllm",
+    "tapeout.matrix": "matrix-runs",
+    "tapeout.matrix.cluster": "scale",
+    "tapeout.matrix.pipelines": "ci",
     "tapeout.models.module": "onnx",
     "tapeout.models.optimum": "onnx",
     "tapeout.models.traced": "onnx",
+    "tapeout.oci": "registry",
     "tapeout.plan": "plan",
+    "tapeout.registry": "registry",
+    "tapeout.signing": "package",
+    "tapeout.ssh": "device-reports",
     "tapeout.targets": "targets",
     "tapeout.targets.apple": "apple",
     "tapeout.targets.coreml": "apple",
