@@ -133,7 +133,7 @@ def doctor(*, target: str | None = None, json: Json = False) -> int:
     return 0 if found.healthy else MissingToolchain.status
 
 
-_MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "conflict": "[red]conflict[/]"}
+_MARKS = {"ok": "green", "missing": "yellow", "conflict": "red"}
 _AREAS = {  # titles of an area's table and of its last column
     "python": ("Python", "wanted"),
     "package": ("packages", "wanted by tapeout and its extras"),
@@ -154,7 +154,7 @@ def _show(found: Diagnosis) -> None:
             if each.area == area:
                 named = f"{each.wanted}  {' '.join(extra or 'tapeout' for extra in each.extras)}"
                 what = named if area == "package" and each.state != "conflict" else each.wanted
-                table.add_row(each.name, _MARKS[each.state], Text(each.found), Text(what))
+                table.add_row(each.name, Text(each.state, _MARKS[each.state]), Text(each.found), Text(what))
         if table.row_count:
             stderr.print(table)
     told: set[str] = set()

@@ -300,8 +300,9 @@ def test_names_are_no_markup(null: Exported, tmp_path: Path) -> None:
 def test_an_edited_report_is_told(null: Exported, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(null.package, tmp_path / "edited"))
     raw = json.loads((copied / "report.json").read_text())
+    size = (copied / "report.json").stat().st_size
     raw["gates"][1]["value"] = 1e-9
-    (copied / "report.json").write_text(json.dumps(raw))
+    (copied / "report.json").write_text(f"{json.dumps(raw):{size}}")  # of the same length
     told_of = "is not the report that the package was made with"
     assert "report.json differs from its digest" in tapeout("verify", copied, status=2).stderr
     assert told_of in tapeout("compare", copied, null.package, status=2).stderr

@@ -214,7 +214,8 @@ def test_reports_that_are_refused(
     with pytest.raises(PackageError, match=words):
         DeviceReport.read(told, package)
     done = tapeout("validate", package.directory, "--device-report", told, status=2)
-    (line,) = done.stderr.splitlines()
+    line, page = done.stderr.splitlines()
+    assert page.startswith("see: tapeout docs ")
     assert line.startswith(f"tapeout: {told} ")
 
 

@@ -145,7 +145,7 @@ def test_parts_of_one_namespace_are_no_rivals(make: Make) -> None:
 def test_a_package_that_wants_another_numpy(make: Make) -> None:
     make("ray", "2.60.0", requires=["numpy<2", "numpy>99; extra == 'never'"])
     found = diagnose()
-    clash = next(each for each in of(found.findings, "package", "ray") if each.state == "conflict")
+    clash = next(each for each in of(found.findings, "package", "ray") if " wants numpy" in each.found)
     assert clash.found == f"ray 2.60.0 wants numpy<2; {metadata.version('numpy')} is here"
     assert not clash.breaks
     assert found.works["null"]

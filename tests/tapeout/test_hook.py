@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_what_is_committed_counts_and_not_the_working_tree(repository: Path) -> 
     git("add", "-A")
     (said,) = staged()
     assert said.startswith("edge/a b as it would be committed")
-    assert "README.md differs from its digest" in said
+    assert re.search(r"README\.md has 13 bytes instead of \d+", said)
 
 
 def test_a_file_too_many_and_a_manifest_that_is_none(repository: Path) -> None:

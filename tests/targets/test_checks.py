@@ -300,10 +300,11 @@ def test_a_package_that_is_not_whole(
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in done.stdout
     assert "Nothing was run." in done.stdout
-    report = DeviceReport.read(copied / "device_report.json", Package.open(copied))
-    (gate,) = report.units["files"].gates
-    assert (gate.name, gate.status, list(report.units)) == ("integrity", "failed", ["files"])
-    assert words in gate.reason
+    # Of a package that leads out of its folder tapeout opens nothing, so that nothing is merged either.
+    units = json.loads((copied / "device_report.json").read_text())["units"]
+    (gate,) = units["files"]["gates"]
+    assert (gate["name"], gate["status"], list(units)) == ("integrity", "failed", ["files"])
+    assert words in gate["reason"]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,15 @@ SIZE = 64 << 20  # of what is allocated, in bytes: far above what a test's own o
 CHILD = f"import time; held = bytearray(b'x') * {SIZE}; print('there', flush=True); time.sleep(20)"
 
 
-def test_stages_have_their_seconds_and_their_peak() -> None:
+def test_stages_have_their_seconds_and_their_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Readings of a process with many workers take long, and would rest longer than this test.
+    monkeypatch.setattr(watch, "_REST", 1.0)
     with Watch() as seen:
         with seen.stage("small"):
             time.sleep(0.02)
         with seen.stage("large"), mmap.mmap(-1, SIZE) as held:  # pages that nobody had before
             held.write(bytes(SIZE))
-            time.sleep(3 * watch._LEAST_S)
+            time.sleep(25 * watch._LEAST_S)
         with seen, seen.stage("after"):  # what enters it again does not end it
             time.sleep(0.02)
         with seen.stage("last"):

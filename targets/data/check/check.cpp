@@ -470,6 +470,12 @@ struct Model {
         llama_model_params wanted = llama_model_default_params();
         wanted.n_gpu_layers = 0;
         model = llama_model_load_from_file(path.string().c_str(), wanted);
+        if (model && llama_model_n_embd(model) == 32) {
+            // Rows of one block, of which llama.cpp's AMX kernels (0.3.36) compute nonsense: leave them as they are.
+            llama_model_free(model);
+            wanted.use_extra_bufts = false;
+            model = llama_model_load_from_file(path.string().c_str(), wanted);
+        }
         if (!model) throw std::runtime_error("llama.cpp refuses " + path.filename().string() + log_tail());
         room = encodes ? tokens : std::min(BATCH, tokens);
         llama_context_params given = llama_context_default_params();

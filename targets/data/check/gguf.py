@@ -41,6 +41,11 @@ class LlamaCpp:
         wanted = llama_cpp.llama_model_default_params()
         wanted.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(model), wanted)
+        if self.model and llama_cpp.llama_model_n_embd(self.model) == 32:
+            # Rows of one block, of which llama.cpp's AMX kernels (0.3.36) compute nonsense: leave them as they are.
+            llama_cpp.llama_model_free(self.model)
+            wanted.use_extra_bufts = False
+            self.model = llama_cpp.llama_model_load_from_file(os.fsencode(model), wanted)
         if not self.model:
             raise RuntimeError(f"llama.cpp refuses {model.name}: {' | '.join(said[-5:])}")
         given = llama_cpp.llama_context_default_params()
