@@ -9,6 +9,7 @@ shared storage (``--cache``), from which they are fetched.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import secrets
@@ -92,10 +93,9 @@ class Cluster:
         models: Mapping[str, Model] = MappingProxyType({}),
         jobs: int = 0,
     ) -> None:
-        try:
-            import ray  # noqa: F401
-        except ImportError as error:
-            raise MissingToolchain(f"--ray needs Ray ({error}): pip install 'tapeout[ray]'.") from error
+        # Not imported here: Ray puts packages of its own on this process's path.
+        if importlib.util.find_spec("ray") is None:
+            raise MissingToolchain("--ray needs Ray: pip install 'tapeout[ray]'.")
         self._address, self._cache = address, cache
         self._pending: dict[str, Future[tuple[Outcome, bytes | None]]] = {}
         self._guard = threading.Lock()

@@ -100,7 +100,7 @@ def test_the_command_line_names_it() -> None:
 
 def test_links_on_a_terminal_are_names_of_pages() -> None:
     text = pages.for_terminal("tutorials/edge-engineer")
-    assert "Reports from devices (`device-reports`)" in text  # ../device-reports.md
+    assert "On the device (`device-reports`)" in text  # ../device-reports.md
     assert "export engineer (`tutorials/export-engineer`)" in text
     assert ".md)" not in text
     assert "`gates`" in pages.for_terminal("errors")
