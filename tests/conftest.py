@@ -21,6 +21,7 @@ Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 def pytest_configure() -> None:
     """A core for each worker of xdist: runtimes that wait for one another's threads on shared cores take ten times as long."""
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports it
+    os.environ.pop("COLUMNS", None)  # xdist's; rich would keep to it, whatever a test asks for
     os.environ["TAPEOUT_CACHE"] = tempfile.mkdtemp(
         prefix="tapeout-tests-"
     )  # what modules share; each test has its own
