@@ -22,7 +22,15 @@ import numpy.typing as npt
 
 from tapeout import CalledByItsName, __version__
 from tapeout.errors import PackageError, RecipeError, SchemeError, nearest
-from tapeout.files import cache_directory, canonical_json, file_sha256, lock, new_directory, writing
+from tapeout.files import (
+    cache_directory,
+    canonical_json,
+    file_sha256,
+    lock,
+    new_directory,
+    write_whole,
+    writing,
+)
 from tapeout.memory import keep_freed_memory
 from tapeout.models import EncoderConfig, Model, Role, Seq2SeqConfig, SourceTensor, TracedConfig
 from tapeout.models.checkpoint import read_header
@@ -322,9 +330,7 @@ def _fill(
         "fallbacks": found.fallbacks,
         "notes": found.notes,
     }
-    partial = directory / ".quantization.json.partial"
-    partial.write_text(canonical_json(index), encoding="utf-8")
-    partial.rename(directory / "quantization.json")
+    write_whole(directory / "quantization.json", canonical_json(index))
 
 
 def _plain(

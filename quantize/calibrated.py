@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.errors import ModelError, SchemeError
-from tapeout.files import canonical_json
+from tapeout.files import canonical_json, write_whole
 from tapeout.models import Model, graph, trace
 from tapeout.models.decoder import joined
 from tapeout.models.torch_ops import TorchOps, one_core_each
@@ -458,9 +458,7 @@ class Calibrated:
 
     def _commit(self, place: Path, layers: int) -> None:
         """Say that so many layers are done, and what was found in them: there a run goes on after this one is killed."""
-        partial = place / f"{_DONE}.partial"
-        partial.write_text(canonical_json({"layers": layers, **asdict(self.found)}), encoding="utf-8")
-        partial.rename(place / _DONE)
+        write_whole(place / _DONE, canonical_json({"layers": layers, **asdict(self.found)}))
 
     def _resume(self, place: Path) -> int:
         """Take over what an earlier run has done; the layer to go on with."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tapeout import __version__
 from tapeout.errors import MissingToolchain, RecipeError
 from tapeout.exporters import Exact
-from tapeout.files import cache_directory, canonical_json, lock, writing
+from tapeout.files import cache_directory, canonical_json, lock, write_whole, writing
 from tapeout.models import Model, Role
 from tapeout.quantize import SCHEMES, Calibration, Scheme, assign
 from tapeout.quantize.calibration import digest
@@ -267,7 +267,12 @@ def measure(
                     if name not in found:
                         found[name] = session.measure(name)
                         # At once, so that a run that was killed goes on here.
-                        _write(path, about | {"tensors": {n: asdict(cost) for n, cost in found.items()}})
+                        write_whole(
+                            path,
+                            canonical_json(
+                                about | {"tensors": {n: asdict(cost) for n, cost in found.items()}}
+                            ),
+                        )
                     if progress:
                         progress("sensitivity", len(found), len(names))
     return {name: found[name] for name in names}
@@ -279,12 +284,6 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Cost]:
         return {name: Cost(**tensors[name]) for name in names if name in tensors}
     except FileNotFoundError:
         return {}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(canonical_json(value), encoding="utf-8")
-    partial.rename(path)
 
 
 def allocate(

@@ -130,6 +130,13 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[IO[bytes]]:
             raise
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text to a temporary sibling that takes the place of ``path`` when whole: readers see the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def _ours(path: Path) -> bool:
     """Whether a directory is empty or holds what tapeout writes: --force must never delete somebody's work."""
     if not path.is_dir():

@@ -99,7 +99,7 @@ class Cluster:
         self._address, self._cache = address, cache
         self._pending: dict[str, Future[tuple[Outcome, bytes | None]]] = {}
         self._guard = threading.Lock()
-        self._lost = ""
+        self._lost = False
         out.mkdir(parents=True, exist_ok=True)
         token, stores = out / f".seen-{secrets.token_hex(8)}", cache_directory()
         stores.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class Cluster:
         future: Future[tuple[Outcome, bytes | None]] = Future()
         with self._guard:
             if self._lost:
-                return self._gone(task)
+                return self._gone(task.name)
             self._pending[task.name] = future
             self._pipe.send(self._request(task))
         outcome, log = future.result()
@@ -215,14 +215,11 @@ class Cluster:
                 self._pending.pop(name).set_result((outcome, log))
         except (EOFError, OSError):
             with self._guard:
-                self._lost = "gone"
+                self._lost = True
                 for name in list(self._pending):
-                    self._pending.pop(name).set_result((self._gone_of(name), None))
+                    self._pending.pop(name).set_result((self._gone(name), None))
 
-    def _gone(self, task: Task) -> Outcome:
-        return self._gone_of(task.name)
-
-    def _gone_of(self, name: str) -> Outcome:
+    def _gone(self, name: str) -> Outcome:
         return Outcome(
             name,
             "not run",

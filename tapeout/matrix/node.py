@@ -30,7 +30,6 @@ class Sight:
         version: of the tapeout that is installed there. paths: those that it has.
     """
 
-    host: str
     version: str
     paths: frozenset[str]
 
@@ -46,7 +45,7 @@ def connect(address: str) -> None:
 
 def look(paths: list[str]) -> Sight:
     """Say which of these paths this machine has."""
-    return Sight(platform.node(), __version__, frozenset(path for path in paths if Path(path).exists()))
+    return Sight(__version__, frozenset(path for path in paths if Path(path).exists()))
 
 
 def do(

@@ -19,7 +19,7 @@ import jinja2
 
 from tapeout import __version__, embedded, targets
 from tapeout.errors import OutputError, RecipeError, nearest
-from tapeout.files import writing
+from tapeout.files import write_whole, writing
 from tapeout.matrix.cells import Cell
 from tapeout.matrix.ci import OTHER_JOBS, SYSTEMS, extras, runner
 from tapeout.matrix.file import Matrix
@@ -139,9 +139,7 @@ def write(text: str, place: Path, *, force: bool = False) -> bool:
                     f"{place} exists and says something else; give --force to replace it, or another --out."
                 )
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(place)
+        write_whole(place, text)
     return True
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from tapeout import __version__
-from tapeout.files import canonical_json, writing
+from tapeout.files import canonical_json, write_whole, writing
 from tapeout.matrix.baseline import Change
 from tapeout.matrix.cells import Cell
 from tapeout.matrix.tasks import FORMAT_VERSION, Outcome, Status, worst
@@ -88,9 +88,7 @@ class Result:
         }
         with writing(out):
             for name, text in forms.items():
-                partial = out / f".{name}.partial"
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(out / name)
+                write_whole(out / name, text)
 
     def page(self, out: Path) -> str:
         """One file that asks for no other, with links to each cell's report and log below ``out``."""

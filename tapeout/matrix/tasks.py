@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from tapeout import __version__
 from tapeout.errors import PackageError
-from tapeout.files import canonical_json, file_sha256
+from tapeout.files import canonical_json, file_sha256, write_whole
 from tapeout.models import Model
 from tapeout.pack import Package
 from tapeout.recipe import Recipe
@@ -138,10 +138,7 @@ class States:
     def write(self, outcome: Outcome) -> None:
         """Keep what came of a cell."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{outcome.name}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(canonical_json(outcome.to_json()), encoding="utf-8")
-        partial.replace(path)
+        write_whole(self._directory / f"{outcome.name}.json", canonical_json(outcome.to_json()))
 
 
 def finished(task: Task, known: Outcome | None) -> Outcome | None:
