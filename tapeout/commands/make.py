@@ -12,6 +12,8 @@ from rich.text import Text
 
 from tapeout import targets
 from tapeout.commands.terminal import (
+    AllCodes,
+    Codes,
     Demands,
     DemandsOfAll,
     Flag,
@@ -19,7 +21,6 @@ from tapeout.commands.terminal import (
     Many,
     ModelArgument,
     demands,
-    mix_name,
     mixed_by_budget,
     print_json,
     progress_bars,
@@ -44,12 +45,7 @@ def register_export(kind: type[targets.Target]) -> None:
     def export(
         model: ModelArgument,
         *,
-        scheme: str | None = None,
-        rounding: str | None = None,
-        calibration: Path | None = None,
-        recipe: Path | None = None,
-        bits: float | None = None,
-        max_kl: float | None = None,
+        codes: AllCodes = None,
         out: Path | None = None,
         force: Annotated[bool, Flag] = False,
         require: Annotated[list[str] | None, Many] = None,
@@ -60,12 +56,6 @@ def register_export(kind: type[targets.Target]) -> None:
         """Make a proven package.
 
         Args:
-            scheme: How weights become codes; `tapeout targets` lists what is carried. Default: the target's own, mostly int8.
-            rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
-            calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
-            recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
-            bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
-            max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
             out: Where the package goes. Default: MODEL-SCHEME-TARGET here.
             force: Replace what stands there.
             require: A gate that must run: skipped counts as failed. May be given several times.
@@ -74,14 +64,16 @@ def register_export(kind: type[targets.Target]) -> None:
         from tapeout.build import export as run
 
         where_it_runs(kind.name)
-        settings = recipe_of(recipe, calibration, scheme=scheme, rounding=rounding)
-        settings = settings.demanding(**demands(speed))
+        codes = codes or Codes()
+        settings = codes.settings.demanding(**demands(speed))
         usual = settings.with_default(targets.default_scheme(options or kind())).scheme
         called = Path(model.partition(".py:")[0]).name  # of file.py:factory the file
-        place = out or Path(f"{called}-{mix_name(bits, max_kl) or usual}-{kind.name}")
+        place = out or Path(f"{called}-{codes.mix or usual}-{kind.name}")
         with progress_bars() as progress:
-            if mix_name(bits, max_kl):
-                settings = mixed_by_budget(model, options or kind(), settings, bits, max_kl, progress).recipe
+            if codes.mix:
+                settings = mixed_by_budget(
+                    model, options or kind(), settings, codes.bits, codes.max_kl, progress
+                ).recipe
             package, report = run(
                 options or kind(),
                 model,
@@ -110,12 +102,7 @@ def register_export(kind: type[targets.Target]) -> None:
 def quantize(
     model: ModelArgument,
     *,
-    scheme: str | None = None,
-    rounding: str | None = None,
-    calibration: Path | None = None,
-    recipe: Path | None = None,
-    bits: float | None = None,
-    max_kl: float | None = None,
+    codes: AllCodes = None,
     out: Path,
     force: Annotated[bool, Flag] = False,
     json: Json = False,
@@ -125,12 +112,6 @@ def quantize(
     Example: tapeout quantize arithmetic --scheme nf4 --out build/codes
 
     Args:
-        scheme: How weights become codes. Default: int8.
-        rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
-        calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
-        recipe: A TOML file: scheme, rounding, schemes by tensor.
-        bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
-        max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
         out: Where the store goes.
         force: Replace what stands there.
         json: Print a summary to stdout.
@@ -138,10 +119,11 @@ def quantize(
     from tapeout.models import load
     from tapeout.quantize import quantize as run
 
-    settings = recipe_of(recipe, calibration, scheme=scheme, rounding=rounding)
+    codes = codes or Codes()
+    settings = codes.settings
     with progress_bars() as progress:
-        if mix_name(bits, max_kl):
-            settings = mixed_by_budget(model, None, settings, bits, max_kl, progress).recipe
+        if codes.mix:
+            settings = mixed_by_budget(model, None, settings, codes.bits, codes.max_kl, progress).recipe
         quant = run(
             load(model),
             **settings.rounds(),

@@ -150,6 +150,42 @@ def where_it_runs(target: str) -> None:
         environments.run_there(environment, sys.argv[1:])
 
 
+@dataclass(frozen=True)
+class Codes:
+    """How weights become codes.
+
+    Attributes:
+        scheme: How weights become codes; `tapeout targets` lists what is carried. Default: int8, or the target's own where it has one.
+        rounding: How codes are chosen: rtn, hqq, gptq, awq or smoothquant. Default: rtn.
+        calibration: A text that rounding looks at (.txt, .jsonl, a saved dataset). gptq, awq and smoothquant have a default one.
+        recipe: A TOML file: scheme, rounding, schemes by tensor, limits of the gates.
+        bits: Choose each tensor's scheme so that a weight takes this many bits on average, and as little as possible is lost.
+        max_kl: The same the other way round: as small as a predicted KL of this many nats a token allows.
+    """
+
+    scheme: str | None = None
+    rounding: str | None = None
+    calibration: Path | None = None
+    recipe: Path | None = None
+    bits: float | None = None
+    max_kl: float | None = None
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe's, with what was given on the command line over it."""
+        return recipe_of(self.recipe, self.calibration, scheme=self.scheme, rounding=self.rounding)
+
+    @property
+    def mix(self) -> str | None:
+        """What a mix by budget is called; None where no budget was given."""
+        if self.bits is None and self.max_kl is None:
+            return None
+        return f"{self.bits:g}bits" if self.bits is not None else f"kl{self.max_kl:g}"
+
+
+AllCodes = Annotated[Codes | None, Parameter(name="*")]
+
+
 def recipe_of(path: Path | None, text: Path | None, **given: Any) -> Recipe:
     """The recipe of a file, with what was given on the command line over it."""
     from tapeout.quantize import Calibration
@@ -158,13 +194,6 @@ def recipe_of(path: Path | None, text: Path | None, **given: Any) -> Recipe:
     if text:
         given["calibration"] = replace(recipe.calibration or Calibration(), text=text)
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
-
-
-def mix_name(bits: float | None, max_kl: float | None) -> str | None:
-    """What a mix by budget is called; None where no budget was given."""
-    if bits is None and max_kl is None:
-        return None
-    return f"{bits:g}bits" if bits is not None else f"kl{max_kl:g}"
 
 
 def mixed_by_budget(
