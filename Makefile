@@ -11,7 +11,7 @@ FOLDERS := tapeout models quantize exporters validate targets
 # Folders too: their time changes when a file goes away.
 SOURCES := $(shell find $(FOLDERS) docs/. -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test test-aarch64 lint types docs bench clean
+.PHONY: help demo test test-slow test-aarch64 lint types docs bench clean
 .NOTPARALLEL:
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -19,8 +19,11 @@ help: ## this list
 demo: .venv/.installed ## export the embedded model to build/demo and prove the result
 	$(BIN)/tapeout export cpu arithmetic --scheme int4-g32 --out build/demo --force
 
-test: lint types ## everything that CI runs
-	$(BIN)/pytest -n 2 --dist worksteal
+test: lint types ## style, import rules, types, and the tests that take minutes
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/.dev .venv/.installed ## the other tests: every cell of every table, clusters, compilers, other environments
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-aarch64: .venv/.dev .venv/.installed ## GGUF's check.cpp, built for 64-bit Arm and run under qemu
 	@missing=; for tool in aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64-static:qemu-user-static cmake:cmake ninja:ninja-build; do \

@@ -42,6 +42,7 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_cache_for_all")
 def test_every_command_works_in_the_order_that_it_stands_in(place: Path) -> None:
     for command, shown, printed in replay(ROOT / "README.md", place):
@@ -56,6 +57,7 @@ def test_every_command_works_in_the_order_that_it_stands_in(place: Path) -> None
     assert set(verbs) >= {"export", "validate", "bench", "diff", "plan", "compare", "inspect"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_cache_for_all")
 def test_the_python_works(place: Path) -> None:
     (code,) = [text for language, text in blocks("One command per target") if language == "python"]

@@ -243,6 +243,7 @@ def test_a_read_only_and_a_full_disk(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_may_be_written(make_model: MakeModel, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -275,6 +276,7 @@ def test_a_signal_in_the_middle(make_model: MakeModel, tmp_path: Path, number: s
     assert leftovers(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_output(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     command = [str(PROGRAM), "export", "cpu", str(model), "--out", str(tmp_path / "out")]

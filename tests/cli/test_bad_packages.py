@@ -76,6 +76,7 @@ def too_large(package: Path) -> None:
         opened.truncate(2**31 + 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "run", "gate"),
     [
@@ -124,6 +125,7 @@ def gates_of(package: Path, model: Path) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in json.loads(done.stdout)["gates"]}
 
 
+@pytest.mark.slow
 def test_data_of_another_model(packages: Path, copied: Path, tmp_path: Path) -> None:
     """It loads and runs, and every gate that looks at the weights says no."""
     other = write_model(

@@ -238,6 +238,7 @@ def rows(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_poor_terminal_shows_all(null: Exported, tmp_path: Path) -> None:
     root = json.loads((null.package / "tapeout.json").read_text())["root_sha256"]
     said = plain("inspect", null.package).stderr
@@ -261,6 +262,7 @@ def test_a_poor_terminal_shows_all(null: Exported, tmp_path: Path) -> None:
     assert "is given twice" in twice.stderr
 
 
+@pytest.mark.slow
 def test_a_poor_terminal_shows_verdicts(null: Exported) -> None:
     done = plain("validate", null.package, **null.environment)
     assert "PASSED  tiny > int8 > null" in done.stderr

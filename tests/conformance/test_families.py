@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinned import thinned
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime")
@@ -30,7 +31,9 @@ def test_the_table_has_every_cell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "form", "scheme"), CELLS, ids=["-".join(cell).replace(", ", "-") for cell in CELLS]
+    ("row", "form", "scheme"),
+    thinned(CELLS, alike=lambda cell: cell[1:]),
+    ids=["-".join(cell).replace(", ", "-") for cell in CELLS],
 )
 def test_cell(row: str, form: str, scheme: str, tmp_path: Path, shared: Path) -> None:
     said = SCRIPT["cell"](row, form, scheme, tmp_path, shared)

@@ -97,6 +97,7 @@ def test_the_codes_come_back(quantized, tmp_path: Path, scheme: str) -> None:
     assert {each.opset for each in spec_of(artifact).mlProgram.functions.values()} == needs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in known() if family != "t5"])
 def test_every_family_comes_back(quantized, tmp_path: Path, family: str) -> None:
     quant = quantized("int4-g32", family)

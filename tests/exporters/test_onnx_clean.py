@@ -89,6 +89,7 @@ def test_an_encoder(make_model: Callable[..., Path], tmp_path: Path, family: str
     assert_clean(onnx.write(quant, tmp_path / "out").directory / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["none", "int4-g32"])
 @pytest.mark.parametrize("name", ["sliding_window", "block_sparse"])
 def test_a_module(example: Callable[..., Any], tmp_path: Path, name: str, scheme: str) -> None:
@@ -102,6 +103,7 @@ def test_a_family_of_optimums(unknown_family: Callable[[str], Model], tmp_path: 
     assert_clean(onnx.write(quant, tmp_path / "out").directory / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_node_counts_are_those_of_the_page() -> None:
     """A graph is read in Netron: what its size is stands in docs/onnx.md, and a pass that grows it shows."""
     page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")

@@ -362,6 +362,7 @@ def test_llama_2_and_mistral(through) -> None:
     assert check(passed) == {}
 
 
+@pytest.mark.slow
 def test_gemma(through) -> None:
     made = spm(sentencepiece_bpe(runs=32), prefix=False, gemma=True)
     made.add_special_tokens(special("<start_of_turn>", "<end_of_turn>"))

@@ -335,6 +335,7 @@ print(json.dumps([quant.digest, list(quant.notes), dict(quant.fallbacks)]))
 
 
 # Before the n-th tensor that a run writes: in the first layer, then in the second, then at the head. AWQ writes norms as well.
+@pytest.mark.slow
 @pytest.mark.parametrize(("rounding", "points"), [("gptq", (2, 9, 9)), ("awq", (2, 13, 11))])
 def test_a_killed_run_reaches_the_same_digest(
     tmp_path: Path, text: Calibration, rounding: str, points: tuple[int, ...]

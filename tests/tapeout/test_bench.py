@@ -53,6 +53,7 @@ def of(report: Report) -> dict[str, tuple[str, float | None]]:
     }
 
 
+@pytest.mark.slow
 def test_every_scenario_on_llama_cpp(work: Path, tmp_path: Path) -> None:
     flags = [word for name in SCENARIOS for word in ("--scenario", name)]
     few = ("--percentile", "50", "--percentile", "90", "--samples", "40")

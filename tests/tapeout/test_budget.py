@@ -343,6 +343,7 @@ def test_what_is_measured_is_what_the_reference_shows(make_model: MakeModel, tie
     session.close()
 
 
+@pytest.mark.slow
 def test_a_budget_from_the_command_line(
     make_model: MakeModel, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -251,6 +251,7 @@ def test_an_unknown_target() -> None:
         diagnose("cpuu")
 
 
+@pytest.mark.slow
 def test_the_command(make: Make) -> None:
     """In processes of their own, with real imports: exit status, one document, and the commands that mend."""
     done = process("doctor", "--target", "null", "--json")

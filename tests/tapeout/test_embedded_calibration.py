@@ -17,6 +17,7 @@ from tapeout.validate.evidence import Evidence
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rounding"), [("arithmetic", "gptq"), ("count", "awq")])
 def test_tasks_survive_calibrated_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Any, name: str, rounding: str

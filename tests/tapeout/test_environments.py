@@ -47,6 +47,7 @@ def write_wheel(path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(tmp_path: Path) -> None:
     wheel = tmp_path / "tapeout_sample-1.0-py3-none-any.whl"
     probe = "import json, tapeout_sample; print(json.dumps({'value': tapeout_sample.VALUE}))"
@@ -97,6 +98,7 @@ def test_unknown_names() -> None:
         environments.get("optimun")
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_them(tmp_path: Path) -> None:
     def tapeout(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -117,6 +119,7 @@ def test_the_command_line_lists_them(tmp_path: Path) -> None:
     assert "installed" in tapeout("env", "list").stderr
 
 
+@pytest.mark.slow
 def test_another_environment_gets_this_very_tapeout(tmp_path: Path) -> None:
     """By a wheel alone: no index, no sources."""
     place = tmp_path / "other"
@@ -179,6 +182,7 @@ def test_who_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch, stand_in: Enviro
         library()
 
 
+@pytest.mark.slow
 def test_what_runs_after_pip_is_part_of_an_environment(tmp_path: Path) -> None:
     wheel = tmp_path / "tapeout_sample-1.0-py3-none-any.whl"
     write_wheel(wheel)

@@ -85,6 +85,7 @@ def weights(package: Path) -> Path:
     return max((package / "artifact").iterdir(), key=lambda path: path.stat().st_size)
 
 
+@pytest.mark.slow
 def test_pre_commit_lets_no_broken_package_through(
     repository: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

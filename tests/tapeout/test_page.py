@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 from commands import tapeout
 from speed import measured
+from thinned import thinned
 
 from tapeout.build import export, target
 from tapeout.generated import write_model
@@ -153,7 +154,9 @@ def pages(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     return {name: place / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["gguf", "onnx", "classes", "states", "failed", "bench", "bare", "compare"])
+@pytest.mark.parametrize(
+    "name", thinned(["gguf", "onnx", "classes", "states", "failed", "bench", "bare", "compare"])
+)
 def test_page(browser: Any, pages: dict[str, Path], name: str) -> None:
     for theme in THEMES:
         for screen, (width, height) in SCREENS.items():

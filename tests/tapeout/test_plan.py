@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinned import thinned
 
 from tapeout import targets
 from tapeout.cli import app
@@ -30,7 +31,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thinned(SHAPES))
 @pytest.mark.parametrize("way", WAYS)
 def test_sizes_are_those_of_the_files(way: str, shape: str, tmp_path: Path) -> None:
     """Every file is as long as planned, to the byte, but for digests in them, which are as long as any."""
@@ -59,7 +60,7 @@ def test_sizes_are_those_of_the_files(way: str, shape: str, tmp_path: Path) -> N
     assert store_bytes(hollow) == written
 
 
-@pytest.mark.parametrize("scheme", ["none", "int4-g64-asym", "nf4", "q4_k", "fp8", "w8a8"])
+@pytest.mark.parametrize("scheme", thinned(["none", "int4-g64-asym", "nf4", "q4_k", "fp8", "w8a8"]))
 def test_sizes_of_other_schemes(scheme: str, tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "model", "llama", SHAPES["dense"][1], dtype="F16"))
     quant = quantize(model, scheme, out=tmp_path / "codes")

@@ -106,6 +106,7 @@ def test_with_its_model_every_gate_runs_again(work: Path) -> None:
     assert report.throughput["contexts"]
 
 
+@pytest.mark.slow
 def test_its_own_schemes_are_taken_and_the_limits_of_the_recipe(work: Path, tmp_path: Path) -> None:
     recipe = LOOSE.model_copy(update={"scheme": "int4-g32", "tensors": {"*.down_proj": "int8"}})
     export(target("null"), work / "plain", tmp_path / "mixed", recipe)
@@ -127,6 +128,7 @@ def calibrated(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **mo
     return tmp_path / "calibrated"
 
 
+@pytest.mark.slow
 def test_a_calibrated_package_needs_no_recipe(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +306,7 @@ def said(package: Package, prompt: str, **settings: Any) -> tuple[list[int], str
     return [token for token, _ in pairs], "".join(piece for _, piece in pairs)
 
 
+@pytest.mark.slow
 def test_a_worker_says_what_a_session_here_says(plain: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     here = said(plain, "a", max_new_tokens=3)

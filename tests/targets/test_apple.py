@@ -326,6 +326,7 @@ def test_a_sound_encoder_passes(make: Make, judged: Any) -> None:
     assert 0 < found["lowering/range"].value < 0.5
 
 
+@pytest.mark.slow
 def test_what_has_less_room_than_a_bit_is_named(make_model: MakeModel, tmp_path: Path, judged: Any) -> None:
     """Gate and up of the MLP grow as the norm before them, and their product as its square."""
     peak, wanted, before = "layers.1.mlp.inner", 0.7 * 65504, 200.0
@@ -377,6 +378,7 @@ def turned(tensor: Any) -> Any:
 rotate, mask, kept, scales = DecoderOps._rotate, DecoderOps._mask, DecoderOps._kept, blocks.scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "method", "fault", "gates_", "told"),
     [

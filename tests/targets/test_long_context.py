@@ -137,6 +137,7 @@ def apart(expected: Array, found: npt.NDArray[np.float32]) -> float:
     return float(np.abs(expected - found).max() / expected.std())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ROPES)
 def test_onnx_is_right_at_position_200000(make_model: MakeModel, tmp_path: Path, rope: str) -> None:
     """Two layers of windows, so that it takes seconds: 200,001 tokens, or the last of them, which is all that windows reach.

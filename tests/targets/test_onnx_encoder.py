@@ -304,6 +304,7 @@ def first_position_twice(graph: Any) -> None:
     graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.int64), "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "failing"),
     [
