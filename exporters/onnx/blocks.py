@@ -305,6 +305,8 @@ Container = NBits | Bnb4 | Float8 | Linear | Floats
 
 def container_of(scheme: Scheme, into: int) -> Container | None:
     """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
+    if scheme.activations in ("e4m3-static", "e2m1-static"):
+        return None
     if scheme.activations:  # what kernels that multiply integers with integers take
         static = scheme.activations == "int8-static"
         return Linear(scheme.bits, scheme.group, zero_point=False, turned=True, static=static)
@@ -365,6 +367,9 @@ def carries(scheme: Scheme) -> Carry:
     if container is None:
         if scheme.kind == "affine":
             return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
+        if scheme.activations:
+            nearest = "fp8" if scheme.levels == "e4m3" else "int4-g32"
+            return Refused("onnxruntime has no kernel on CPUs that rounds inputs to narrow floats.", nearest)
         return Refused("onnxruntime has no kernel for these levels on CPUs.", "int4-g32")
     if isinstance(container, Bnb4):
         return Exact("MatMulBnb4, slow", 4 + 32 / container.block)

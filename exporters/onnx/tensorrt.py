@@ -62,6 +62,11 @@ def held(scheme: Scheme, *, turned: bool) -> Container | Refused:
     group = scheme.group or 0
     if scheme.activations == "int8":
         return Refused("TensorRT rounds inputs under calibrated scales only.", "w8a8-static")
+    if scheme.activations == "e2m1-static":
+        return Refused(
+            "TensorRT rounds inputs to E2M1 by an operator of its own, TRT_FP4DynamicQuantize, which is not written.",
+            "nvfp4",
+        )
     if scheme.scales == "super" or scheme.kind == "affine":
         return Refused("TensorRT has no scales under scales, and no minimum.", "int4-g32")
     if scheme.kind == "asymmetric":

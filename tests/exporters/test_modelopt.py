@@ -36,7 +36,9 @@ CASES = {
     "int8-sq": "w8a8-static",
     "int4-awq": "int4-g64",
     "fp8-kv": "fp8",
+    "fp8": "fp8-static",
     "nvfp4-w4a16": "nvfp4",
+    "nvfp4": "nvfp4-w4a4",
     "mixed": "fp8",
 }
 
