@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
 from tapeout.exporters.huggingface import kernels
+from tapeout.exporters.huggingface.parts import under_one
 from tapeout.exporters.streamed import Array, Part, held
 from tapeout.models.decoder import FUSED
 from tapeout.quantize import QuantTensor, Scheme
@@ -100,16 +101,8 @@ def why_no_mixture(packed: Mapping[str, Scheme]) -> str | None:
 
 
 def fused(tensor: QuantTensor, scheme: Scheme) -> str:
-    """What must be the same of matrices that loaders put together: the scheme, the one scale over all others, and that of inputs.
-
-    Of several scales loaders take the largest, and round the codes once more.
-    """
-    found = str(scheme)
-    if _algo(scheme) in _UNDER_ONE and tensor.scale_codes is not None:
-        found += f" under {float(tensor.scale_codes.block[0]):.9g}"
-    if _algo(scheme) in _UNDER_ONE and tensor.input_scale is not None:
-        found += f" with inputs under {float(tensor.input_scale):.9g}"
-    return found
+    """What must be the same of matrices that loaders put together."""
+    return under_one(tensor, scheme) if _algo(scheme) in _UNDER_ONE else str(scheme)
 
 
 def rounds_scales(schemes: Collection[Scheme]) -> bool:

@@ -129,7 +129,10 @@ def test_inputs_that_are_quantized_too() -> None:
     # Set by the script; the checkpoint's type is bfloat16.
     np.testing.assert_array_equal(static.parts(name)["input_scale"], np.array([0.037109375], np.float32))
     assert not static.notes
-    assert any("float8" in note for note in foreign.read(load(DATA / "ct-float-tensor")).notes)
+    for name, step in (("ct-float-tensor", 0.037109375), ("modelopt-fp8", 0.0087890625)):
+        found = foreign.read(load(DATA / name))
+        assert found.parts("model.layers.0.self_attn.q_proj.weight")["input_scale"] == np.float32(step)
+    assert any("float8" in note for note in foreign.read(load(DATA / "ct-float-channel")).notes)
 
 
 def test_the_store_holds_the_parts(tmp_path: Path) -> None:
