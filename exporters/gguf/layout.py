@@ -88,11 +88,7 @@ def _note(scheme: Scheme, block: blocks.Block) -> str | None:
     if block is blocks.NARROW_AS_Q4_0:
         return f"the codes of {scheme} are held as {block.kind}: exactly, at {block.bits_per_weight:g} bits a weight"
     if scheme.activations:
-        unused = (
-            "; the calibrated scales of the inputs are not in the file"
-            if scheme.calibrated
-            else ""
-        )
+        unused = "; the calibrated scales of the inputs are not in the file" if scheme.calibrated else ""
         return f"llama.cpp rounds the inputs of {scheme} to int8 by itself, with a scale for every 32 values{unused}"
     return None
 

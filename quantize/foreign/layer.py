@@ -178,7 +178,12 @@ def e4m3(
     return Imported(scheme, codes, {"scale": kept})
 
 
-def nvfp4(packed: Callable[[], Bytes], parts: Mapping[str, npt.NDArray[Any]], layer: Layer, input_scale: Floats | None) -> Imported:
+def nvfp4(
+    packed: Callable[[], Bytes],
+    parts: Mapping[str, npt.NDArray[Any]],
+    layer: Layer,
+    input_scale: Floats | None,
+) -> Imported:
     """A weight of E2M1 under E4M3 under a float32, with the scale of its inputs, if it has one."""
     if input_scale is None:
         return Imported(SCHEMES["nvfp4"], packed, parts)

@@ -27,7 +27,7 @@ def quantized(make_model: Callable[..., Path]) -> Callable[..., Quantized]:
     ) -> Quantized:
         wide = 2 if SCHEMES[scheme].scales == "super" else 1
         fields = {"hidden_size": 128 * wide, "intermediate_size": 256 * wide, "vocab_size": 300} | fields
-        calibration = Calibration(sequences=2, length=32) if scheme == "w8a8-static" else None
+        calibration = Calibration(sequences=2, length=32) if SCHEMES[scheme].calibrated else None
         model = load(make_model(model_type, **fields))
         (model.directory / "calibration.txt").write_text(" ".join(map(str, range(99))))
         return quantize(model, scheme, overrides=overrides, calibration=calibration)
