@@ -170,7 +170,7 @@ def e4m3(
     out = layer.shape[0]
     if scale.size == 1:
         one = np.full((out, 1), E4M3_ONE, np.uint8)
-        parts = {"scale_codes": one, "scale_block": scale.reshape(1)}
+        parts: dict[str, npt.NDArray[Any]] = {"scale_codes": one, "scale_block": scale.reshape(1)}
         if input_scale is not None:
             return Imported(SCHEMES["fp8-static"], codes, {**parts, "input_scale": _step(layer, input_scale)})
         return Imported(FP8_TENSOR, codes, parts)
