@@ -344,7 +344,7 @@ class TypedOps(StandardOps):
             given = f"{x}.{kind}.{tensor.input_scale.view(np.uint32):08x}"  # what multiplies the same codes shares them
             codes = self._once("QuantizeLinear", [x, parts["input_scale"], zero], f"{given}.codes")
             self._once("DequantizeLinear", [codes, parts["input_scale"], zero], given)
-        rows = {"axis": container.axis} if isinstance(container, Linear) else {}
+        rows: dict[str, Any] = {"axis": container.axis} if isinstance(container, Linear) else {}
         matrix = g.node("DequantizeLinear", [parts["codes"], parts["scales"]], f"{weight}.values", **rows)
         return g.node("MatMul", [given, matrix], name)
 
