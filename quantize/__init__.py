@@ -164,9 +164,9 @@ def quantize(
     keep_freed_memory()
     tokens, where, schemes = None, None, plan.schemes
     if plan.foreign is None and (
-        calibration or rounding in _WITH_DATA or any(s.activations == "int8-static" for s in schemes.values())
+        calibration or rounding in _WITH_DATA or any(s.calibrated for s in schemes.values())
     ):
-        static = any(s.activations == "int8-static" for s in schemes.values())
+        static = any(s.calibrated for s in schemes.values())
         if isinstance(model.config, Seq2SeqConfig | TracedConfig):
             raise SchemeError(
                 f"{model.name} is {model.kind}, which calibration does not run. What fits: rounding rtn or hqq without a calibration "
@@ -175,7 +175,7 @@ def quantize(
         if isinstance(model.config, EncoderConfig) and (rounding in _WITH_DATA or not static):
             raise SchemeError(
                 f"{model.name} is an encoder, of which calibration finds static scales of inputs and nothing else. What fits: "
-                "rounding rtn or hqq, and a calibration text with w8a8-static only."
+                "rounding rtn or hqq, and a calibration text with static scales of inputs (w8a8-static) only."
             )
         tokens = (calibration or Calibration()).tokens(model)
         one_core_each()
@@ -306,7 +306,7 @@ def _fill(
     elif isinstance(model.config, EncoderConfig):
         from tapeout.quantize.ranges import input_scales
 
-        static = [name for name, each in plan.schemes.items() if each.activations == "int8-static"]
+        static = {name: each for name, each in plan.schemes.items() if each.calibrated}
         scales = input_scales(model, tokens, static, pool, progress)
         found = _plain(directory, model, plan.schemes, simple, pool, progress, scales, far)
     else:

@@ -261,7 +261,7 @@ class Calibrated:
             return {}
         where = names[0].removesuffix(".weight")
         into = weights[names[0]].shape[1]
-        factor = importance = static = None
+        factor = importance = largest = None
         weighted = self.rounding != "gptq" and rows != 0
         if self.rounding == "gptq" and rows != 0:
             hessian = self._hessian(inputs, into, where)
@@ -280,9 +280,9 @@ class Calibrated:
                     self.found.notes.append(
                         f"{where}: {factor.dead} of {into} input channels are zero on all calibration data"
                     )
-        if weighted or any(self.schemes[name].activations == "int8-static" for name in wanted):
+        if weighted or any(self.schemes[name].calibrated for name in wanted):
             seen = self._inputs(inputs, into, where, rows or None)
-            static = seen.largest.max() / np.float32(127)
+            largest = seen.largest.max()
             importance = seen.square if weighted else importance
         together = joined(name for name in wanted if self.schemes[name].scales == "e4m3")
 
@@ -292,7 +292,7 @@ class Calibrated:
             if wild := [each for each, size in sizes.items() if not np.isfinite(size)]:
                 raise store.not_finite(self.model.checkpoint[wild[0]])
             most = max(sizes.values())
-            return self._write(name, weights[name], factor, importance, static, most)
+            return self._write(name, weights[name], factor, importance, largest, most)
 
         if self.far is None:
             return {name: one(name) for name in wanted}
@@ -305,12 +305,12 @@ class Calibrated:
         weight: Floats,
         factor: gptq.Factor | None,
         importance: Floats | None,
-        input_scale: np.float32 | None = None,
+        largest: np.float32 | None = None,
         most: float | None = None,
     ) -> Floats:
         """Round one tensor into the store; the weight that it is from now on.
 
-        ``most``: the magnitude that a scale of the whole tensor is made for; None: its own largest.
+        ``largest``: the largest magnitude of its inputs; None: it has none. ``most``: the magnitude that a scale of the whole tensor is made for; None: its own largest.
         """
         scheme = self.schemes[name]
         try:
@@ -331,12 +331,12 @@ class Calibrated:
             parts |= lattice.quantize_scales(rounded.grid.scale)
         if scheme.scales == "e4m3":
             parts["scale_block"] = np.array([whole], np.float32)
-        if scheme.activations == "int8-static":
-            if input_scale is None:
+        if scheme.calibrated:
+            if largest is None:
                 raise SchemeError(
                     f"{scheme} of {name} needs the range of its inputs, and an embedding has none: give it int8."
                 )
-            parts["input_scale"] = np.array([input_scale], np.float32)
+            parts["input_scale"] = np.array([scheme.input_scale(largest)], np.float32)
         self.found.tensors[name] = store.write_parts(
             self.directory, name, parts, scheme, rounded.grid.clamped
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapeout.quantize import kernels
-from tapeout.quantize.scheme import E4M3, LEVELS, SUPER, Scheme, dynamic_map
+from tapeout.quantize.scheme import E4M3, E4M3_ONE, LEVELS, SUPER, Scheme, dynamic_map, reciprocal
 from tapeout.quantize.tensor import DOUBLE_BLOCK, QuantTensor, ScaleCodes, pack
 
 Floats = npt.NDArray[np.float32]
@@ -190,14 +190,17 @@ def searched(scheme: Scheme, grid: Grid) -> tuple[Any, ...]:
 def tensor_scale(largest: float, scheme: Scheme) -> np.float32 | None:
     """The float32 scale of a whole tensor whose largest magnitude is given; None for schemes that have none.
 
-    NVFP4 divides by the largest value of a group's scale times that of a code, 448 · 6 (NVIDIA, ModelOpt's ``NVFP4QTensor``).
-    It is no less than what keeps the smallest scale of a group, 2^-9 of it, a normal number: subnormal ones have too few bits.
+    NVFP4 divides by the largest value of a group's scale times that of a code, 448 · 6 (NVIDIA, ModelOpt's ``NVFP4QTensor``); float8
+    codes, whose rows have the scale 1 under it, by 448. It is no less than what keeps the smallest scale of a group, 2^-9 of it, a
+    normal number: subnormal ones have too few bits. NVFP4's is one over a float32, since compressed-tensors divides by it.
     """
     if scheme.scales != "e4m3":
         return None
     if not largest:
         return np.float32(1)
-    return max(np.float32(largest) / np.float32(448 * 6), np.float32(2.0**-117))
+    codes = 1 if scheme.levels == "e4m3" else 6
+    scale = max(np.float32(largest) / np.float32(448 * codes), np.float32(2.0**-117))
+    return scale if scheme.levels == "e4m3" else reciprocal(scale)
 
 
 def layout(scheme: Scheme, out: int, into: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -221,7 +224,7 @@ def layout(scheme: Scheme, out: int, into: int) -> dict[str, tuple[str, tuple[in
         parts |= {"minimum_codes": ("U8", (out, groups)), "minimum_block": ("F16", (out, into // SUPER))}
     if scheme.kind == "asymmetric":
         parts["zero_point"] = ("U8", (out, groups))
-    if scheme.activations == "int8-static":
+    if scheme.calibrated:
         parts["input_scale"] = ("F32", (1,))
     return parts
 
@@ -289,6 +292,9 @@ def _fit_levels(
         scheme.scales == "double"
     ):  # byte-equal to bitsandbytes, which searches nothing, and quantizes the scales afterwards
         return Grid(largest, parts={"scale": largest})
+    if whole is not None and scheme.levels == "e4m3":
+        ones = np.full(shape, E4M3_ONE, np.uint8)
+        return Grid(np.full(shape, whole), parts={"scale_codes": ones})
     if scheme.levels == "e4m3":  # as fine at any scale
         return with_float16(np.asarray(largest / np.float32(448), np.float32))
     table = _table(scheme.levels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +15,7 @@ from tapeout.errors import ModelError, SchemeError
 from tapeout.models import EncoderConfig, Model
 from tapeout.models.encoder import encoder
 from tapeout.models.torch_encoder import TorchEncoderOps
+from tapeout.quantize.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +26,17 @@ Progress = Callable[[str, int, int], None]
 def input_scales(
     model: Model,
     tokens: npt.NDArray[np.int32],
-    wanted: Sequence[str],
+    wanted: Mapping[str, Scheme],
     pool: Executor,
     progress: Progress | None = None,
 ) -> dict[str, np.float32]:
-    """The step of int8 inputs of each tensor: the largest magnitude that it is given, / 127.
+    """The scale of the inputs of each tensor: by its scheme, for the largest magnitude that it is given.
 
     The model runs in float32 with its own weights, one sequence a core, and is in memory whole.
 
     Args:
         tokens: int32 [sequences, length], see ``Calibration.tokens``.
-        wanted: tensors whose scheme says so.
+        wanted: tensors by name whose scheme says so.
         progress: told how many sequences are done.
 
     Raises:
@@ -72,7 +73,7 @@ def input_scales(
             raise ModelError(
                 f"the inputs of {name.removesuffix('.weight')} are at most {found[name]} on the calibration text: no scale fits."
             )
-    return {name: found[name] / np.float32(127) for name in wanted}
+    return {name: scheme.input_scale(found[name]) for name, scheme in wanted.items()}
 
 
 @dataclass

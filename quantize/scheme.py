@@ -53,11 +53,15 @@ def _e4m3() -> npt.NDArray[np.float32]:
 
 
 E4M3 = _e4m3()
+E4M3_ONE = 0x38  # the code of 1
 
 # A tensor's codes of 16 levels, and of 256.
 LEVELS: dict[str, npt.NDArray[np.float32]] = {"nf4": NF4, "e2m1": E2M1, "e4m3": E4M3, "iq4_nl": IQ4_NL}
 
 SUPER = 256  # weights of a super-block
+
+# What the largest input of a calibration text becomes, in steps of the scale: the largest integer, E4M3, or E2M1 under the largest E4M3.
+_INPUT_RANGES = {"int8-static": 127, "e4m3-static": 448, "e2m1-static": 6 * 448}
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Scheme:
             256 scales); ``e8m0`` (a power of two); ``e4m3`` (under one float32 a tensor); ``super`` (integers under one float16
             a super-block of 256 weights); ``float32`` (of checkpoints that others have quantized so; nothing is rounded to it).
         scale_bits: bits of an integer scale under a super-block.
-        activations: what the runtime shall do to the inputs: ``int8`` (per token), ``int8-static`` (one calibrated scale a
-            tensor), None: leave them.
+        activations: what the runtime shall do to the inputs: ``int8`` (per token), ``int8-static`` and ``e4m3-static`` (under one
+            calibrated scale a tensor), ``e2m1-static`` (16 under an E4M3 scale under such a one), None: leave them.
     """
 
     name: str
@@ -87,7 +91,20 @@ class Scheme:
     levels: str = ""
     scales: Literal["float16", "float32", "double", "e8m0", "e4m3", "super"] = "float16"
     scale_bits: int = 16
-    activations: Literal["int8", "int8-static"] | None = None
+    activations: Literal["int8", "int8-static", "e4m3-static", "e2m1-static"] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether inputs are rounded under a scale that calibration finds."""
+        return self.activations in _INPUT_RANGES
+
+    def input_scale(self, largest: np.float32) -> np.float32:
+        """The scale of inputs whose largest magnitude on the calibration text is given; of a scheme that is ``calibrated``."""
+        assert self.activations is not None
+        if self.activations != "int8-static" and not largest:
+            return np.float32(1)  # as of weights that are all zero
+        scale = np.float32(largest) / np.float32(_INPUT_RANGES[self.activations])
+        return reciprocal(scale) if self.activations == "e2m1-static" else scale
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -149,9 +166,14 @@ class Scheme:
             "float32": 32.0,
             "double": 8 + 32 / 256,
             "e8m0": 8.0,
-            "e4m3": 8.0,
+            "e4m3": 8.0 if self.group else 0.0,  # rows of float8 codes have none of their own
         }.get(self.scales, kept * (self.scale_bits + 16 * group / SUPER))
         return self.bits + (scale + (self.bits if self.kind == "asymmetric" else 0)) / group
+
+
+def reciprocal(scale: np.float32) -> np.float32:
+    """The float32 next to ``scale`` that is one over another: formats that divide by a scale hold it exactly."""
+    return np.float32(1) / (np.float32(1) / scale)
 
 
 def dynamic_map() -> npt.NDArray[np.float32]:
@@ -188,8 +210,10 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("nf4", 4, 64, "codebook", "nf4"),
         Scheme("nf4-dq", 4, 64, "codebook", "nf4", "double"),
         Scheme("fp8", 8, None, "codebook", "e4m3"),
+        Scheme("fp8-static", 8, None, "codebook", "e4m3", "e4m3", activations="e4m3-static"),
         Scheme("mxfp4", 4, 32, "codebook", "e2m1", "e8m0"),
         Scheme("nvfp4", 4, 16, "codebook", "e2m1", "e4m3"),
+        Scheme("nvfp4-w4a4", 4, 16, "codebook", "e2m1", "e4m3", activations="e2m1-static"),
         Scheme("q6_k", 6, 16, "symmetric", "", "super", 8),
         Scheme("q5_k", 5, 32, "affine", "", "super", 6),
         Scheme("q4_k", 4, 32, "affine", "", "super", 6),

@@ -134,7 +134,7 @@ def _round_into(
     out, into = source.shape
     layout = lattice.layout(scheme, out, into)
     _, at = _lay_out(layout, scheme, 0)
-    if scheme.activations == "int8-static":
+    if scheme.calibrated:
         write_at(handle, np.array([input_scale], np.float32), at["input_scale"])
     task = max(1, _TASK_WEIGHTS // into)
     whole, scales = None, np.empty((0, 0), np.float32)

@@ -99,7 +99,7 @@ class QuantTensor:
         zero_point: uint8 [out, in / group], or None for zero.
         scale_codes: the parts of a scale that is itself quantized.
         minimum: the parts of what is taken off after scaling (affine schemes), or None for nothing.
-        input_scale: float32 scalar, the calibrated step of int8 inputs (``w8a8-static``), or None.
+        input_scale: float32 scalar, the calibrated scale of inputs (``w8a8-static``, ``fp8-static``, ``nvfp4-w4a4``), or None.
     """
 
     packed: npt.NDArray[np.uint8]

@@ -36,7 +36,7 @@ schemes that round inputs.
 
 def cell(model: Model, scheme: str, rounding: str, work: Path) -> str:
     """What the gates say of one scheme and rounding."""
-    data = rounding in ("gptq", "awq", "smoothquant") or SCHEMES[scheme].activations == "int8-static"
+    data = rounding in ("gptq", "awq", "smoothquant") or SCHEMES[scheme].calibrated
     quant = quantize(
         model,
         scheme,

@@ -104,7 +104,7 @@ def check(case: Case, work: Path) -> None:
     wanted: dict[str, Any] = {
         "scheme": case.scheme, "tokens": 256, "limits": {"kl": 1e3, "top1": 0.0, "perplexity": 1e3}
     }  # fmt: skip
-    if SCHEMES[case.scheme].activations == "int8-static":
+    if SCHEMES[case.scheme].calibrated:
         wanted["calibration"] = {"sequences": 4, "length": 64}
     recipe = Recipe.of(wanted)
     quant = quantize(load(model), case.scheme, calibration=recipe.calibration, out=work / "codes")

@@ -25,10 +25,11 @@ from tapeout.models import DecoderConfig
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.quantize import QuantTensor
-from tapeout.quantize.scheme import E4M3
+from tapeout.quantize.scheme import E2M1, E4M3
 from tapeout.targets import gpu_kernels, modelopt_loader
 from tapeout.validate import pretrained, reference
 from tapeout.validate.given import check_ids
+from tapeout.validate.rounding import round_e4m3_static, round_nvfp4
 from tapeout.validate.session import Facts, Logits
 
 _CHUNK = 2048  # tokens of a prompt at once
@@ -213,21 +214,19 @@ def of(tensor: QuantTensor) -> Weight:
 
 
 def _compressed(said: Mapping[str, Any], base: str, tensors: Mapping[str, torch.Tensor]) -> Weight:
-    """compressed-tensors: words whose lowest bits are the first code, counted from ``-2**(bits - 1)``; or bytes."""
+    """compressed-tensors: words whose lowest bits are the first code, counted from ``-2**(bits - 1)``; or bytes, or nibbles of floats."""
     groups = list(said["config_groups"].values())
     group = next((each for each in groups if base in each["targets"]), groups[0])
     how, inputs = group["weights"], group["input_activations"]
     bits = int(how["num_bits"])
     scale = tensors[f"{base}.weight_scale"]
-    rounding = None
+    rounding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    if how["type"] == "float":
+        return _floats(base, tensors, bits)
     if inputs is not None:
         step = None if inputs["dynamic"] else float(tensors[f"{base}.input_scale"])
         rounding = partial(_int8, step=step)
     lowest = -(2.0 ** (bits - 1))
-    if how["type"] == "float":
-        return Weight(
-            tensors[f"{base}.weight"].view(torch.uint8), bits, scale, torch.from_numpy(E4M3), inputs=rounding
-        )
     if f"{base}.weight_packed" not in tensors:
         packed = tensors[f"{base}.weight"].view(torch.uint8) ^ 0x80
     else:
@@ -240,6 +239,24 @@ def _compressed(said: Mapping[str, Any], base: str, tensors: Mapping[str, torch.
             words = torch.stack((words & 0xF, words >> 4), -1).reshape(len(words), -1)
         zero, lowest = words[:, : len(scale)].T.contiguous(), 0.0
     return Weight(packed, bits, scale, torch.arange(2.0**bits) + lowest, zero, rounding)
+
+
+def _floats(base: str, tensors: Mapping[str, torch.Tensor], bits: int) -> Weight:
+    """E4M3 under a scale a row or one a tensor, or E2M1 under E4M3 under what divides them; and how inputs are rounded."""
+    rounding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scale = tensors[f"{base}.weight_scale"]
+    if bits == 4:
+        if (whole := tensors.get(f"{base}.input_global_scale")) is not None:
+            rounding = partial(round_nvfp4, scale=np.float32(1 / whole.item()))
+        scale = scale.float() / tensors[f"{base}.weight_global_scale"]
+        packed = tensors[f"{base}.weight_packed"]
+        return Weight(packed, bits, scale, torch.from_numpy(E2M1), inputs=rounding)
+    packed = tensors[f"{base}.weight"].view(torch.uint8)
+    if scale.dim() == 1:
+        scale = scale.reshape(1, 1).expand(len(packed), 1)
+    if (step := tensors.get(f"{base}.input_scale")) is not None:
+        rounding = partial(round_e4m3_static, scale=np.float32(step.item()))
+    return Weight(packed, bits, scale, torch.from_numpy(E4M3), inputs=rounding)
 
 
 def _int8(x: torch.Tensor, step: float | None) -> torch.Tensor:

@@ -95,12 +95,32 @@ def _loaded(path: Path, method: str | None, inputs: bool) -> reference.Reference
             if isinstance(module, Linear4bit):
                 module.weight.quant_state.dtype = torch.float32
         network = network.dequantize(torch.float32).float()  # its floats stay as the file has them
-    elif method and not inputs:
+    elif method:
+        _widen(network, path)
+    if method and method != "bitsandbytes" and not inputs:
         for module in network.modules():
             module.quantization_enabled = False
     return reference.Reference(
         path, network.eval(), reference.facts(before, begin, int(config.max_position_embeddings))
     )
+
+
+def _widen(network: Any, path: Path) -> None:
+    """Bring float4 weights, which the library unpacks to bfloat16, to float32; and let it round inputs without compiling first."""
+    import torch
+
+    float4 = {
+        f"{name}.weight": module
+        for name, module in network.named_modules()
+        if hasattr(module, "weight_global_scale")
+    }
+    if not float4:
+        return
+    torch.compiler.set_stance("force_eager")
+    network.hf_quantizer.compressor.decompress_model(network)  # which the first pass would do
+    for name, weight in huggingface.read_weights(path):
+        if name in float4:
+            float4[name].weight.data = torch.from_numpy(weight)
 
 
 def open_traced(directory: str) -> primitives.Primitives:

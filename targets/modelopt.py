@@ -35,8 +35,9 @@ _WEIGHTS_DERIVATION = (
     "the reference in float16, as the files have them: rounding of sums alone, far below 1e-4 of the logits' spread."
 )
 _RUNTIME_DERIVATION = (
-    "Inputs are rounded as the format says: to int8 by one step a matrix, to float8 by one a token; keys and values to float8 where "
-    "the files say so. The reference with that same rounding predicts what it costs; the device may lose twice that, and 5e-5 nats."
+    "Inputs are rounded as the format says: to int8 and float8 by one step a matrix, to float8 by one a token, to float4 by one for 16; "
+    "keys and values to float8 where the files say so. The reference with that same rounding predicts what it costs; the device may "
+    "lose twice that, and 5e-5 nats."
 )
 # What loads each kind of matrix, by the servers' own sources of 2026: TensorRT-LLM's linear.py, vLLM's and SGLang's modelopt files.
 _LOADED_BY = {
@@ -44,7 +45,9 @@ _LOADED_BY = {
     "W4A16_AWQ": ("TensorRT-LLM",),
     "W8A8_SQ_PER_CHANNEL": (),
     "FP8_PER_CHANNEL_PER_TOKEN": ("TensorRT-LLM", "vLLM"),
+    "FP8": ("TensorRT-LLM", "vLLM", "SGLang"),
     "W4A16_NVFP4": ("TensorRT-LLM", "vLLM"),
+    "NVFP4": ("TensorRT-LLM", "vLLM", "SGLang"),
     "float": ("TensorRT-LLM", "vLLM", "SGLang"),
 }
 

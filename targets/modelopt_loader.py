@@ -23,7 +23,7 @@ from tapeout.exporters import huggingface
 from tapeout.models.decoder import ConfigReader
 from tapeout.models.families import family
 from tapeout.quantize import QuantTensor
-from tapeout.quantize.scheme import E2M1, E4M3
+from tapeout.quantize.scheme import E2M1, E4M3, E4M3_ONE
 from tapeout.quantize.tensor import ScaleCodes, pack
 from tapeout.targets import served
 from tapeout.validate import primitives, reference
@@ -34,10 +34,25 @@ if TYPE_CHECKING:
 
     Inputs = Callable[[torch.Tensor], torch.Tensor]
 
-_ALGOS = ("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_NVFP4")
-_ROUNDING = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN")
+_ALGOS = (
+    "W8A16",
+    "W8A8_SQ_PER_CHANNEL",
+    "W4A16_AWQ",
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "W4A16_NVFP4",
+    "NVFP4",
+)
+_FLOAT4 = ("W4A16_NVFP4", "NVFP4")
+_CALIBRATED = ("W8A8_SQ_PER_CHANNEL", "FP8", "NVFP4")  # whose inputs have one step a matrix
+_ROUNDING = (*_CALIBRATED, "FP8_PER_CHANNEL_PER_TOKEN")
 # TensorRT-LLM loads these as one matrix and asks them for no pre_quant_scale; of any other it is read whatever the file has.
-_JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_JOINED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 _E4M3_MAX = 448.0
 
 
@@ -96,7 +111,7 @@ class Reader:
 
     def _pre_scale(self, algo: str, base: str, into: int) -> Any:
         """What inputs are multiplied by first, float32 [in]; None: nothing."""
-        needed = algo == "W4A16_AWQ" and base.rpartition(".")[2] not in _JOINED
+        needed = algo == "W4A16_AWQ" and not any(base.rpartition(".")[2] in names for names in _JOINED[:2])
         if not needed and f"{base}.pre_quant_scale" not in self._tensors:
             return None
         return self._part(base, "pre_quant_scale", "float16", into).float()
@@ -112,7 +127,7 @@ class Reader:
         """What the stored bits are before their scales, float32 [out, in]."""
         import torch
 
-        if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN"):
+        if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
             out, into = weight.shape
             kind = "float8_e4m3fn" if algo.startswith("FP8") else "int8"
             return self._part(base, "weight", kind, out, into).float()
@@ -135,11 +150,31 @@ class Reader:
         """The scale of each group, float32 [out, groups]."""
         if algo == "W4A16_AWQ":
             return self._part(base, "weight_scale", "float32", out, into // self._group(base, into))
-        if algo == "W4A16_NVFP4":
-            whole = self._part(base, "weight_scale_2", "float32")
+        if algo in _FLOAT4:
+            whole = self._alike(base, "weight_scale_2")
             group = self._group(base, into)
             return self._part(base, "weight_scale", "float8_e4m3fn", out, into // group).float() * whole
+        if algo == "FP8":
+            return self._alike(base, "weight_scale").expand(out, 1)
         return self._part(base, "weight_scale", "float32", out)[:, None]
+
+    def _alike(self, base: str, suffix: str) -> Any:
+        """The one scale of a matrix, float32 []; what is loaded with others as one must have the same as they.
+
+        Of several a server takes the largest: of weights it then rounds the codes once more, or leaves them wrong.
+        """
+        found = self._part(base, suffix, "float32")
+        place, _, last = base.rpartition(".")
+        for together in (each for each in _JOINED if last in each):
+            for other in (f"{place}.{name}" for name in together):
+                if f"{other}.weight" in self._tensors and not bool(
+                    found == self._part(other, suffix, "float32")
+                ):
+                    raise PackageError(
+                        f"{base}.{suffix} is {found.item():.9g} and that of {other} {self._tensors[f'{other}.{suffix}'].item():.9g}: "
+                        "servers load them as one matrix, under the larger."
+                    )
+        return found
 
     def weight(self, base: str) -> npt.NDArray[np.float32] | None:
         """The weight that a loader multiplies with, float32 [out, in]; None: it is a float.
@@ -169,8 +204,11 @@ class Reader:
         pre_scale = self._pre_scale(algo, base, stored.shape[1])
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
             return partial(_float8_a_token, pre_scale=pre_scale)
-        step = self._part(base, "input_scale", "float32").item()
-        return partial(_int8, step=step, pre_scale=pre_scale)
+        how = {"W8A8_SQ_PER_CHANNEL": _int8, "FP8": _float8, "NVFP4": _float4}[algo]
+        step = self._alike(base, "input_scale").item()
+        if not 0 < step < float("inf"):
+            raise PackageError(f"{base}.input_scale is {step}; a step is more than 0.")
+        return partial(how, step=step, pre_scale=pre_scale)
 
     def codes(self, base: str) -> QuantTensor | None:
         """The codes of a module's weight as a store has them; None: it is a float."""
@@ -179,12 +217,12 @@ class Reader:
             return None
         algo, stored = found
         step, kept = None, None
-        if algo == "W8A8_SQ_PER_CHANNEL":
+        if algo in _CALIBRATED:
             step = np.float32(self._part(base, "input_scale", "float32").item())
-        if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        if algo in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
             bits, codebook = 8, E4M3
             codes = self._bytes(stored)
-        elif algo == "W4A16_NVFP4":
+        elif algo in _FLOAT4:
             bits, codebook, pairs = 4, E2M1, self._bytes(stored)
             codes = np.stack((pairs & 15, pairs >> 4), 2).reshape(len(pairs), -1)
         elif algo == "W4A16_AWQ":
@@ -196,9 +234,12 @@ class Reader:
             codes = self._bytes(stored) ^ np.uint8(128)
         out, into = codes.shape
         scale = self._scale(algo, base, out, into).numpy()
-        if algo == "W4A16_NVFP4":
+        if algo in _FLOAT4:
             block = np.array([self._tensors[f"{base}.weight_scale_2"].item()], np.float32)
             kept = ScaleCodes(self._bytes(self._tensors[f"{base}.weight_scale"]), E4M3, block, scale.size)
+        elif algo == "FP8":
+            ones = np.full((out, 1), E4M3_ONE, np.uint8)
+            kept = ScaleCodes(ones, E4M3, scale[:1, 0].copy(), scale.size)
         elif np.array_equal(half := scale.astype(np.float16), scale):
             scale = half
         pre_scale = self._pre_scale(algo, base, into)
@@ -229,6 +270,30 @@ def _int8(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -
     """By the one step of the file."""
     x = x if pre_scale is None else x * pre_scale
     return (x / step).round().clip(-128, 127) * step
+
+
+def _float8(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """By the one step of the file, to nearest even."""
+    import torch
+
+    x = x if pre_scale is None else x * pre_scale
+    return (x / step).clip(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * step
+
+
+def _float4(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """16 by their own float8 in steps of the file's, to the nearest of the eight sizes; halfway goes to the even code."""
+    import torch
+
+    x = x if pre_scale is None else x * pre_scale
+    parts = x.reshape(*x.shape[:-1], -1, 16)
+    largest = parts.abs().amax(-1, keepdim=True)
+    own = (largest / (6.0 * step)).clip(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * step
+    sizes = torch.tensor(E2M1[:8], device=x.device)
+    middles = (sizes[1:] + sizes[:-1]) / 2
+    scaled = torch.where(own > 0, parts / own, 0.0)
+    below = torch.bucketize(scaled.abs(), middles)  # a middle itself counts to the lower
+    codes = below + ((below % 2 == 1) & (scaled.abs() == middles[below.clip(max=6)]))
+    return (sizes[codes].copysign(scaled) * own).reshape(x.shape)
 
 
 def _float8_a_token(x: torch.Tensor, pre_scale: torch.Tensor | None = None) -> torch.Tensor:

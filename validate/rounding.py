@@ -25,10 +25,13 @@ __all__ = [
     "CACHES",
     "ROUNDED",
     "as_cached",
+    "as_e2m1",
     "as_e4m3",
     "round_e4m3",
+    "round_e4m3_static",
     "round_int8",
     "round_mlas",
+    "round_nvfp4",
     "round_q4_0",
     "round_q8_0",
     "round_q8_k",
@@ -54,11 +57,15 @@ def _as_mlas(quant: Quantized, name: str) -> Round | None:
 
 
 def _as_the_scheme_says(quant: Quantized, name: str) -> Round | None:
-    if quant.schemes[name].activations is None:
+    how = quant.schemes[name].activations
+    if how is None:
         return None
     tensor = quant[name]
     assert isinstance(tensor, QuantTensor)  # a tensor that could not take its scheme has none
-    return partial(round_int8, scale=tensor.input_scale)
+    if how in ("int8", "int8-static"):
+        return partial(round_int8, scale=tensor.input_scale)
+    assert tensor.input_scale is not None
+    return partial(round_e4m3_static if how == "e4m3-static" else round_nvfp4, scale=tensor.input_scale)
 
 
 def _as_modelopt(quant: Quantized, name: str) -> Round | None:
@@ -66,7 +73,9 @@ def _as_modelopt(quant: Quantized, name: str) -> Round | None:
     scheme = quant.schemes[name]
     if quant.model.specs[name].role is not Role.LINEAR:
         return None
-    return round_e4m3 if scheme.levels == "e4m3" else _as_the_scheme_says(quant, name)
+    if scheme.levels == "e4m3" and scheme.activations is None:
+        return round_e4m3
+    return _as_the_scheme_says(quant, name)
 
 
 ROUNDED: Mapping[str, Callable[[Quantized, str], Round | None]] = {
@@ -100,6 +109,40 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
     """
     step = (x.abs().amax(-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return as_e4m3(x / step) * step
+
+
+def round_e4m3_static(x: torch.Tensor, scale: np.float32) -> torch.Tensor:
+    """What ``fp8-static`` makes of a matmul's input: float32 [..., in], the nearest E4M3 under the one calibrated ``scale``.
+
+    vLLM's ``static_scaled_fp8_quant``, TensorRT-LLM's ``static_quantize_e4m3_per_tensor``, ONNX QuantizeLinear; they may multiply by
+    one over the scale.
+    """
+    return as_e4m3(x / float(scale)) * float(scale)
+
+
+def round_nvfp4(x: torch.Tensor, scale: np.float32) -> torch.Tensor:
+    """What ``nvfp4-w4a4`` makes of a matmul's input: float32 [..., in], ``in`` % 16 == 0.
+
+    Blocks of 16 along ``in``, each under its own E4M3, amax / 6 in steps of the calibrated ``scale``; the nearest E2M1, ties to even
+    (compressed-tensors' fake quantization, and TensorRT-LLM's and vLLM's ``scaled_fp4_quant`` but for approximate reciprocals).
+    A block whose E4M3 is 0 becomes zeros.
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, 16))
+    one_over = torch.ones((), device=x.device) / float(scale)
+    step = as_e4m3(one_over * (blocks.abs().amax(-1, keepdim=True) / 6.0)) / one_over
+    return (torch.where(step > 0, as_e2m1(blocks / step), 0.0) * step).flatten(-2)
+
+
+def as_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """The nearest E2M1 of each float32, ties to even, those beyond it at its end."""
+    import torch
+
+    size = x.abs().clamp(max=6.0)
+    # Levels are 0.5 apart up to 2, then 1, and 2 from 4 on.
+    apart = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
+    return torch.copysign(torch.round(size / apart) * apart, x)
 
 
 def as_e4m3(x: torch.Tensor) -> torch.Tensor:

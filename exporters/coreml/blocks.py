@@ -222,7 +222,8 @@ def carries(scheme: Scheme, opset: Opset | None = None) -> Carry:
     if scheme.kind == "none":
         return Rounded(FLOAT, HALF)
     if scheme.activations:
-        return Refused("Core ML multiplies these weights with float16 inputs alone.", "int8")
+        nearest = "int8" if scheme.bits == 8 else "int4-g32"
+        return Refused("Core ML multiplies these weights with float16 inputs alone.", nearest)
     container = container_of(scheme, opset)
     if container is None:
         if scheme.kind == "affine":

@@ -73,8 +73,9 @@ def carries(scheme: Scheme) -> Carry:
         return Rounded(block.kind, nf4_added_error())
     if block is blocks.NARROW_AS_Q4_0:
         return Exact(f"{block.kind}, at {block.bits_per_weight:g} bits")
-    inputs = {None: "", "int8": ", inputs 32 to a scale", "int8-static": ", the inputs' static scale unused"}
-    return Exact(block.kind + inputs[scheme.activations])
+    if scheme.calibrated:
+        return Exact(f"{block.kind}, the inputs' static scale unused")
+    return Exact(block.kind + (", inputs 32 to a scale" if scheme.activations else ""))
 
 
 def block_of(scheme: Scheme) -> blocks.Block | None:
@@ -87,11 +88,7 @@ def _note(scheme: Scheme, block: blocks.Block) -> str | None:
     if block is blocks.NARROW_AS_Q4_0:
         return f"the codes of {scheme} are held as {block.kind}: exactly, at {block.bits_per_weight:g} bits a weight"
     if scheme.activations:
-        unused = (
-            "; the calibrated scales of the inputs are not in the file"
-            if scheme.activations == "int8-static"
-            else ""
-        )
+        unused = "; the calibrated scales of the inputs are not in the file" if scheme.calibrated else ""
         return f"llama.cpp rounds the inputs of {scheme} to int8 by itself, with a scale for every 32 values{unused}"
     return None
 

@@ -3,7 +3,10 @@
     pack-quantized   weight_packed I32 [out, in * bits / 32], lowest bits first, code + 2**(bits - 1); weight_shape I64 [2]
                      weight_zero_point I32 [out * bits / 32, groups], packed along ``out`` in the same way
     int-quantized    weight I8 [out, in]; its inputs are rounded to 8 bits too: input_scale F32 [1] where their step is fixed
-    float-quantized  weight F8_E4M3 [out, in]
+    float-quantized  weight F8_E4M3 [out, in]; of one scale a tensor weight_scale F32 [1] and input_scale F32 [1]
+    nvfp4-pack-quantized
+                     weight_packed U8 [out, in / 2], low nibble: the even column; weight_scale F8_E4M3 [out, in / 16];
+                     weight_global_scale F32 [1], which divides; and so does input_global_scale F32 [1] where inputs are E2M1 too
 
 weight_scale [out, groups], of a row [out, 1]. The weight is (code - zero_point) * scale.
 """
@@ -16,11 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
+from tapeout.exporters.huggingface.parts import under_one
 from tapeout.exporters.streamed import Part, held
 from tapeout.quantize import QuantTensor, Scheme
-from tapeout.quantize.scheme import E4M3
-from tapeout.quantize.tensor import pack
+from tapeout.quantize.scheme import E2M1, E4M3, E4M3_ONE
+from tapeout.quantize.tensor import ScaleCodes, pack
 
 NAME = "compressed-tensors"
 FLOATS_ALIKE = False  # loaders bring every float to one type
@@ -28,17 +33,22 @@ LIBRARY = "compressed_tensors"
 FLOATS = ()
 
 _VERSION = "0.20.0"  # of the library whose layout this is
-SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale")
+SUFFIXES = (
+    "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale", "weight_global_scale", "input_global_scale",
+)  # fmt: skip
+_FLOAT4 = "nvfp4-pack-quantized"
 
 
 def carries(scheme: Scheme) -> Carry:
-    """Integers of 4 and 8 bits, and float8: what vLLM loads of the format."""
+    """Integers of 4 and 8 bits, float8 and NVFP4: what vLLM loads of the format."""
     if scheme.kind == "none":
         return Exact("float")
+    if scheme.levels == "e2m1" and scheme.scales == "e4m3":
+        return Exact(_FLOAT4)
     if scheme.levels == "e2m1":
-        return Refused(
-            "of compressed-tensors' formats those of 4-bit floats are not written.", _nearest(scheme)
-        )
+        return Refused("of compressed-tensors' 4-bit floats NVFP4 is written.", "nvfp4")
+    if scheme.activations == "e4m3-static":
+        return Exact("float-quantized")
     if scheme.levels == "e4m3" and scheme.group is None and scheme.scales in ("float16", "float32"):
         return Exact("float-quantized")
     if scheme.kind == "codebook":
@@ -61,12 +71,12 @@ def why_no_mixture(packed: Mapping[str, Scheme]) -> str | None:
 
 def fused(tensor: QuantTensor, scheme: Scheme) -> str:
     """What must be the same of matrices that loaders put together."""
-    return str(scheme)
+    return under_one(tensor, scheme)
 
 
 def rounds_scales(schemes: Collection[Scheme]) -> bool:
     """Whether loaders bring scales to the model's type."""
-    return True
+    return any(scheme.scales != "e4m3" for scheme in schemes)
 
 
 def files(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -77,7 +87,12 @@ def files(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
     """The tensors that stand for the weight of module ``base``."""
     out, into = tensor.shape
+    if scheme.levels == "e2m1":
+        return {f"{base}.{suffix}": part for suffix, part in _float4(base, tensor).items()}
     found = {"weight_scale": held(tensor.scale)}
+    if scheme.activations == "e4m3-static":
+        found["weight_scale"] = held(np.ascontiguousarray(tensor.scale[:1, 0], np.float32))
+        found["input_scale"] = held(np.array([tensor.input_scale], np.float32))
     if scheme.levels == "e4m3":
         found["weight"] = Part("F8_E4M3", (out, into), lambda rows: tensor.packed[rows], out)
     elif scheme.activations:
@@ -92,6 +107,33 @@ def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
             along = pack(np.ascontiguousarray(tensor.zero_point.T), tensor.bits)
             found["weight_zero_point"] = held(np.ascontiguousarray(_words(along).T))
     return {f"{base}.{suffix}": part for suffix, part in found.items()}
+
+
+def _float4(base: str, tensor: QuantTensor) -> dict[str, Part]:
+    kept, (out, into) = tensor.scale_codes, tensor.shape
+    assert kept is not None
+    found = {
+        "weight_packed": Part("U8", (out, into // 2), lambda rows: tensor.packed[rows], out),
+        "weight_scale": held(np.ascontiguousarray(kept.codes), "F8_E4M3"),
+        "weight_global_scale": held(_divisor(base, np.float32(kept.block[0]))),
+    }
+    if tensor.input_scale is not None:
+        found["input_global_scale"] = held(_divisor(base, tensor.input_scale))
+    return found
+
+
+def _divisor(base: str, scale: np.float32) -> npt.NDArray[np.float32]:
+    """The float32 [1] that one is divided by to ``scale``, as loaders do."""
+    near = down = up = np.float32(1) / scale
+    for _ in range(2):
+        for each in (near, down, up):
+            if np.float32(1) / each == scale:
+                return np.array([each], np.float32)
+        down, up = np.nextafter(down, np.float32(0)), np.nextafter(up, np.float32(np.inf))
+    raise SchemeError(
+        f"{base} has codes under {float(scale):.9g}, by which this format divides, and that is one over no float32. "
+        "What fits: the original model, or target nvidia."
+    )
 
 
 def _words(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
@@ -138,6 +180,9 @@ def statement(schemes: Mapping[str, Scheme], floats: Sequence[str]) -> dict[str,
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
+    strategy = "group" if scheme.group else "channel"
+    if scheme.scales == "e4m3":
+        strategy = "tensor_group" if scheme.group else "tensor"
     return {
         "actorder": None,
         "block_structure": None,
@@ -146,7 +191,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "num_bits": scheme.bits,
         "observer": "minmax",
         "observer_kwargs": {},
-        "strategy": "group" if scheme.group else "channel",
+        "strategy": strategy,
+        **_types(scheme),
         "symmetric": scheme.kind != "asymmetric",
         "type": "float" if scheme.kind == "codebook" else "int",
     }
@@ -155,19 +201,27 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     if scheme.activations is None:
         return None
-    fixed = scheme.activations == "int8-static"
+    fixed, float4 = scheme.calibrated, scheme.levels == "e2m1"
     return {
         "actorder": None,
         "block_structure": None,
-        "dynamic": not fixed,
-        "group_size": None,
-        "num_bits": 8,
-        "observer": "minmax" if fixed else None,
+        "dynamic": "local" if float4 else not fixed,
+        "group_size": scheme.group,
+        "num_bits": scheme.bits,
+        "observer": "static_minmax" if float4 else "minmax" if fixed else None,
         "observer_kwargs": {},
-        "strategy": "tensor" if fixed else "token",
+        "strategy": "tensor_group" if float4 else "tensor" if fixed else "token",
+        **_types(scheme),
         "symmetric": True,
-        "type": "int",
+        "type": "float" if scheme.kind == "codebook" else "int",
     }
+
+
+def _types(scheme: Scheme) -> dict[str, Any]:
+    """What scales of groups are kept as, where it is not the model's type."""
+    if scheme.levels != "e2m1":
+        return {}
+    return {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
 
 
 class Reader:
@@ -201,6 +255,8 @@ class Reader:
         state = self._state(base)
         if "weight_scale" not in state:
             return None
+        if "weight_global_scale" in state:
+            return self._float4(state)
         args, scale = self._scheme(base).weights, state["weight_scale"].numpy()
         bits, zero_point, codebook = int(args.num_bits), None, None
         middle = 2 ** (bits - 1)
@@ -219,7 +275,10 @@ class Reader:
             codes = state["weight"].numpy().view(np.uint8) ^ np.uint8(0x80)
         if codebook is None:
             codebook = np.arange(2**bits, dtype=np.float32) - np.float32(middle if args.symmetric else 0)
-        step = state.get("input_scale")
+        kept, step = None, state.get("input_scale")
+        if args.strategy == "tensor":
+            kept = ScaleCodes(np.full((len(codes), 1), E4M3_ONE, np.uint8), E4M3, scale, len(codes))
+            scale = kept.values()
         return QuantTensor(
             packed=pack(np.ascontiguousarray(codes), bits),
             bits=bits,
@@ -228,7 +287,53 @@ class Reader:
             group=codes.shape[1] // scale.shape[1],
             codebook=codebook,
             zero_point=zero_point,
+            scale_codes=kept,
             input_scale=None if step is None else step.numpy().reshape(())[()],
+        )
+
+    @staticmethod
+    def _float4_values(state: Mapping[str, Any]) -> Any:
+        """What the library unpacks of NVFP4, in float32 and not in its bfloat16."""
+        import torch
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        out, pairs = state["weight_packed"].shape
+        return unpack_fp4_from_uint8(state["weight_packed"], out, 2 * pairs, torch.float32)
+
+    def _float4_weight(self, state: Mapping[str, Any], args: Any) -> npt.NDArray[np.float32]:
+        """The library's dequantization of NVFP4, in float32."""
+        import torch
+        from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+        found: npt.NDArray[np.float32] = dequantize(
+            self._float4_values(state),
+            state["weight_scale"].float(),
+            args=args,
+            dtype=torch.float32,
+            global_scale=state["weight_global_scale"],
+        ).numpy()
+        return found
+
+    def _float4(self, state: Mapping[str, Any]) -> QuantTensor:
+        """Codes of NVFP4, by the values that the library unpacks."""
+        import torch
+
+        values = self._float4_values(state).numpy()
+        codes = np.searchsorted(E2M1[:8], np.abs(values)).astype(np.uint8)
+        codes |= np.signbit(values).astype(np.uint8) << 3
+        scales = state["weight_scale"].view(torch.uint8).numpy()
+        one = np.float32(1)
+        kept = ScaleCodes(scales, E4M3, one / state["weight_global_scale"].numpy(), scales.size)
+        step = state.get("input_global_scale")
+        return QuantTensor(
+            packed=pack(codes, 4),
+            bits=4,
+            in_features=values.shape[1],
+            scale=kept.values(),
+            group=values.shape[1] // scales.shape[1],
+            codebook=E2M1,
+            scale_codes=kept,
+            input_scale=None if step is None else one / step.numpy().reshape(())[()],
         )
 
     def weight(self, base: str) -> npt.NDArray[np.float32] | None:
@@ -239,6 +344,8 @@ class Reader:
         if "weight_scale" not in state:
             return None
         scheme = self._scheme(base)
+        if "weight_global_scale" in state:
+            return self._float4_weight(state, scheme.weights)
         compressor = BaseCompressor.get_value_from_registry(scheme.format or self._config.format)
         # The library computes in the scale's own type.
         state["weight_scale"] = state["weight_scale"].float()

@@ -5,8 +5,10 @@
     W4A16_AWQ                  weight U8 [out / 2, in]     weight_scale F32 [out, in / group]   low nibble: the even row, two's complement
                                pre_quant_scale F16 [in] where a loader asks for it: ones, since ours is folded before
     FP8_PER_CHANNEL_PER_TOKEN  weight F8_E4M3 [out, in]    weight_scale F32 [out]
+    FP8                        weight F8_E4M3 [out, in]    weight_scale F32 [], input_scale F32 []
     W4A16_NVFP4                weight U8 [out, in / 2]     weight_scale F8_E4M3 [out, in / 16], weight_scale_2 F32 []
                                low nibble: the even column
+    NVFP4                      the same                    input_scale F32 []
 
 ``hf_quant_config.json`` and ``quantization_config`` say the same in two ways (ModelOpt's ``convert_hf_config``).
 """
@@ -22,6 +24,7 @@ import numpy.typing as npt
 from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
 from tapeout.exporters.huggingface import kernels
+from tapeout.exporters.huggingface.parts import under_one
 from tapeout.exporters.streamed import Array, Part, held
 from tapeout.models.decoder import FUSED
 from tapeout.quantize import QuantTensor, Scheme
@@ -42,16 +45,20 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 # A matrix that TensorRT-LLM puts together with others takes no pre_quant_scale; any other must have one.
 _TOGETHER = {name for names in FUSED[:2] for name in names}
 _OF_EXPERTS = ("W8A16", "W4A16_NVFP4")
+_UNDER_ONE = ("FP8", "NVFP4", "W4A16_NVFP4")  # which have one scale a tensor
+_ROUNDED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W8A8_SQ_PER_CHANNEL")  # whose inputs are, too
 
 
 def carries(scheme: Scheme) -> Carry:
-    """What TensorRT-LLM has a kernel for; of it vLLM and SGLang take the 8-bit and 4-bit floats."""
+    """What TensorRT-LLM has a kernel for; of it vLLM takes the 8-bit and 4-bit floats, SGLang those with calibrated inputs."""
     if scheme.kind == "none":
         return Exact("float")
+    if scheme.activations == "e4m3-static":
+        return Exact("FP8")
     if scheme.levels == "e4m3" and scheme.group is None and scheme.activations is None:
         return Exact("FP8_PER_CHANNEL_PER_TOKEN")
     if scheme.levels == "e2m1" and scheme.scales == "e4m3":
-        return Exact("W4A16_NVFP4")
+        return Exact("NVFP4" if scheme.activations else "W4A16_NVFP4")
     if scheme.levels == "e2m1":
         return Refused(
             "TensorRT-LLM takes MXFP4 with inputs that it rounds by the largest of a whole batch, which is not written.",
@@ -94,10 +101,8 @@ def why_no_mixture(packed: Mapping[str, Scheme]) -> str | None:
 
 
 def fused(tensor: QuantTensor, scheme: Scheme) -> str:
-    """What must be the same of matrices that loaders put together: the scheme, and the one scale over all others."""
-    if scheme.levels == "e2m1" and tensor.scale_codes is not None:
-        return f"{scheme} under {float(tensor.scale_codes.block[0]):.9g}"
-    return str(scheme)
+    """What must be the same of matrices that loaders put together."""
+    return under_one(tensor, scheme) if _algo(scheme) in _UNDER_ONE else str(scheme)
 
 
 def rounds_scales(schemes: Collection[Scheme]) -> bool:
@@ -125,7 +130,7 @@ def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
         return {f"{base}.{suffix}": part for suffix, part in found.items()}
     scale = np.ascontiguousarray(tensor.scale, np.float32)
     if scheme.levels == "e4m3":
-        found["weight_scale"] = held(scale.reshape(out))
+        found["weight_scale"] = held(scale[0, 0].reshape(()) if scheme.activations else scale.reshape(out))
         found["weight"] = Part("F8_E4M3", (out, into), lambda rows: tensor.packed[rows], out)
     elif scheme.bits == 8:
         found["weight_scale"] = held(scale.reshape(out))
@@ -225,9 +230,9 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
     if scheme.group:
         width["group_size"] = scheme.group
     group: dict[str, Any] = {"targets": sorted(targets), "weights": dict(width)}
-    if scheme.activations or _algo(scheme) == "FP8_PER_CHANNEL_PER_TOKEN":
+    if _algo(scheme) in _ROUNDED:
         group["input_activations"] = dict(width)
-        if not scheme.group:
+        if not scheme.group and _algo(scheme) != "FP8":
             group["weights"]["strategy"] = "channel"
     return group
 

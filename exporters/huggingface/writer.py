@@ -199,9 +199,10 @@ def _check_fused(quant: Quantized, packing: ModuleType) -> None:
             each = ", ".join(
                 f"{name.removesuffix('.weight').removeprefix(base + '.')}: {how[name]}" for name in group
             )
-            raise SchemeError(
-                f"{base} has {each}, which servers load as one matrix. What fits: one scheme for them."
-            )
+            one = "one scheme for them"
+            if len({quant.schemes[name] for name in group}) == 1:
+                one = "the original model, whose matrices are rounded together"
+            raise SchemeError(f"{base} has {each}, which servers load as one matrix. What fits: {one}.")
 
 
 def _shards(parts: Mapping[str, Part], most: int) -> list[File]:

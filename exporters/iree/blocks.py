@@ -70,7 +70,8 @@ def carries(scheme: Scheme) -> Carry:
     if scheme.kind == "none":
         return Exact("float")
     if scheme.activations:
-        return Refused("inputs of matmuls stay floats here.", "int8")
+        weights = {"e4m3-static": "fp8", "e2m1-static": "nvfp4"}
+        return Refused("inputs of matmuls stay floats here.", weights.get(scheme.activations, "int8"))
     if scheme.kind == "affine":
         return Refused("the module has no minimum beside the scale.", "int4-g32-asym")
     held = container(scheme)

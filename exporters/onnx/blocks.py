@@ -238,13 +238,15 @@ class Floats:
     Attributes:
         bits: of a code: 8 (E4M3) or 4 (E2M1).
         turned: [in, out], as MatMul takes it; otherwise [out, in], for lookups.
+        static: of E4M3: under one float32 a tensor, and the calibrated scale of its inputs is there.
 
-    Parts, turned, of 8 bits: ``codes`` float8e4m3fn [in, out]; ``scales`` float16 [out]. Of 4: ``codes`` float4e2m1 [in, out], two a
+    Parts, turned, of 8 bits: ``codes`` float8e4m3fn [in, out]; ``scales`` float16 [out], or float32 [] and ``input_scale`` float32 []. Of 4: ``codes`` float4e2m1 [in, out], two a
     byte, the first in the low nibble; ``scales`` float8e4m3fn [in / 16, out]; ``scale`` float32 [].
     """
 
     bits: int
     turned: bool
+    static: bool = False
     block: ClassVar[int] = 16
 
     @property
@@ -260,6 +262,8 @@ class Floats:
     def shapes(self, out: int, into: int) -> Shapes:
         """The parts of a matrix."""
         codes = (self.kind, (into, out) if self.turned else (out, into))
+        if self.static:
+            return {"codes": codes, "scales": ("FLOAT", ()), "input_scale": ("FLOAT", ())}
         if self.bits == 8:
             return {"codes": codes, "scales": ("FLOAT16", (out,))}
         each = (into // self.block, out) if self.turned else (out, into // self.block)
@@ -268,6 +272,10 @@ class Floats:
     def pack(self, tensor: QuantTensor) -> Parts:
         """The parts of a whole tensor."""
         codes = self._turn(tensor.codes()).reshape(1, -1)
+        if self.static:
+            assert tensor.scale_codes is not None
+            step = np.array(tensor.input_scale, np.float32)
+            return {"codes": codes, "scales": tensor.scale_codes.block, "input_scale": step}
         if self.bits == 8:
             return {"codes": codes, "scales": tensor.scale}
         assert tensor.scale_codes is not None
@@ -278,6 +286,12 @@ class Floats:
         """Undo ``pack``; the parts are as onnx gives them: a number a byte."""
         out, into = like.shape
         codes = self._back(parts["codes"], out, into)
+        if self.static:
+            assert like.scale_codes is not None
+            scale = replace(like.scale_codes, block=parts["scales"].astype(np.float32).reshape(1))
+            step = parts["input_scale"].reshape(-1)[0]
+            found = replace(like, scale=scale.values(), scale_codes=scale, input_scale=step)
+            return _with_codes(found, codes)
         if self.bits == 8:
             found = replace(like, scale=_one_scale(parts["scales"], like), scale_codes=None)
             return _with_codes(found, codes)
@@ -305,6 +319,8 @@ Container = NBits | Bnb4 | Float8 | Linear | Floats
 
 def container_of(scheme: Scheme, into: int) -> Container | None:
     """The container of a matrix with rows of ``into`` weights; None: there is none, of the scheme or of such rows."""
+    if scheme.activations in ("e4m3-static", "e2m1-static"):
+        return None
     if scheme.activations:  # what kernels that multiply integers with integers take
         static = scheme.activations == "int8-static"
         return Linear(scheme.bits, scheme.group, zero_point=False, turned=True, static=static)
@@ -342,6 +358,8 @@ def block_of(scheme: Scheme, into: int) -> int | None:
 def as_held(scheme: Scheme, role: Role) -> Scheme:
     """The scheme by which a tensor is held: a table that is looked up has no inputs to round, nor has a head that shares it."""
     if scheme.activations and role is Role.EMBEDDING:
+        if scheme.kind == "codebook":
+            return replace(scheme, activations=None)
         return replace(SCHEMES["int8"], name=scheme.name)
     return scheme
 
@@ -365,6 +383,9 @@ def carries(scheme: Scheme) -> Carry:
     if container is None:
         if scheme.kind == "affine":
             return Refused("MatMulNBits has no minimum beside the scale.", "int4-g32-asym")
+        if scheme.activations:
+            nearest = "fp8" if scheme.levels == "e4m3" else "int4-g32"
+            return Refused("onnxruntime has no kernel on CPUs that rounds inputs to narrow floats.", nearest)
         return Refused("onnxruntime has no kernel for these levels on CPUs.", "int4-g32")
     if isinstance(container, Bnb4):
         return Exact("MatMulBnb4, slow", 4 + 32 / container.block)

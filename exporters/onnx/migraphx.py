@@ -203,6 +203,8 @@ def held(scheme: Scheme, *, turned: bool) -> Container | Refused:
     """What holds a matrix of the scheme, or why nothing does."""
     if scheme.activations == "int8":
         return Refused("MIGraphX rounds inputs under calibrated scales only.", "w8a8-static")
+    if scheme.activations == "e4m3-static":
+        return Refused("MIGraphX's matmuls of float8 with float8 are not written.", "fp8")
     if scheme.scales in ("super", "e4m3", "e8m0") or scheme.kind == "affine":
         return Refused(
             "MIGraphX has no scales under scales, no powers of two and no minimum for it.", "int4-g32"

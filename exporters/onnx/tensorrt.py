@@ -62,6 +62,11 @@ def held(scheme: Scheme, *, turned: bool) -> Container | Refused:
     group = scheme.group or 0
     if scheme.activations == "int8":
         return Refused("TensorRT rounds inputs under calibrated scales only.", "w8a8-static")
+    if scheme.activations == "e2m1-static":
+        return Refused(
+            "TensorRT rounds inputs to E2M1 by an operator of its own, TRT_FP4DynamicQuantize, which is not written.",
+            "nvfp4",
+        )
     if scheme.scales == "super" or scheme.kind == "affine":
         return Refused("TensorRT has no scales under scales, and no minimum.", "int4-g32")
     if scheme.kind == "asymmetric":
@@ -74,8 +79,12 @@ def held(scheme: Scheme, *, turned: bool) -> Container | Refused:
     if scheme.kind == "codebook":
         if scheme.levels == "e4m3" and scheme.scales == "float16" and scheme.group is None:
             return Floats(8, turned)
+        if scheme.activations == "e4m3-static":
+            return Floats(8, turned, static=True)
         if scheme.levels == "e2m1" and scheme.scales == "e4m3":
             return Floats(4, turned)
+        if scheme.levels == "e4m3":
+            return Refused("float8 under one scale a tensor is written of what has inputs to round.", "fp8")
         return Refused("TensorRT's blocks of E2M1 are 16 weights under E4M3.", "nvfp4")
     if scheme.bits <= 4 and group in _GROUPS:
         return Linear(4, group, False, turned, scales="FLOAT16")
@@ -92,6 +101,8 @@ def carries(scheme: Scheme) -> Carry:
     found = held(scheme, turned=True)
     if isinstance(found, Refused):
         return found
+    if isinstance(found, Floats) and found.static:
+        return Exact(f"{FLOAT8}, inputs too, their scale calibrated")
     if isinstance(found, Floats):
         return Exact(f"{FLOAT4} under {FLOAT8}" if found.bits == 4 else FLOAT8)
     assert isinstance(found, Linear)

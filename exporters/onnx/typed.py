@@ -85,11 +85,11 @@ class TypedOps(StandardOps):
         return y if scale == 1.0 else self._mark(self._times(name, y, scale))
 
     def linear(self, name: str, x: Value, weight: str, bias: str | None) -> str:
-        """MatMul, and Add; in float32 of routers and of int8 inputs, to float32 by routers and the head."""
+        """MatMul, and Add; in float32 of routers and of rounded inputs, to float32 by routers and the head."""
         g, x = self.graph, self._wanted(name, x)
         router = g.quant.model.specs[weight].role is Role.ROUTER
         container = None if router else self._container(weight, turned=not self._tied(weight))
-        rounded = isinstance(container, Linear) and container.static
+        rounded = isinstance(container, Linear | Floats) and container.static
         scaled = isinstance(container, Floats) and container.bits == 4
         computed = router or rounded or scaled or isinstance(container, Bnb4)
         wanted = router or name in ("logits", "head")
@@ -99,8 +99,8 @@ class TypedOps(StandardOps):
             turned = self._once("Transpose", [g.vector(weight)], f"{weight}.turned", perm=[1, 0])
             y = g.node("MatMul", [self._float(x), turned], at)
         elif rounded:
-            assert isinstance(container, Linear)
-            y = self._integers(at, self._float(x), weight, container)
+            assert isinstance(container, Linear | Floats)
+            y = self._rounded(at, self._float(x), weight, container)
         elif isinstance(container, Bnb4):
             y = self._bnb4(at, self._float(x), weight, container)
         else:
@@ -329,21 +329,23 @@ class TypedOps(StandardOps):
         """What is left of the tensor's scale, float32 and mostly between 1 and 2, for what was multiplied."""
         return self._once("Div", [f"{weight}.scale", f"{weight}.step"], f"{weight}.rest")
 
-    def _integers(self, name: str, x: str, weight: str, container: Linear) -> str:
-        """Int8 with int8: QuantizeLinear and DequantizeLinear around the inputs, all under float32 scales."""
+    def _rounded(self, name: str, x: str, weight: str, container: Linear | Floats) -> str:
+        """Int8 with int8, or E4M3 with E4M3: QuantizeLinear and DequantizeLinear around the inputs, all under float32 scales."""
         g, (out, into) = self.graph, self._shape(weight)
         parts, tensor = self._parts_of(weight, container, out, into), g.quant[weight]
         assert isinstance(tensor, QuantTensor)
         assert tensor.input_scale is not None
         given = x
         if not self.exact:  # which leaves inputs as they are
-            zero = g.constant("int8.zero", np.zeros((), np.int8))
-            given = f"{x}.int8.{tensor.input_scale.view(np.uint32):08x}"  # what multiplies the same codes shares them
+            kind = "int8" if isinstance(container, Linear) else "float8"
+            helper, kinds = library().helper, library().TensorProto
+            element = kinds.INT8 if kind == "int8" else kinds.FLOAT8E4M3FN
+            zero = g.constant(f"{kind}.zero", np.zeros((), helper.tensor_dtype_to_np_dtype(element)))
+            given = f"{x}.{kind}.{tensor.input_scale.view(np.uint32):08x}"  # what multiplies the same codes shares them
             codes = self._once("QuantizeLinear", [x, parts["input_scale"], zero], f"{given}.codes")
             self._once("DequantizeLinear", [codes, parts["input_scale"], zero], given)
-        matrix = g.node(
-            "DequantizeLinear", [parts["codes"], parts["scales"]], f"{weight}.values", axis=container.axis
-        )
+        rows: dict[str, Any] = {"axis": container.axis} if isinstance(container, Linear) else {}
+        matrix = g.node("DequantizeLinear", [parts["codes"], parts["scales"]], f"{weight}.values", **rows)
         return g.node("MatMul", [given, matrix], name)
 
     def _bnb4(self, name: str, x: str, weight: str, container: Bnb4) -> str:

@@ -36,6 +36,11 @@ def carries(scheme: Scheme) -> Carry:
     """What a rank checkpoint holds without a byte that depends on the GPU."""
     if scheme.kind == "none":
         return Exact("float")
+    if scheme.activations in ("e4m3-static", "e2m1-static"):
+        return Refused(
+            "TensorRT-LLM's FP8 and NVFP4 are not written as rank checkpoints: its PyTorch backend loads them of the format modelopt.",
+            "w8a8-static" if scheme.bits == 8 else "int4-g64",
+        )
     if scheme.levels == "e4m3" and scheme.scales in ("float16", "float32"):
         return Refused(
             "TensorRT-LLM's FP8 rounds inputs to 8 bits too, which this scheme does not say.", "int8"

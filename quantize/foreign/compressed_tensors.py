@@ -4,7 +4,8 @@
                           weight_zero_point int32 [out * bits / 32, groups], packed along ``out``; weight_shape int64 [2]
     int-quantized         weight I8 [out, in]; weight_zero_point I8 [out, groups]
     float-quantized       weight F8_E4M3 [out, in]
-    nvfp4-pack-quantized  weight_packed U8 [out, in / 2], weight_scale F8_E4M3, weight_global_scale F32 (which divides)
+    nvfp4-pack-quantized  weight_packed U8 [out, in / 2], weight_scale F8_E4M3, weight_global_scale F32 (which divides); where inputs are
+                          E2M1 too input_global_scale F32 (which divides)
     mxfp4-pack-quantized  weight_packed U8 [out, in / 2], weight_scale U8 (E8M0)
 
 ``naive-quantized`` is one of the middle two. weight_scale [out, groups], [out, 1] or [1]. The weight is
@@ -29,6 +30,7 @@ from tapeout.quantize.foreign.layer import (
     Reader,
     e4m3,
     integers,
+    nvfp4,
     unpack_words,
     word_count,
     words_as_packed,
@@ -95,8 +97,14 @@ def read(statement: Mapping[str, Any]) -> Reader:
 
 
 def _inputs(group: Mapping[str, Any]) -> Scheme | None:
-    """What is done to the inputs, as a scheme that says the same of weights of 8 bits; None: nothing, or nothing known."""
-    inputs = group.get("input_activations") or {}
+    """What is done to the inputs, as a scheme that says the same of such weights; None: nothing, or nothing known."""
+    inputs, weights = group.get("input_activations") or {}, group.get("weights") or {}
+    if inputs.get("type") == "float":
+        how = tuple(inputs.get(key) for key in ("num_bits", "strategy", "dynamic", "group_size"))
+        if how[:3] == (8, "tensor", False) and weights.get("strategy") == "tensor":
+            return SCHEMES["fp8-static"]
+        local = how == (4, "tensor_group", "local", 16) and weights.get("type") == "float"
+        return SCHEMES["nvfp4-w4a4"] if local and weights.get("strategy") == "tensor_group" else None
     if inputs.get("type", "int") != "int" or inputs.get("num_bits") != 8 or not inputs.get("symmetric", True):
         return None
     if inputs.get("dynamic") is True and inputs.get("strategy") == "token":
@@ -121,7 +129,7 @@ def _layer(form: str, groups: Mapping[str, Any], layer: Layer) -> Imported | Non
     if own == "mxfp4-pack-quantized":
         return _mxfp4(layer)
     if own == "nvfp4-pack-quantized":
-        return _nvfp4(layer)
+        return _nvfp4(layer, group)
     bits = int(weights.get("num_bits", 8))
     if weights.get("strategy") == "block":
         raise layer.refuse(
@@ -184,7 +192,8 @@ def _plain(layer: Layer, group: Mapping[str, Any]) -> Imported:
     weight = layer.source("weight", ("I8", "F8_E4M3"), (out, into))
     if weight.dtype == "F8_E4M3":
         scale = layer.floats("weight_scale", (out, 1), (out,), (1,), (1, 1), ())
-        return e4m3(layer, scale, weight.bits)
+        step = layer.floats("input_scale", (1,), ()) if _inputs(group) else None
+        return e4m3(layer, scale, weight.bits, step)
     bits = int((group.get("weights") or {}).get("num_bits", 8))
     if bits != 8:
         raise layer.refuse(f"its {bits} bits are kept in bytes; 8 are read from bytes")
@@ -207,13 +216,16 @@ def _mxfp4(layer: Layer) -> Imported:
     return Imported(SCHEMES["mxfp4"], weight.bits, parts)
 
 
-def _nvfp4(layer: Layer) -> Imported:
+def _nvfp4(layer: Layer, group: Mapping[str, Any]) -> Imported:
     out, into = layer.shape
     weight = layer.source("weight_packed", ("U8",), (out, into // 2))
     codes = layer.source("weight_scale", ("F8_E4M3",), (out, into // 16)).bits()
     divisor = layer.floats("weight_global_scale", (1,), ())
     parts = {"scale_codes": codes, "scale_block": _factor(codes, divisor.reshape(1))}
-    return Imported(SCHEMES["nvfp4"], weight.bits, parts)
+    step = None
+    if _inputs(group):
+        step = np.float32(1) / layer.floats("input_global_scale", (1,), ())
+    return nvfp4(weight.bits, parts, layer, step)
 
 
 def _factor(codes: Bytes, divisor: Floats) -> Floats:

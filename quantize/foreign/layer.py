@@ -13,13 +13,11 @@ from tapeout.errors import ModelError
 from tapeout.models import Checkpoint, SourceTensor
 from tapeout.models.checkpoint import FLOATS
 from tapeout.quantize.foreign.schemes import FP8_TENSOR, named, with_float32_scales
-from tapeout.quantize.scheme import SCHEMES, Scheme
+from tapeout.quantize.scheme import E4M3_ONE, SCHEMES, Scheme
 from tapeout.quantize.tensor import unpack
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-
-_E4M3_ONE = 0x38
 
 
 @dataclass(frozen=True)
@@ -162,14 +160,39 @@ def word_count(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def e4m3(layer: Layer, scale: Floats, codes: Callable[[], Bytes]) -> Imported:
+def e4m3(
+    layer: Layer, scale: Floats, codes: Callable[[], Bytes], input_scale: Floats | None = None
+) -> Imported:
     """A float8 weight under one scale, or one a row.
 
-    One float32 for the whole tensor is kept as it is: rows of the scale 1 under it.
+    One float32 for the whole tensor is kept as it is, rows of the scale 1 under it; and then the one of its inputs, if it has one.
     """
     out = layer.shape[0]
     if scale.size == 1:
-        one = np.full((out, 1), _E4M3_ONE, np.uint8)
-        return Imported(FP8_TENSOR, codes, {"scale_codes": one, "scale_block": scale.reshape(1)})
+        one = np.full((out, 1), E4M3_ONE, np.uint8)
+        parts: dict[str, npt.NDArray[Any]] = {"scale_codes": one, "scale_block": scale.reshape(1)}
+        if input_scale is not None:
+            return Imported(SCHEMES["fp8-static"], codes, {**parts, "input_scale": _step(layer, input_scale)})
+        return Imported(FP8_TENSOR, codes, parts)
     scheme, kept = with_scale(layer, SCHEMES["fp8"], scale.reshape(out, 1))
     return Imported(scheme, codes, {"scale": kept})
+
+
+def nvfp4(
+    packed: Callable[[], Bytes],
+    parts: Mapping[str, npt.NDArray[Any]],
+    layer: Layer,
+    input_scale: Floats | None,
+) -> Imported:
+    """A weight of E2M1 under E4M3 under a float32, with the scale of its inputs, if it has one."""
+    if input_scale is None:
+        return Imported(SCHEMES["nvfp4"], packed, parts)
+    return Imported(SCHEMES["nvfp4-w4a4"], packed, {**parts, "input_scale": _step(layer, input_scale)})
+
+
+def _step(layer: Layer, scale: Floats) -> Floats:
+    """The scale of inputs, float32 [1]; ModelError for one that is none."""
+    step = scale.reshape(1)
+    if not 0 < step[0] < np.inf:
+        raise layer.refuse(f"the scale of its inputs is {step[0]}")
+    return step

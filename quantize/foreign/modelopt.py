@@ -1,9 +1,10 @@
 """ModelOpt's "unified" Hugging Face checkpoints (TensorRT-LLM, vLLM). What a weight is follows from its tensors.
 
-FP8         weight F8_E4M3 [out, in]    weight_scale F32 [] or [out]
+FP8         weight F8_E4M3 [out, in]    weight_scale F32 [] or [out]    input_scale F32 [] beside the first
 INT8        weight I8 [out, in]         weight_scale F32 [out]     input_scale F32 [] of SmoothQuant
 W4A16_AWQ   weight U8 [out / 2, in]     weight_scale F32 [out, groups]     low nibble: the even row, two's complement
 NVFP4       weight U8 [out, in / 2]     weight_scale F8_E4M3 [out, in / 16], weight_scale_2 F32 []   low nibble: the even column
+            input_scale F32 [] where inputs are E2M1 too
 """
 
 from __future__ import annotations
@@ -16,43 +17,45 @@ import numpy as np
 from tapeout.errors import ModelError
 from tapeout.models import SourceTensor
 from tapeout.models.checkpoint import FLOATS
-from tapeout.quantize.foreign.layer import Bytes, Imported, Layer, Reader, e4m3, integers
+from tapeout.quantize.foreign.layer import Bytes, Floats, Imported, Layer, Reader, e4m3, integers, nvfp4
 from tapeout.quantize.scheme import SCHEMES
 from tapeout.quantize.tensor import pack
 
 _SUFFIXES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-_ALGOS = {
-    "FP8": None,
-    "FP8_PER_CHANNEL_PER_TOKEN": None,
-    "W8A16": None,
-    "INT8_WO": None,
-    "INT4_AWQ": None,
-    "W4A16_AWQ": None,
-    "NVFP4": "float4 inputs",
-    "NVFP4_AWQ": "float4 inputs",
-    "W4A16_NVFP4": None,
-    "W8A8_SQ_PER_CHANNEL": None,
-    "MIXED_PRECISION": None,
-}
+_ALGOS = (
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "W8A16",
+    "INT8_WO",
+    "INT4_AWQ",
+    "W4A16_AWQ",
+    "NVFP4",
+    "NVFP4_AWQ",
+    "W4A16_NVFP4",
+    "W8A8_SQ_PER_CHANNEL",
+    "MIXED_PRECISION",
+)
 
 
 def read(statement: Mapping[str, Any]) -> Reader:
     """Check what the checkpoint says of itself: ``hf_quant_config.json``, or the same in config.json."""
     inner = statement.get("quantization") or statement
     algo = inner.get("quant_algo")
-    if algo not in _ALGOS:
+    each = [said.get("quant_algo") for said in (inner.get("quantized_layers") or {}).values()]
+    if unknown := [one for one in (algo, *each) if one not in _ALGOS]:
         raise ModelError(
-            f"the ModelOpt checkpoint has the quant_algo {algo}; those read are {', '.join(sorted(_ALGOS))}."
+            f"the ModelOpt checkpoint has the quant_algo {unknown[0]}; those read are {', '.join(sorted(_ALGOS))}."
         )
     notes = []
-    if algo in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN":
         notes.append("ModelOpt means inputs in float8; here they stay float")
+    elif algo in ("FP8", "NVFP4", "NVFP4_AWQ"):
+        width = "float8" if algo == "FP8" else "float4"
+        notes.append(f"ModelOpt means inputs in {width}; they stay float where it has no input_scale")
     elif algo == "W8A8_SQ_PER_CHANNEL":
         notes.append(
             "ModelOpt means int8 inputs; they stay float where the weights' scales are not exact in float16"
         )
-    elif inputs := _ALGOS[algo]:
-        notes.append(f"ModelOpt means {inputs}; here they stay float")
     cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
     if cache:
         notes.append(f"the cache's quantization ({cache}) is left behind: keys and values stay float")
@@ -70,16 +73,14 @@ def _layer(layer: Layer) -> Imported | None:
         )
     if weight.dtype == "F8_E4M3":
         layer.source("weight", ("F8_E4M3",), (out, into))
-        return e4m3(layer, layer.floats("weight_scale", (), (1,), (out,), (out, 1)), weight.bits)
+        scale = layer.floats("weight_scale", (), (1,), (out,), (out, 1))
+        return e4m3(layer, scale, weight.bits, _input_scale(layer))
     if weight.dtype == "I8":
         layer.source("weight", ("I8",), (out, into))
         scale = layer.floats("weight_scale", (out,), (out, 1)).reshape(out, 1)
         inputs, step = None, {}
-        if layer.get("input_scale") is not None:
-            inputs, step = (
-                SCHEMES["w8a8-static"],
-                {"input_scale": layer.floats("input_scale", (), (1,)).reshape(1)},
-            )
+        if (found := _input_scale(layer)) is not None:
+            inputs, step = SCHEMES["w8a8-static"], {"input_scale": found}
         return integers(
             layer, 8, scale, None, lambda: weight.bits().view(np.uint8) ^ np.uint8(0x80), inputs, step
         )
@@ -95,7 +96,12 @@ def _nvfp4(layer: Layer) -> Imported:
         "scale_codes": layer.source("weight_scale", ("F8_E4M3",), (out, into // 16)).bits(),
         "scale_block": layer.floats("weight_scale_2", (), (1,)).reshape(1),
     }
-    return Imported(SCHEMES["nvfp4"], weight.bits, parts)
+    return nvfp4(weight.bits, parts, layer, _input_scale(layer))
+
+
+def _input_scale(layer: Layer) -> Floats | None:
+    """The step of its inputs, float32 [1]; None: they stay float."""
+    return None if layer.get("input_scale") is None else layer.floats("input_scale", (), (1,)).reshape(1)
 
 
 def _int4(layer: Layer) -> Imported:

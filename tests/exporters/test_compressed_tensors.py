@@ -17,12 +17,14 @@ from tapeout.exporters.huggingface import compressed_tensors
 from tapeout.generated import write_model
 from tapeout.models import load
 from tapeout.quantize import SCHEMES, Quantized, QuantTensor, quantize
-from tapeout.quantize.tensor import pack
+from tapeout.quantize.scheme import E4M3, E4M3_ONE, reciprocal
+from tapeout.quantize.tensor import ScaleCodes, pack
 from tapeout.targets.huggingface import open_session
 
 torch = pytest.importorskip("torch")
 BaseCompressor = pytest.importorskip("compressed_tensors.compressors").BaseCompressor
 QuantizationScheme = pytest.importorskip("compressed_tensors.quantization").QuantizationScheme
+preset_name_to_scheme = pytest.importorskip("compressed_tensors.quantization").preset_name_to_scheme
 load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file
 
@@ -40,16 +42,27 @@ def _tensor(scheme_name: str, out: int, into: int) -> QuantTensor:
     codes = rng.integers(0, 2**scheme.bits, (out, into), np.uint8)
     if scheme.levels == "e4m3":
         codes[(codes & 0x7F) == 0x7F] = 0x11  # NaN is no weight
+    if scheme.levels == "e2m1":
+        codes[codes == 8] = 3  # of -0 the library keeps no sign
     if scheme.kind == "symmetric" and scheme.bits == 8:
         codes[codes == 0] = 3
     group = scheme.group or into
     scale = rng.uniform(0.01, 0.02, (out, into // group)).astype(np.float16)
-    if scheme.bits == 4:
+    kept = None
+    if scheme.scales == "e4m3":
+        few = rng.integers(1, 127, (out, into // group), np.uint8)  # positive, and none of them NaN
+        whole = reciprocal(np.float32(rng.uniform(1e-4, 1e-3)))
+        kept = ScaleCodes(
+            np.full_like(few, E4M3_ONE) if scheme.bits == 8 else few, E4M3, whole.reshape(1), few.size
+        )
+        scale = kept.values()
+    elif scheme.bits == 4:
         scale[::3] *= np.float16(-1)  # as the extreme of a group takes the lone lowest code
     zero = rng.integers(0, 2**scheme.bits, scale.shape, np.uint8) if scheme.kind == "asymmetric" else None
-    step = np.float32(0.0371) if scheme.activations == "int8-static" else None
+    step = scheme.input_scale(np.float32(4.7)) if scheme.calibrated else None
+    packed = pack(codes, scheme.bits)
     return QuantTensor(
-        pack(codes, scheme.bits), scheme.bits, into, scale, group, scheme.codebook(), zero, input_scale=step
+        packed, scheme.bits, into, scale, group, scheme.codebook(), zero, scale_codes=kept, input_scale=step
     )
 
 
@@ -82,13 +95,20 @@ def test_the_library_compresses_to_the_same_bytes(name: str, out: int, into: int
         state["weight_zero_point"] = torch.from_numpy(tensor.zero_point.astype(np.int16) - middle).to(
             torch.int8
         )
+    if tensor.scale_codes is not None:
+        block = torch.from_numpy(np.asarray(tensor.scale_codes.block))
+        if scheme.bits == 8:
+            state["weight_scale"] = block
+        else:
+            state["weight_scale"] = torch.from_numpy(E4M3[tensor.scale_codes.codes])
+            state["weight_global_scale"] = 1 / block
     wanted = BaseCompressor.get_value_from_registry(group["format"]).compress(state, said)
     found = _bytes(tensor, name)
-    assert found.keys() - {"input_scale"} == wanted.keys()
+    assert found.keys() - {"input_scale", "input_global_scale"} == wanted.keys()
     for suffix, theirs in wanted.items():
         ours = found[suffix].rows(slice(None))
         assert found[suffix].shape == tuple(theirs.shape), suffix
-        if suffix == "weight_scale":
+        if suffix == "weight_scale" and scheme.levels != "e2m1":
             assert np.array_equal(ours.astype(np.float32), theirs.numpy())
         else:
             raw = theirs.view(torch.uint8) if theirs.itemsize == 1 else theirs
@@ -201,13 +221,42 @@ def test_what_is_loaded_as_one_is_of_one_scheme(tmp_path: Path) -> None:
         huggingface.write(quant, tmp_path / "out", "compressed-tensors")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "preset"), [("fp8-static", "FP8"), ("nvfp4", "NVFP4A16"), ("nvfp4-w4a4", "NVFP4")]
+)
+def test_the_statement_is_the_librarys_preset(scheme: str, preset: str) -> None:
+    group = compressed_tensors.statement({"m": SCHEMES[scheme]}, [])["config_groups"]["group_0"]
+    ours, theirs = QuantizationScheme.model_validate(group), preset_name_to_scheme(preset, ["Linear"])
+    for part in ("weights", "input_activations"):
+        said, wanted = getattr(ours, part), getattr(theirs, part)
+        assert (said is None) == (wanted is None)
+        if said is not None:
+            left_out = {"observer", "observer_kwargs"}  # what found the scales
+            assert said.model_dump(exclude=left_out) == wanted.model_dump(exclude=left_out)
+
+
+def test_a_scale_that_is_one_over_nothing_is_refused(tmp_path: Path) -> None:
+    """NVFP4 of ModelOpt, which multiplies by its scale; of ours each is one over a float32."""
+    for name in ("modelopt-nvfp4", "ct-nvfp4"):
+        quant = quantize(load(FIXTURES / name), out=tmp_path / name)
+        scales = {quant[each].scale_codes.block[0] for each in quant if isinstance(quant[each], QuantTensor)}  # type: ignore[union-attr]
+        wrong = [scale for scale in scales if reciprocal(scale) != scale]
+        if wrong:
+            with pytest.raises(SchemeError, match=r"one over no float32\. What fits: the original model"):
+                huggingface.write(quant, tmp_path / "out", "compressed-tensors")
+    rng = np.random.default_rng(3)
+    for scale in rng.uniform(1e-6, 2, 500).astype(np.float32):
+        held = compressed_tensors._divisor("m", reciprocal(scale))
+        assert np.float32(1) / held == reciprocal(scale)
+
+
 def test_what_is_refused_is_named(tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "model", "bert", {}))
     with pytest.raises(ModelError, match="an encoder"):
         huggingface.write(
             quantize(model, "int8", out=tmp_path / "codes"), tmp_path / "out", "compressed-tensors"
         )
-    for name in ("nf4", "int3-g64", "q4_k", "nvfp4"):
+    for name in ("nf4", "int3-g64", "q4_k", "mxfp4"):
         answer = target("rocm").carries(SCHEMES[name])
         assert isinstance(answer, Refused)
         assert not isinstance(target("rocm").carries(SCHEMES[answer.nearest]), Refused)

@@ -334,7 +334,11 @@ def test_what_is_not_carried_says_what_is() -> None:
         opset: {name for name, s in SCHEMES.items() if isinstance(blocks.carries(s, opset), Refused)}
         for opset in (None, "ios18", "ios26")
     }
-    assert refused[None] == refused["ios26"] == {"w8a8", "w8a8-static", "nvfp4", "q5_k", "q4_k", "q2_k"}
+    assert (
+        refused[None]
+        == refused["ios26"]
+        == {"w8a8", "w8a8-static", "fp8-static", "nvfp4", "nvfp4-w4a4", "q5_k", "q4_k", "q2_k"}
+    )
     assert refused["ios18"] - refused[None] == {"nf4", "nf4-dq", "fp8", "mxfp4", "q6_k", "q3_k"}
     for opset, names in refused.items():
         for name in names:

@@ -36,7 +36,9 @@ CASES = {
     "int8-sq": "w8a8-static",
     "int4-awq": "int4-g64",
     "fp8-kv": "fp8",
+    "fp8": "fp8-static",
     "nvfp4-w4a16": "nvfp4",
+    "nvfp4": "nvfp4-w4a4",
     "mixed": "fp8",
 }
 
@@ -251,6 +253,87 @@ def test_nvfp4_has_one_scale_for_what_is_loaded_as_one(rounding: str, tmp_path: 
     huggingface.write(quant, tmp_path / "out", "modelopt")
 
 
+@pytest.fixture(scope="module", params=["fp8-static", "nvfp4-w4a4"])
+def calibrated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Quantized, Artifact]:
+    work = tmp_path_factory.mktemp(request.param)
+    model = load(write_model(work / "model", "llama", SMALL))
+    few = Calibration(sequences=2, length=32)
+    quant = quantize(model, request.param, calibration=few, out=work / "codes")
+    return quant, huggingface.write(quant, work / "out", "modelopt")
+
+
+def test_what_is_loaded_as_one_has_one_scale_and_one_of_its_inputs(
+    calibrated: tuple[Quantized, Artifact], tmp_path: Path
+) -> None:
+    """Of several a server takes the largest, and rounds the codes of FP8 once more."""
+    quant, artifact = calibrated
+    assert not _differs(artifact, quant)
+    tensors = load_file(artifact.directory / "model.safetensors")
+    whole = "weight_scale" if quant.scheme.bits == 8 else "weight_scale_2"
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        base = "model.layers.1." + ("self_attn" if "q_proj" in group else "mlp")
+        for suffix in (whole, "input_scale"):
+            assert len({tensors[f"{base}.{name}.{suffix}"].item() for name in group}) == 1
+    ids = [5, 3, 8, 1]
+    before = open_session(str(artifact.directory), threads=1).prefill(ids)
+    plain = open_session(str(artifact.directory), inputs=False, threads=1).prefill(ids)
+    assert np.abs(before - plain).max() > 1e-3 * plain.std(), "inputs are not rounded"
+    name = "model.layers.1.self_attn.k_proj"
+    for suffix in (whole, "input_scale"):
+        other = {**tensors, f"{name}.{suffix}": tensors[f"{name}.{suffix}"] * 2}
+        with pytest.raises(
+            PackageError, match=rf"{suffix} is .* and that of .* as one matrix, under the larger"
+        ):
+            open_session(str(_altered(artifact, tmp_path / suffix, other).directory))
+    zero = {**tensors, f"{O_PROJ}.input_scale": tensors[f"{O_PROJ}.input_scale"] * 0}
+    with pytest.raises(PackageError, match=r"o_proj\.input_scale is 0\.0; a step is more than 0"):
+        open_session(str(_altered(artifact, tmp_path / "zero", zero).directory))
+    without = {key: tensor for key, tensor in tensors.items() if key != f"{O_PROJ}.input_scale"}
+    with pytest.raises(
+        PackageError, match=r"o_proj.input_scale is missing: a loader of (FP8|NVFP4) asks for it"
+    ):
+        open_session(str(_altered(artifact, tmp_path / "without", without).directory))
+
+
+@pytest.mark.parametrize("damage", ["codes", "scale", "transposed"])
+def test_a_mutation_of_calibrated_floats_shows(
+    damage: str, calibrated: tuple[Quantized, Artifact], tmp_path: Path
+) -> None:
+    quant, artifact = calibrated
+    tensors = load_file(artifact.directory / "model.safetensors")
+    weight, key = tensors[f"{O_PROJ}.weight"], f"{O_PROJ}.weight"
+    if damage == "codes":
+        raw = weight.view(torch.uint8)
+        raw = raw ^ 1 if quant.scheme.bits == 8 else (raw << 4) | (raw >> 4)
+        tensors[key] = raw.view(weight.dtype)
+    elif damage == "scale":
+        key = f"{O_PROJ}.weight_scale"
+        tensors[key] = tensors[key] * 2 if quant.scheme.bits == 8 else tensors[key].flip(0).contiguous()
+    else:
+        tensors[key] = weight.view(torch.uint8).T.reshape(weight.shape).contiguous().view(weight.dtype)
+    assert _differs(_altered(artifact, tmp_path, tensors), quant) == [f"{O_PROJ}.weight"]
+
+
+def test_scales_that_others_left_apart_are_refused(tmp_path: Path) -> None:
+    """ModelOpt keeps a scale for each of the matrices that servers join; another file of them would be rounded once more."""
+    quant = quantize(load(GOLDEN / "fp8"), out=tmp_path / "codes")
+    path = tmp_path / "apart"
+    shutil.copytree(GOLDEN / "fp8", path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight_scale"] /= 2
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    apart = quantize(load(path), out=tmp_path / "codes-apart")
+    assert apart.scheme == quant.scheme
+    with pytest.raises(
+        SchemeError, match=r"fp8-static under .* as one matrix\. What fits: the original model"
+    ):
+        huggingface.write(apart, tmp_path / "out", "modelopt")
+    with pytest.raises(SchemeError, match="What fits: the original model"):
+        huggingface.write(apart, tmp_path / "out", "compressed-tensors")
+
+
 def test_experts_are_what_a_kernel_takes(tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "model", "mixtral", SMALL))
     for scheme in ("int4-g64", "fp8"):
@@ -342,11 +425,17 @@ def test_inputs_are_rounded_to_the_nearest_level() -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "servers"),
-    [("int4-g64", {"trtllm-serve"}), ("fp8", {"trtllm-serve", "vllm serve"}), ("w8a8-static", set())],
+    [
+        ("int4-g64", {"trtllm-serve"}),
+        ("fp8", {"trtllm-serve", "vllm serve"}),
+        ("fp8-static", {"trtllm-serve", "vllm serve", "sglang.launch_server"}),
+        ("nvfp4-w4a4", {"trtllm-serve", "vllm serve", "sglang.launch_server"}),
+        ("w8a8-static", set()),
+    ],
 )
 def test_the_card_names_servers_that_load_it(scheme: str, servers: set[str], tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "model", "llama", SMALL))
-    calibration = Calibration(sequences=2, length=32) if scheme == "w8a8-static" else None
+    calibration = Calibration(sequences=2, length=32) if SCHEMES[scheme].calibrated else None
     quant = quantize(model, scheme, calibration=calibration, out=tmp_path / "codes")
     (tmp_path / "out").mkdir()
     device = Nvidia()

@@ -167,11 +167,14 @@ REFUSED = {
         "w8a8": ("calibrated scales only", "w8a8-static"),
         "q4_k": ("scales under scales", "int4-g32"),
         "mxfp4": ("16 weights under E4M3", "nvfp4"),
+        "nvfp4-w4a4": ("TRT_FP4DynamicQuantize", "nvfp4"),
     },
     "migraphx": {
         "w8a8": ("calibrated scales only", "w8a8-static"),
         "q6_k": ("scales under scales", "int4-g32"),
         "nvfp4": ("scales under scales", "int4-g32"),
+        "nvfp4-w4a4": ("scales under scales", "int4-g32"),
+        "fp8-static": ("float8 with float8", "fp8"),
     },
 }
 
@@ -254,6 +257,25 @@ def test_bytes_of_nvfp4_and_what_damages_them() -> None:
     assert not np.array_equal(how.unpack(other, tensor).scale, tensor.scale)
     shifted = dict(values, scales=values["scales"] ^ np.uint8(1))
     assert not np.array_equal(how.unpack(shifted, tensor).scale, tensor.scale)
+
+
+def test_bytes_of_static_fp8_and_what_damages_them() -> None:
+    tensor = quantized_floats("fp8-static", np.random.default_rng(0))
+    assert tensor.scale_codes is not None
+    how, shape = Floats(8, True, static=True), tensor.shape
+    parts = how.pack(tensor)
+    assert how.shapes(*shape)["scales"] == how.shapes(*shape)["input_scale"] == ("FLOAT", ())
+    assert np.asarray(parts["codes"]).reshape(shape[::-1]).T.tobytes() == tensor.packed.tobytes()
+    back = how.unpack(parts, tensor)
+    assert np.array_equal(back.packed, tensor.packed)
+    assert np.array_equal(back.scale, tensor.scale)
+    assert back.input_scale == tensor.input_scale
+    other = dict(parts, scales=np.asarray(parts["scales"]) * np.float32(1.0000001192092896))
+    assert not np.array_equal(how.unpack(other, tensor).scale, tensor.scale)
+    swapped = dict(parts, codes=np.asarray(parts["codes"])[:, ::-1].copy())
+    assert not np.array_equal(how.unpack(swapped, tensor).packed, tensor.packed)
+    stepped = dict(parts, input_scale=np.asarray(parts["input_scale"]) * 2)
+    assert how.unpack(stepped, tensor).input_scale != tensor.input_scale
 
 
 def quantized_floats(scheme: str, random: np.random.Generator) -> QuantTensor:

@@ -28,7 +28,7 @@ EXACT = {
     "bnb-nf4-dq-stored-bf16": "nf4-dq",
     "bnb-nf4-f32": "nf4-f32",
     "ct-float-channel": "fp8",
-    "ct-float-tensor": "fp8-tensor",
+    "ct-float-tensor": "fp8-static",
     "ct-int-tensor": "w8a8",
     "ct-int-w8a8": "w8a8",
     "ct-int-w8a8-asym": "int8-g64-asym",
@@ -46,7 +46,7 @@ EXACT = {
     "gptq-v1-int8": "int8",
     "gptq-v2-g64-asym": "int4-g64-asym",
     "gptq-v2-int2-g32-asym": "int2-g32-asym",
-    "modelopt-fp8": "fp8-tensor",
+    "modelopt-fp8": "fp8-static",
     "modelopt-fp8-channel": "fp8-f32",
     "modelopt-int8": "int8-f32",
     "modelopt-nvfp4": "nvfp4",
@@ -129,7 +129,10 @@ def test_inputs_that_are_quantized_too() -> None:
     # Set by the script; the checkpoint's type is bfloat16.
     np.testing.assert_array_equal(static.parts(name)["input_scale"], np.array([0.037109375], np.float32))
     assert not static.notes
-    assert any("float8" in note for note in foreign.read(load(DATA / "ct-float-tensor")).notes)
+    for name, step in (("ct-float-tensor", 0.037109375), ("modelopt-fp8", 0.0087890625)):
+        found = foreign.read(load(DATA / name))
+        assert found.parts("model.layers.0.self_attn.q_proj.weight")["input_scale"] == np.float32(step)
+    assert any("float8" in note for note in foreign.read(load(DATA / "ct-float-channel")).notes)
 
 
 def test_the_store_holds_the_parts(tmp_path: Path) -> None:

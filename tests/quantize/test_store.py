@@ -43,7 +43,7 @@ def test_same_bytes_for_any_thread_count(
     monkeypatch.setattr("tapeout.quantize.store._TASK_WEIGHTS", 1 << 13)  # several tasks a tensor
     monkeypatch.setattr("tapeout.quantize.store._STEP_WEIGHTS", 1 << 11)
     model = load(make_model(hidden_size=256, intermediate_size=512))
-    sees = Calibration(None, 8, 64) if scheme == "w8a8-static" else None
+    sees = Calibration(None, 8, 64) if SCHEMES[scheme].calibrated else None
     one = quantize(model, scheme, calibration=sees, out=tmp_path / "one", threads=1)
     five = quantize(model, scheme, calibration=sees, out=tmp_path / "five", threads=5)
     assert bytes_of(one) == bytes_of(five)
@@ -51,7 +51,9 @@ def test_same_bytes_for_any_thread_count(
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "hqq"])
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("none", "w8a8-static")])
+@pytest.mark.parametrize(
+    "scheme", [name for name, each in SCHEMES.items() if each.kind != "none" and not each.calibrated]
+)
 def test_stored_codes_are_those_of_the_whole_tensor(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, scheme: str, rounding: str
 ) -> None:

@@ -15,9 +15,8 @@ from tapeout.exporters import huggingface
 from tapeout.exporters.huggingface.reader import Tensors
 from tapeout.generated import write_model
 from tapeout.models import load
-from tapeout.quantize import quantize
-from tapeout.validate import reference
-from tapeout.validate.rounding import round_int8
+from tapeout.quantize import Calibration, quantize
+from tapeout.validate import reference, rounding
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -39,14 +38,18 @@ CASES = [
     *((family, "compressed-tensors", "int4-g32") for family in MODELS),
     *(
         ("llama", "compressed-tensors", scheme)
-        for scheme in ("int8", "int4-g128-asym", "w8a8", "fp8", "none")
+        for scheme in ("int8", "int4-g128-asym", "w8a8", "fp8", "fp8-static", "nvfp4", "nvfp4-w4a4", "none")
     ),
     *(("qwen2", "bitsandbytes", scheme) for scheme in ("nf4", "nf4-dq")),
-    *(("llama", "modelopt", scheme) for scheme in ("int8", "int4-g128", "fp8", "nvfp4")),
+    *(
+        ("llama", "modelopt", scheme)
+        for scheme in ("int8", "int4-g128", "fp8", "fp8-static", "nvfp4", "nvfp4-w4a4")
+    ),
 ]
 
 
-ROUNDED = {"compressed-tensors": ("w8a8",), "modelopt": ("fp8",)}
+CALIBRATED = ("fp8-static", "nvfp4-w4a4")
+ROUNDED = {"compressed-tensors": ("w8a8", *CALIBRATED), "modelopt": ("fp8", *CALIBRATED)}
 
 
 @pytest.fixture
@@ -74,7 +77,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("family", "form", "scheme"), CASES)
 def test_session(gpu: Any, family: str, form: str, scheme: str, tmp_path: Path) -> None:
     model = load(write_model(tmp_path / "model", family, MODELS[family], dtype="F32"))
-    quant = quantize(model, scheme, out=tmp_path / "codes")
+    calibration = Calibration(sequences=2, length=32) if scheme in CALIBRATED else None
+    quant = quantize(model, scheme, calibration=calibration, out=tmp_path / "codes")
     artifact = huggingface.write(quant, tmp_path / "out", form)
     values = [
         name
@@ -91,11 +95,12 @@ def test_session(gpu: Any, family: str, form: str, scheme: str, tmp_path: Path) 
             for name, each in found.items()
         }
         session = gpu.load(tmp_path / "out", iter(plain.items()), "cpu", torch.float32)
-    rounded = [each.inputs for each in found.values() if getattr(each, "inputs", None)]
+    rounded = {name: each.inputs for name, each in found.items() if getattr(each, "inputs", None)}
     assert len(rounded) == (14 if scheme in ROUNDED.get(form, ()) else 0)
-    if form == "compressed-tensors" and rounded:
-        x = torch.linspace(-2, 3, 256).reshape(2, 128)
-        assert torch.equal(rounded[0](x), round_int8(x))
+    if form == "compressed-tensors":
+        for name, inputs in rounded.items():
+            x = torch.linspace(-2, 3, 512).reshape(2, 256)
+            assert torch.equal(inputs(x), rounding.ROUNDED["scheme"](quant, name)(x))
     ids = [(i * i * 7 + i * 31) % 256 for i in range(70)]
     for _ in range(2):  # a new sequence sees nothing of the one before
         found = [session.prefill(ids[:41]), session.prefill(ids[41:61])]
