@@ -72,7 +72,9 @@ def compared(made: list[Made], repeats: int) -> list[dict[str, Any]]:
     rows = []
     for each in made:
         runs = repeats if each.target.name == "cpu" else None
-        row = plan_check.compared(each.model, each.way, each.scheme, each.target, each.artifact, each.context, runs)
+        row = plan_check.compared(
+            each.model, each.way, each.scheme, each.target, each.artifact, each.context, runs
+        )
         rows.append(row)
         print(f"{each.way} {each.scheme} {each.context}: {'; '.join(plan_check.lines(row))}", flush=True)
     return rows

@@ -91,7 +91,8 @@ def bench(
         lengths = [row["context"] for row in figures.get("contexts", ())]
         caches = {length: session.cache_bytes(length) for length in lengths} if known else {}
     if asked.scenarios:
-        figures |= run(_place(package, facts.context, progress), asked)
+        limited = replace(asked, max_ttft_ms=limits.speed.get("max_ttft_ms"))
+        figures |= run(_place(package, facts.context, progress), limited)
     own = _cache_bytes(package)
     for row in figures.get("contexts", ()):
         row["cache_bytes"] = caches.get(row["context"]) or own(row["context"])

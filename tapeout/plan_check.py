@@ -16,9 +16,10 @@ from tapeout.models import Model
 from tapeout.plan import plan
 from tapeout.targets import Target
 from tapeout.validate.throughput import bandwidth, machine
-from tapeout.validate.worker import open_session
+from tapeout.validate.timing import Timing
+from tapeout.validate.worker import WorkerSession, open_session
 
-__all__ = ["LIMITS", "compared", "lines", "measured", "planned"]
+__all__ = ["LIMITS", "compared", "files_bytes", "filled", "lines", "measured", "planned"]
 
 LIMITS = {"size": 0.01, "memory": 0.10, "speed": 0.25}
 """How far a plan may be off, as a share of what was measured."""
@@ -68,17 +69,22 @@ def measured(target: Target, artifact: Artifact, context: int, repeats: int) -> 
     """
     before = bandwidth()
     with open_session(target.session(artifact)) as session:
-        process = psutil.Process(session.pid)
-        empty = process.memory_info().rss - session.facts.resident_bytes
-        timing = session.time(context - NEW, NEW, repeats)
-        memory = process.memory_info().rss - empty
+        memory, timing = filled(session, context, repeats)
     token_s = statistics.median(second for repeat in timing.decode_s for second in repeat)
     return {
-        "size": _size(artifact),
+        "size": files_bytes(artifact),
         "memory": memory,
         "speed": 1 / token_s,
         "bandwidth": max(before, bandwidth()),
     }
+
+
+def filled(session: WorkerSession, context: int, repeats: int) -> tuple[int, Timing]:
+    """Bytes by which a session's process has grown since it was empty, once its context was full, and the times of filling it."""
+    process = psutil.Process(session.pid)
+    empty = process.memory_info().rss - session.facts.resident_bytes
+    timing = session.time(context - NEW, NEW, repeats)
+    return process.memory_info().rss - empty, timing
 
 
 def lines(row: Mapping[str, Any]) -> list[str]:
@@ -109,7 +115,7 @@ def compared(
     """
     row: dict[str, Any] = {"target": way, "scheme": scheme, "context": context}
     if repeats is None:
-        found: dict[str, float] = {"size": _size(artifact)}
+        found: dict[str, float] = {"size": files_bytes(artifact)}
     else:
         found = measured(target, artifact, context, repeats)
         row["bandwidth_bytes_per_s"] = found.pop("bandwidth")
@@ -117,5 +123,6 @@ def compared(
     return row | {"planned": {key: told[key] for key in found if key in told}, "measured": found}
 
 
-def _size(artifact: Artifact) -> int:
+def files_bytes(artifact: Artifact) -> int:
+    """Bytes of the files that the runtime loads."""
     return sum((artifact.directory / file).stat().st_size for file in artifact.files)

@@ -92,7 +92,7 @@ class ModuleEvidence(UncachedEvidence):
         """The same, of samples: there are no tokens."""
         super().compare_layers()
         if told := self.findings.get("layers"):
-            self.findings["layers"] = told | {"tokens": 0, "samples": len(self.layers["original"])}
+            self.findings["layers"] = {"samples": len(self.layers["original"]), "layers": told["layers"]}
 
     def golden_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs ``inputs.N.NAME`` and what must come out, ``outputs.N.K`` [rows, width], of the first samples."""

@@ -73,7 +73,9 @@ class ModuleReference:
         (sample,) = ids
         with torch.inference_mode():
             found, output = self._program.layers(self._samples[sample])
-        return by_layer.write({name: [value] for name, value in found.items()}, output.float().numpy(), "first output", out)
+        return by_layer.write(
+            {name: [value] for name, value in found.items()}, output.float().numpy(), "first output", out
+        )
 
     def close(self) -> None:
         """Free the program."""
@@ -145,7 +147,9 @@ def _dequantize(
 class Program:
     """A module as a function of its inputs by name; run node by node where something is done to what the nodes take or give."""
 
-    def __init__(self, network: Any, names: Sequence[str], rounds: Mapping[int, Round], *, double: bool) -> None:
+    def __init__(
+        self, network: Any, names: Sequence[str], rounds: Mapping[int, Round], *, double: bool
+    ) -> None:
         self._network, self._names, self._rounds, self._double = network, names, rounds, double
 
     def __call__(self, given: Mapping[str, Any]) -> Any:
@@ -181,7 +185,12 @@ class Program:
                 found = super().run_node(node)
                 if double and isinstance(found, torch.Tensor) and found.dtype == torch.float32:
                     found = found.double()
-                if node in gives and isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim:
+                if (
+                    node in gives
+                    and isinstance(found, torch.Tensor)
+                    and found.is_floating_point()
+                    and found.ndim
+                ):
                     kept.pop(gives[node], None)  # the last one is what it gives
                     kept[gives[node]] = found
                 return found
@@ -210,7 +219,9 @@ def _layers(graph: Any) -> dict[Any, str]:
             weights[node] = str(node.target)
         elif given and all(each in weights for each in given):
             weights[node] = weights[given[0]]
-        elif (name := _layer(node)) or (name := next((weights[each] for each in given if each in weights), "")):
+        elif (name := _layer(node)) or (
+            name := next((weights[each] for each in given if each in weights), "")
+        ):
             belongs[node] = name
     learned = {belongs[user] for node in weights for user in node.users if user in belongs}
     return {

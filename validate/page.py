@@ -16,7 +16,14 @@ from markupsafe import Markup
 from tapeout.validate import charts, page_parts
 from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
-from tapeout.validate.speed_page import disturbances, percentiles, roof_words, scenarios, speed_charts
+from tapeout.validate.speed_page import (
+    disturbances,
+    limit_words,
+    percentiles,
+    roof_words,
+    scenarios,
+    speed_charts,
+)
 
 __all__ = [
     "comparison_markdown",
@@ -358,6 +365,7 @@ def _template(name: str) -> Any:
         "percentiles": percentiles,
         "scenarios": scenarios,
         "disturbances": disturbances,
+        "limit_words": limit_words,
         "roof_words": roof_words,
     }
     return environment.get_template(name)

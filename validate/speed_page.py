@@ -16,7 +16,15 @@ from tapeout.validate.report import GateResult, number
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["duration", "gates_table", "percentiles", "scenarios", "speed_charts", "speed_tables"]
+__all__ = [
+    "duration",
+    "gates_table",
+    "limit_words",
+    "percentiles",
+    "scenarios",
+    "speed_charts",
+    "speed_tables",
+]
 
 _HIGH, _TOP = 150, 26  # pixels of a chart's plane, and above it
 
@@ -94,6 +102,21 @@ def speed_tables(figures: Mapping[str, Any]) -> list[Table]:
         table.caption = "\n".join(disturbances(figures))
         table.caption_justify = "left"
         found.append(table)
+    if sweep := figures.get("server_sweep"):
+        table = Table("load", "requests/s", "requests", "first token", "time per output token", "tokens/s")
+        for row in sweep:
+            table.add_row(
+                f"{row['load']:g}",
+                f"{row['arrivals_per_s']:.3g}",
+                f"{row['samples']} after {row['warm_up']}",
+                _lines(row["first_token"]),
+                _lines(row["token"]),
+                f"{row['tokens_per_s']:.1f}",
+            )
+        table.title, table.title_justify = "server", "left"
+        table.caption = limit_words(figures)
+        table.caption_justify = "left"
+        found.append(table)
     if sweep := figures.get("context_sweep"):
         table = Table("context", "keys and values", "prefill", "token p50", "prefill", "decode")
         for row in sweep:
@@ -143,9 +166,30 @@ def _lines(found: Mapping[str, Any] | None) -> str:
 def disturbances(figures: Mapping[str, Any]) -> list[str]:
     """What made figures worse, scenario by scenario, and why there is no energy."""
     measured = scenarios(figures)
+    usual = figures.get("scenarios", {}).get("server", {}).get("load")
+    measured += [
+        (f"server at load {row['load']:g}", row)
+        for row in figures.get("server_sweep", ())
+        if row["load"] != usual
+    ]
     told = [f"{name}: {note}" for name, each in measured for note in each["notes"]]
     silent = {each["energy"] for _, each in measured if each["joules_per_token"] is None}
     return told + [f"energy was not measured: {reason}" for reason in sorted(silent)]
+
+
+def limit_words(figures: Mapping[str, Any]) -> str:
+    """Up to which load the demanded time to the first token is kept; empty: none was demanded."""
+    found = figures.get("server_limit")
+    if not found:
+        return ""
+    asked = f"{found['percentile']} of the time to the first token is at most {found['max_ttft_ms']:g} ms, which was demanded,"
+    if found["load"] is None:
+        return f"At no load that was measured: {asked.removesuffix(',')}."
+    most = found["load"] == figures["server_sweep"][-1]["load"]
+    return (
+        f"{asked} up to a load of {found['load']:g}, {found['arrivals_per_s']:.3g} requests/s"
+        f"{': at every load that was measured' if most else ''}."
+    )
 
 
 def roof_words(roof: Mapping[str, Any]) -> str:
@@ -193,6 +237,10 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
         for key, label in (("first_token", "first token"), ("token", "per output token")):
             if key in each:
                 drawn[f"{name} {key}"] = _intervals(each[key], label)
+    if rows := figures.get("server_sweep"):
+        limit = figures.get("server_limit", {}).get("max_ttft_ms")
+        for key, mark in (("first_token", limit and limit / 1e3), ("token", None)):
+            drawn[f"loads {key}"] = _by_load(rows, key, mark)
     if (rows := figures.get("context_sweep")) and len(rows) > 1:
         for key, value, what in (
             ("attention_time", "token_p50_s", "time of a token"),
@@ -239,6 +287,23 @@ def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
         known = [value for value in ends if value is not None]
         told.append((called, known, " / ".join(duration(value) for value in values)))
     return ranges(told, f"p50, p90 and p99 of the time of a {what}, or p50 alone with its interval")
+
+
+def _by_load(rows: Sequence[Mapping[str, Any]], key: str, mark: float | None) -> Markup:
+    """The percentiles of each load, without their intervals."""
+    told, names = [], []
+    for row in rows:
+        known = [(name, each["value"]) for name, each in _in_order(row[key]) if each is not None]
+        names = [name for name, _ in known]
+        told.append(
+            (
+                f"load {row['load']:g}, {row['arrivals_per_s']:.3g} requests/s",
+                [value for _, value in known],
+                " / ".join(duration(value) for _, value in known),
+            )
+        )
+    what = {"first_token": "time to the first token", "token": "time per output token"}[key]
+    return ranges(told, f"{', '.join(names)} of the {what} at each load", mark)
 
 
 def _intervals(found: Mapping[str, Any], label: str) -> Markup:

@@ -70,7 +70,15 @@ def test_layers_give_what_hooks_see(net: tuple[Any, Any], directory: Path, tmp_p
     with torch.inference_mode():
         output, _ = network(given)
         mixed = seen["blocks.0"][1] @ network.mix.T
-    wanted = [seen["stem"][0], seen["blocks.0"][0], seen["blocks.1"][0], seen["blocks.0"][1], mixed, output, output]
+    wanted = [
+        seen["stem"][0],
+        seen["blocks.0"][0],
+        seen["blocks.1"][0],
+        seen["blocks.0"][1],
+        mixed,
+        output,
+        output,
+    ]
     found = traced(open_session(str(directory), threads=1), tmp_path / "layers")
     assert list(found) == NAMES
     for name, value in zip(NAMES, wanted, strict=True):
@@ -80,7 +88,12 @@ def test_layers_give_what_hooks_see(net: tuple[Any, Any], directory: Path, tmp_p
 
 def test_error_begins_in_the_part_that_was_rounded(directory: Path, tmp_path: Path) -> None:
     model = load(directory)
-    quant = quantize(model, "none", overrides=dict.fromkeys(("blocks.1.up", "blocks.1.down"), "int4-g32"), out=tmp_path / "codes")
+    quant = quantize(
+        model,
+        "none",
+        overrides=dict.fromkeys(("blocks.1.up", "blocks.1.down"), "int4-g32"),
+        out=tmp_path / "codes",
+    )
     plain, rounded = (
         traced(open_session(str(directory), store, threads=1), tmp_path / name)
         for name, store in (("original", None), ("rounded", str(quant.directory)))
