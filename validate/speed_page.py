@@ -198,8 +198,10 @@ def roof_words(roof: Mapping[str, Any]) -> str:
         f"{number(each['operations_per_s'] / 1e9)} G {each['type']} operations/s ({each['measured_with']})"
         for each in roof["peaks"]
     )
+    where = f"Measured on {roof['device']}" if "device" in roof else "Measured here"
+    how = f" ({roof['bandwidth_measured_with']})" if "bandwidth_measured_with" in roof else ""
     return (
-        f"Measured here: {roof['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, {told}. Below {number(roof['ridge'])} operations a byte "
+        f"{where}: {number(roof['bandwidth_bytes_per_s'] / 1e9)} GB/s{how}, {told}. Below {number(roof['ridge'])} operations a byte "
         "memory is what bounds."
     )
 
