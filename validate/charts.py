@@ -63,7 +63,7 @@ def ranges(rows: Sequence[tuple[str, Sequence[float], str]], said: str, mark: fl
         parts += [f'<circle cx="{x:.2f}%" cy="{y}" r="4" class="dot"/>' for x in xs]
         if mark is not None:
             x = 100 * mark / most
-            parts.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{y - 7}" y2="{y + 7}" class="mark"/>')
+            parts.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{y - 5}" y2="{y + 7}" class="mark"/>')
     return _svg(len(rows) * _ROW, said, parts)
 
 

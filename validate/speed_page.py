@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from tapeout.validate.charts import _svg, _text, bars, ranges
 from tapeout.validate.measuring import SCENARIOS
+from tapeout.validate.page_parts import size
 from tapeout.validate.report import GateResult, number
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "duration",
     "gates_table",
     "limit_words",
+    "percentile_lines",
     "percentiles",
     "scenarios",
     "speed_charts",
@@ -40,15 +42,26 @@ def duration(value: float | None) -> str:
 
 def percentiles(found: Mapping[str, Any]) -> str:
     """``p50 1.2 ms (1.1 … 1.3)``, one after another; an end that no sample bounds is a dash."""
-    told = []
-    for name, each in _in_order(found):
-        if each is None:
-            told.append(f"{name} –")
-        else:
-            told.append(
-                f"{name} {duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
-            )
-    return ", ".join(told)
+    return ", ".join(_told(found))
+
+
+def percentile_lines(found: Mapping[str, Any]) -> Markup:
+    """The same for the page, a line each."""
+    return Markup("<br>").join(Markup('<span class="one">{}</span>').format(each) for each in _told(found))
+
+
+def _told(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} –" if each is None else f"{name} {duration(each['value'])} ({_interval(each)})"
+        for name, each in _in_order(found)
+    ]
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    """``1.1 … 1.3 ms``: both ends, with one unit where it is the same."""
+    low, high = duration(found["low"]), duration(found["high"])
+    number_, _, unit = low.partition(" ")
+    return f"{number_ if unit and high.endswith(f' {unit}') else low} … {high}"
 
 
 def _in_order(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -269,7 +282,7 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
 
 
 def _shown(value: float, key: str) -> str:
-    return f"{value / 1e6:.3g} MB" if key == "cache_bytes" else duration(value)
+    return size(value) if key == "cache_bytes" else duration(value)
 
 
 def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
@@ -314,7 +327,7 @@ def _intervals(found: Mapping[str, Any], label: str) -> Markup:
     for name, each in _in_order(found):
         if each is not None:
             ends = [value for value in (each["low"], each["value"], each["high"]) if value is not None]
-            shown = f"{duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
+            shown = f"{duration(each['value'])} ({_interval(each)})"
             rows.append((f"{label}, {name}", ends, shown))
     return ranges(
         rows, f"percentiles of the time of the {label.removeprefix('per ')} with their 95 % intervals"
@@ -337,7 +350,7 @@ def _curve(points: Sequence[tuple[float, float, str]], said: str, unit: str) -> 
         anchor = "start" if at == 0 else "end" if at == len(places) - 1 else "middle"
         title = f"<title>{escape(f'{place} {unit}: {shown}')}</title>"
         parts.append(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="dot">{title}</circle>')
-        parts += [_text(x, y - 9, shown, anchor), _text(x, base + 16, place, anchor, "soft")]
+        parts += [_text(x, y - 9, shown, anchor, "over"), _text(x, base + 16, place, anchor, "soft")]
     return _svg(base + 24, said, parts)
 
 
