@@ -30,7 +30,7 @@ from tapeout.models import load
 from tapeout.quantize import SCHEMES, Calibration, QuantTensor, quantize
 from tapeout.quantize.rtn import round_to_nearest
 from tapeout.targets import gpu, gpu_kernels
-from tapeout.validate import reference
+from tapeout.validate import device_peaks, reference
 from tapeout.validate.metrics import kl_divergence
 
 FORMATS = (
@@ -53,18 +53,7 @@ MATRICES = {
 def seconds(work: Callable[[], Any], repeats: int = 30) -> float:
     """Median seconds of a call on the GPU, the cache of its last level emptied in between."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return statistics.median(device_peaks.seconds(work, "cuda", repeats, flush.zero_))
 
 
 def graphed(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -79,12 +68,12 @@ def graphed(work: Callable[[], Any]) -> Callable[[], Any]:
 
 def machine() -> dict[str, Any]:
     """The card, its copy bandwidth and what a large matmul in float16 reaches."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    peaks = device_peaks.matmul_peaks("cuda", ("float16", "bfloat16", "float32"))
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "copy_gb_per_s": round(gpu.bandwidth() / 1e9),
-        "float16_tflops": round(2 * 8192**3 / seconds(lambda: a @ b, 10) / 1e12),
+        "copy_gb_per_s": round(device_peaks.copy_bandwidth("cuda") / 1e9),
+        **{f"{each['type']}_tflops": round(each["operations_per_s"] / 1e12) for each in peaks},
     }
 
 

@@ -16,8 +16,9 @@ from tapeout.validate.measuring import Asked, Place
 from tapeout.validate.memory_watch import room_for, watched
 from tapeout.validate.roofline import peaks, roofline
 from tapeout.validate.scenarios import run
+from tapeout.validate.session import Facts
 from tapeout.validate.speed_gates import emulated, speed_gates
-from tapeout.validate.throughput import cores, machine
+from tapeout.validate.throughput import READ_BY, cores, machine
 from tapeout.validate.worker import borrowed
 
 __all__ = ["Bench", "bench"]
@@ -89,26 +90,34 @@ def bench(
             progress("bench", 0, 1)
         figures = measured(package, session, contexts)
         lengths = [row["context"] for row in figures.get("contexts", ())]
+        roof = (session.roof() or _processor(package, facts)) if known else None
         caches = {length: session.cache_bytes(length) for length in lengths} if known else {}
     if asked.scenarios:
-        figures |= run(_place(package, facts.context, progress), asked)
+        limited = replace(asked, max_ttft_ms=limits.speed.get("max_ttft_ms"))
+        figures |= run(_place(package, facts.context, progress), limited)
     own = _cache_bytes(package)
     for row in figures.get("contexts", ()):
         row["cache_bytes"] = caches.get(row["context"]) or own(row["context"])
-    if known and facts.bandwidth is None:
+    if known and roof:
         rows = [
             {**row, "prefill_s": row.get("prefill_s") or row["first_token_s"], "token_s": row["token_p50_s"]}
             for row in figures.get("context_sweep") or figures["contexts"]
         ]
-        figures["roofline"] = roofline(
-            known,
-            package.artifact.bytes_per_token,
-            figures["bandwidth_bytes_per_s"],
-            peaks(cores()),
-            rows,
-            getattr(package.target(), "prefill_chunk", 512),
-        )
+        read = package.artifact.bytes_per_token, figures["bandwidth_bytes_per_s"]
+        drawn = roofline(known, *read, roof["peaks"], rows, roof["chunk"])
+        figures["roofline"] = drawn | {
+            "device": facts.device,
+            "bandwidth_measured_with": roof["bandwidth_measured_with"],
+        }
     return Bench(package, figures, speed_gates(figures, **limits.speed))
+
+
+def _processor(package: Package, facts: Facts) -> dict[str, Any] | None:
+    """What this machine's processor computes, as ``device_peaks.roof`` tells it of a GPU; None: the session runs elsewhere."""
+    if facts.bandwidth is not None or not facts.device.startswith("cpu"):
+        return None
+    chunk = getattr(package.target(), "prefill_chunk", 512)
+    return {"peaks": peaks(cores()), "bandwidth_measured_with": READ_BY, "chunk": chunk}
 
 
 def _place(package: Package, context: int, progress: Callable[[str, int, int], None] | None) -> Place:

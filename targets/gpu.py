@@ -27,7 +27,8 @@ from tapeout.models.families import family
 from tapeout.quantize import QuantTensor
 from tapeout.quantize.scheme import E2M1, E4M3
 from tapeout.targets import gpu_kernels, modelopt_loader
-from tapeout.validate import pretrained, reference
+from tapeout.validate import device_peaks, pretrained, reference
+from tapeout.validate.device_peaks import copy_bandwidth
 from tapeout.validate.given import check_ids
 from tapeout.validate.rounding import round_e4m3_static, round_nvfp4
 from tapeout.validate.session import Facts, Logits
@@ -108,7 +109,7 @@ def load(
         load_s=perf_counter() - begin,
         resident_bytes=took,
         context=ours.max_position_embeddings,
-        bandwidth=bandwidth() if device == "cuda" else None,
+        bandwidth=copy_bandwidth(device) if device == "cuda" else None,
     )
     return GpuSession(path, network.eval(), ours, told, device, dtype)
 
@@ -281,20 +282,6 @@ def _nf4(name: str, tensors: Mapping[str, torch.Tensor]) -> Weight:
     )
 
 
-def bandwidth() -> float:
-    """Bytes a second that the GPU reads and writes by copying a gibibyte: the best of ten."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target, best = torch.empty_like(source), 0.0
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(10):
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = max(best, 2 * source.nbytes / (begin.elapsed_time(end) / 1e3))
-    return best
-
-
 def _cache_kind() -> Any:
     """Keys and values at fixed places, written where ``place`` says; transformers' kind, made where it is imported."""
     from transformers.cache_utils import Cache
@@ -382,6 +369,10 @@ class GpuSession(pretrained.Words):
     def reset(self) -> None:
         """Begin a new sequence."""
         self._length = 0
+
+    def roof(self) -> dict[str, Any]:
+        """What the device multiplies in the session's type, and in float32; see ``device_peaks.roof``."""
+        return device_peaks.roof(self._device, (str(self._dtype).removeprefix("torch."), "float32"), _CHUNK)
 
     def close(self) -> None:
         """Free the model."""

@@ -236,9 +236,10 @@ class _Gguf:
     @staticmethod
     def memory(device: Local, config: DecoderConfig, context: int) -> Memory:
         """Of work: an element of 2 bytes of the mask for every cell and token, and logits of every token or a layer's values."""
-        chunk, width = device.prefill_chunk, config.num_kv_heads * (config.head_dim + config.value_dim)
+        chunk = min(device.prefill_chunk, context)  # llama.cpp takes no larger batch than its context
+        width = config.num_kv_heads * (config.head_dim + config.value_dim)
         layers = [(config.window(layer), width) for layer in range(config.num_layers)]
-        cache = llama_cpp.cache_bytes(layers, context, chunk, device.cache)
+        cache = llama_cpp.cache_bytes(layers, context, device.prefill_chunk, device.cache)
         kinds = len({window for window, _ in layers})
         return Memory(cache, chunk * (2 * kinds * context + 4 * max(config.vocab_size, graph_width(config))))
 

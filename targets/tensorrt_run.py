@@ -12,6 +12,7 @@ from typing import Any
 from tapeout.errors import MissingToolchain, PackageError, RuntimeCrash
 from tapeout.targets.onnxruntime import OnnxRuntime, tokenizer_of
 from tapeout.targets.tensorrt_engine import PLAN, SETTINGS
+from tapeout.validate import device_peaks
 from tapeout.validate.session import Facts, Logits
 
 __all__ = ["TensorRt", "open_session"]
@@ -56,6 +57,11 @@ class TensorRt(OnnxRuntime):
             name: torch.empty((1, shape[1], 0, shape[3]), dtype=self._type(name), device="cuda")
             for name, shape in self._cached.items()
         }
+
+    def roof(self) -> dict[str, Any]:
+        """What the GPU multiplies in the types of keys and values, and in float32; see ``device_peaks.roof``."""
+        types = {str(self._type(name)).removeprefix("torch.") for name in self._cached}
+        return device_peaks.roof("cuda", (*sorted(types), "float32"), self._chunk)
 
     def close(self) -> None:
         """Free the engine; may be called twice."""
@@ -135,5 +141,5 @@ def open_session(directory: str, context: int, chunk: int = 512) -> TensorRt:
     session.decode(0)
     session.reset()
     resident = max(0, before - torch.cuda.mem_get_info()[0])
-    session.facts = replace(facts, resident_bytes=resident)
+    session.facts = replace(facts, resident_bytes=resident, bandwidth=device_peaks.copy_bandwidth("cuda"))
     return session

@@ -50,9 +50,9 @@ def bars(rows: Sequence[tuple[str, float, str, str]], said: str, mark: float | N
     return _svg(len(rows) * _ROW, said, parts)
 
 
-def ranges(rows: Sequence[tuple[str, Sequence[float], str]], said: str) -> Markup:
-    """A line a row from the first of its ascending values to the last, with a dot at each, over one axis from zero."""
-    most = max(max(values) for _, values, _ in rows) * _MORE
+def ranges(rows: Sequence[tuple[str, Sequence[float], str]], said: str, mark: float | None = None) -> Markup:
+    """A line a row from the first of its ascending values to the last, with a dot at each, over one axis from zero; ``mark``: see ``bars``."""
+    most = max([max(values) for _, values, _ in rows] + [mark or 0.0]) * _MORE
     parts = []
     for at, (label, values, shown) in enumerate(rows):
         y = at * _ROW + 24
@@ -61,6 +61,9 @@ def ranges(rows: Sequence[tuple[str, Sequence[float], str]], said: str) -> Marku
         parts.append(_rect(0, y - 3, 100, 6, "track"))
         parts.append(_rect(xs[0], y - 3, xs[-1] - xs[0], 6, "bar", f"{label}: {shown}"))
         parts += [f'<circle cx="{x:.2f}%" cy="{y}" r="4" class="dot"/>' for x in xs]
+        if mark is not None:
+            x = 100 * mark / most
+            parts.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{y - 5}" y2="{y + 7}" class="mark"/>')
     return _svg(len(rows) * _ROW, said, parts)
 
 

@@ -12,10 +12,11 @@ from tapeout.validate.session import SessionSpec
 from tapeout.validate.statistics import needed
 from tapeout.validate.worker import WorkerSession
 
-__all__ = ["CONTEXTS", "SCENARIOS", "Asked", "Place"]
+__all__ = ["CONTEXTS", "LOADS", "SCENARIOS", "Asked", "Place"]
 
 SCENARIOS = ("single-stream", "offline", "server", "context-sweep", "thread-sweep")
 CONTEXTS = (128, 512, 2048, 8192, 32768)
+LOADS = (0.3, 0.5, 0.7, 0.9)
 _PROMPT, _NEW = 128, 16  # tokens of a request, as far as the context goes
 
 
@@ -29,6 +30,8 @@ class Asked:
         samples: requests in the steady state; None: as many as the highest percentile needs.
         seconds: most that a scenario may measure; None: until the samples are there.
         contexts: of the context sweep; None: CONTEXTS as far as the package's goes, and what is left of its own.
+        loads: of the server, ascending: shares of the offline rate at which requests come; None: LOADS.
+        max_ttft_ms: milliseconds to the first token that the largest load which keeps them is looked for of; None: of none.
         root: the directory that stands for ``/`` where the machine is asked of its state.
     """
 
@@ -37,6 +40,8 @@ class Asked:
     samples: int | None = None
     seconds: float | None = None
     contexts: tuple[int, ...] | None = None
+    loads: tuple[float, ...] | None = None
+    max_ttft_ms: float | None = None
     root: Path = Path("/")
 
     def __post_init__(self) -> None:
@@ -49,6 +54,14 @@ class Asked:
                 raise TapeoutError(f"p{percentile} is not a percentile. What fits: 1 to 99.")
         if not self.percentiles:
             raise TapeoutError("no percentile was asked for. What fits: 1 to 99.")
+        for load in self.loads or ():
+            if not 0 < load <= 1:
+                raise TapeoutError(
+                    f"a load of {load:g} cannot be measured: above the offline rate the queue only grows, and a latency says how long one "
+                    "waited for it. What fits: above 0, at most 1."
+                )
+        if self.loads and "server" not in self.scenarios:
+            raise TapeoutError("loads are of the scenario server. What fits: --scenario server with them.")
         if self.seconds is not None and not self.seconds > 0:
             raise TapeoutError(f"{self.seconds} seconds are no time to measure in. What fits: more than 0.")
         if self.samples is not None and self.samples < self.needed:

@@ -11,7 +11,7 @@ import numpy as np
 from tapeout.files import file_sha256
 from tapeout.models import TracedConfig
 from tapeout.models.module import SAMPLES
-from tapeout.validate.by_layer import Layers
+from tapeout.validate.by_layer import Layers, read
 from tapeout.validate.findings import distances
 from tapeout.validate.metrics import Distance
 from tapeout.validate.modules import Samples
@@ -19,6 +19,7 @@ from tapeout.validate.session import Logits
 from tapeout.validate.uncached_evidence import UncachedEvidence
 
 _GOLDEN = 1  # samples whose outputs a package keeps
+_LAYERED = 3  # samples whose values on the way are held against one another: other lengths are among them
 
 
 class ModuleEvidence(UncachedEvidence):
@@ -78,9 +79,20 @@ class ModuleEvidence(UncachedEvidence):
             answers=farthest,
         )
 
-    def layers_of(self, *_: Any) -> Layers:
-        """Of a module nobody knows which of its parts are layers."""
-        return []
+    def layers_of(self, name: str, session: Any, sequences: Sequence[Sequence[int]]) -> Layers:
+        """What each part of the module that has parameters gives of the first samples; in mapped files."""
+        found: Layers = []
+        for sample in sorted({sample for sample, _ in sequences})[:_LAYERED]:
+            place = self.scratch / f"{name}-layers-{sample}"
+            place.mkdir(exist_ok=True)
+            found.append(read(list(session.trace([sample], str(place))), place))
+        return found
+
+    def compare_layers(self) -> None:
+        """The same, of samples: there are no tokens."""
+        super().compare_layers()
+        if told := self.findings.get("layers"):
+            self.findings["layers"] = {"samples": len(self.layers["original"]), "layers": told["layers"]}
 
     def golden_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs ``inputs.N.NAME`` and what must come out, ``outputs.N.K`` [rows, width], of the first samples."""

@@ -16,7 +16,14 @@ from markupsafe import Markup
 from tapeout.validate import charts, page_parts
 from tapeout.validate.page_parts import seconds, size
 from tapeout.validate.report import GateResult, Report, number
-from tapeout.validate.speed_page import disturbances, percentiles, roof_words, scenarios, speed_charts
+from tapeout.validate.speed_page import (
+    disturbances,
+    limit_words,
+    percentile_lines,
+    roof_words,
+    scenarios,
+    speed_charts,
+)
 
 __all__ = [
     "comparison_markdown",
@@ -72,6 +79,7 @@ def comparison_page(named: Mapping[str, Report]) -> str:
         _template("compare.html.j2").render(
             names=list(named),
             reports=reports,
+            risks=[risk(report) for report in reports],
             rows=rows,
             same_codes=len({report.provenance.get("codes_sha256") for report in reports}) == 1,
             gates={name: [_gate(report, name) for report in reports] for name in gates},
@@ -229,9 +237,14 @@ def risk(report: Report) -> str:
     skipped = [gate.name for gate in report.gates if gate.status == "skipped"]
     if skipped:
         return f"not proven here, since they were skipped: {', '.join(skipped)}."
+    return nearest(report)
+
+
+def nearest(report: Report) -> str:
+    """Of the gates that ran and passed, the one that is nearest to its limit."""
     near = max(report.gates, key=lambda gate: gate.used or 0.0, default=None)
     if near is None or not near.used:
-        return "every gate passed, and none comes near its limit."
+        return "every gate that ran passed, and none comes near its limit."
     return (
         f"{near.name} comes nearest to its limit: {number(near.value)} of {number(near.limit)} ({near.metric}), "
         f"{near.used:.0%} of what it may lose."
@@ -328,6 +341,7 @@ def _shown(report: Report) -> dict[str, Any]:
         "counts": counts(report),
         "headline": headline(report),
         "risk": risk(report),
+        "nearest": nearest(report),
         "charts": drawn,
         "steepest": page_parts.steepest(report),
         "alternatives": page_parts.alternatives(report),
@@ -355,9 +369,10 @@ def _template(name: str) -> Any:
         "quoted": quoted,
         "cell": cell_text,
         "thousandfold": lambda value: None if value is None else value * 1e3,
-        "percentiles": percentiles,
+        "percentiles": percentile_lines,
         "scenarios": scenarios,
         "disturbances": disturbances,
+        "limit_words": limit_words,
         "roof_words": roof_words,
     }
     return environment.get_template(name)

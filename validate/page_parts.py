@@ -110,7 +110,9 @@ def steepest(report: Report) -> str:
     if any(layer["error"] is None for layer in layers):
         first = next(layer["layer"] for layer in layers if layer["error"] is None)
         return f"{first} is the first that has NaN or infinity."
-    steps = list(pairwise(layers[:-1]))  # what the network gives is no layer
+    # What the network gives is no layer; what a plain module is given has no error.
+    given = [{"layer": "inputs", "error": 0.0}] if "samples" in report.findings.get("layers", {}) else []
+    steps = list(pairwise([*given, *layers[:-1]]))
     if not steps:
         return ""
     before, after = max(steps, key=lambda step: float(step[1]["error"] - step[0]["error"]))

@@ -6,7 +6,9 @@ like. Times are taken in the worker; what they say is worked out here, and what 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -16,7 +18,7 @@ import psutil
 from tapeout.errors import TapeoutError
 from tapeout.validate.batching import arrivals
 from tapeout.validate.machine_state import Energy, State, energy_missing, noise
-from tapeout.validate.measuring import Asked, Place
+from tapeout.validate.measuring import LOADS, Asked, Place
 from tapeout.validate.memory_watch import watched
 from tapeout.validate.session import SessionSpec
 from tapeout.validate.statistics import change, needed, summary, warm_up
@@ -26,14 +28,16 @@ from tapeout.validate.worker import WorkerSession
 __all__ = ["run"]
 
 _SEQUENCES = 8  # answered together
-_LOAD = 0.7  # of the offline rate: the rate at which requests come to the server
+_USUAL = 0.7  # the load that stands among the scenarios, or the one next to it; the others stand in the sweep
 
 
 def run(place: Place, asked: Asked) -> dict[str, Any]:
     """Measure each scenario; see docs/throughput.md.
 
     Returns:
-        ``scenarios`` by name, ``context_sweep``, ``thread_sweep`` (rows), ``skipped`` (pairs of name and reason), ``notes``.
+        ``scenarios`` by name, ``server_sweep``, ``context_sweep``, ``thread_sweep`` (rows), ``server_limit`` (``max_ttft_ms``,
+        ``percentile``, and the largest ``load`` that keeps it with its ``arrivals_per_s``, None: no load does), ``skipped`` (pairs of
+        name and reason), ``notes``.
 
     Raises:
         TapeoutError: ``asked.seconds`` are too few for the percentiles.
@@ -54,9 +58,11 @@ def run(place: Place, asked: Asked) -> dict[str, Any]:
 class _Run:
     """Requests of one scenario as they are timed, with what the machine says beside them."""
 
-    def __init__(self, name: str, place: Place, asked: Asked, session: WorkerSession) -> None:
+    def __init__(
+        self, name: str, place: Place, asked: Asked, session: WorkerSession, *, queued: bool = False
+    ) -> None:
         self._name, self._place, self._asked, self._session = name, place, asked, session
-        self._queued = name == "server"  # it begins with an empty queue, and faster than it goes on
+        self._queued = queued  # it begins with an empty queue, and faster than it goes on
         self.first: list[float] = []
         self.token: list[float] = []
         self.whole: list[float] = []
@@ -180,7 +186,7 @@ def offline(place: Place, asked: Asked, found: dict[str, Any]) -> None:
 
 
 def server(place: Place, asked: Asked, found: dict[str, Any]) -> None:
-    """Requests come as a Poisson process at a share of the offline rate, and are answered together."""
+    """Requests come as a Poisson process at shares of the offline rate, and are answered together."""
     prompt, new = place.request
     spec = _batched(place, _SEQUENCES, prompt + new)
     if isinstance(spec, str):
@@ -188,25 +194,51 @@ def server(place: Place, asked: Asked, found: dict[str, Any]) -> None:
         return
     if "offline" not in found["scenarios"]:
         offline(place, replace(asked, seconds=None), found)
-    rate = _LOAD * found["scenarios"]["offline"]["requests_per_s"]
+    capacity, loads = found["scenarios"]["offline"]["requests_per_s"], asked.loads or LOADS
+    least = loads[0] * capacity
+    if asked.seconds is not None and (count := int(least * asked.seconds)) < asked.needed:
+        raise TapeoutError(
+            f"{asked.seconds:g} seconds are too few for server: about {count} requests come in that time at a load of {loads[0]:g}, and "
+            f"{asked.demand}. What fits: --seconds {math.ceil(1.25 * asked.needed / least)}, fewer percentiles (--percentile 50), or "
+            "larger loads (--load)."
+        )
     with place.opened(spec) as session, watched(session, "server", asked.root):
-        run, seed = _Run("server", place, asked, session), 0
-        # In one piece, so that the queue is never emptied; a quarter more for the warm-up, which begins with an empty one.
-        count = math.ceil(1.25 * asked.wanted)
-        if asked.seconds is not None and (count := int(rate * asked.seconds)) < asked.needed:
-            raise TapeoutError(
-                f"{asked.seconds:g} seconds are too few for server: about {count} requests come in that time, and {asked.demand}. "
-                f"What fits: --seconds {math.ceil(1.25 * asked.needed / rate)}, or fewer percentiles (--percentile 50)."
-            )
-        while run.more(asked.wanted):
-            comes = arrivals(count, rate, seed)
-            done = session.time_arrivals(comes, prompt, new)
-            end = max(last for _, last in done)
-            for at, (first, last) in zip(comes, done, strict=True):
-                run.add(first - at, last - at, new, end / count)
-            seed += 1
-        measured = run.result(new, prompt_tokens=prompt, new_tokens=new, sequences=_SEQUENCES)
-    found["scenarios"]["server"] = {**measured, "arrivals_per_s": rate, "load": _LOAD, "seed": 0}
+        rows = [_at_load(load, load * capacity, place, asked, session) for load in loads]
+    found["server_sweep"] = rows
+    found["scenarios"]["server"] = min(rows, key=lambda row: abs(row["load"] - _USUAL))
+    if asked.max_ttft_ms is not None:
+        found["server_limit"] = _largest(rows, asked.max_ttft_ms, f"p{max(asked.percentiles)}")
+
+
+def _at_load(load: float, rate: float, place: Place, asked: Asked, session: WorkerSession) -> dict[str, Any]:
+    """The server with ``rate`` requests a second."""
+    prompt, new = place.request
+    run, seed = _Run(f"server at load {load:g}", place, asked, session, queued=True), 0
+    # In one piece, so that the queue is never emptied; a quarter more for the warm-up, which begins with an empty one.
+    count = math.ceil(1.25 * asked.wanted) if asked.seconds is None else int(rate * asked.seconds)
+    while run.more(asked.wanted):
+        comes = arrivals(count, rate, seed)
+        done = session.time_arrivals(comes, prompt, new)
+        end = max(last for _, last in done)
+        for at, (first, last) in zip(comes, done, strict=True):
+            run.add(first - at, last - at, new, end / count)
+        seed += 1
+    measured = run.result(new, prompt_tokens=prompt, new_tokens=new, sequences=_SEQUENCES)
+    return {**measured, "arrivals_per_s": rate, "load": load, "seed": 0}
+
+
+def _largest(rows: Sequence[Mapping[str, Any]], limit_ms: float, percentile: str) -> dict[str, Any]:
+    """The largest load at which, and below which, a percentile of the time to the first token keeps a limit."""
+    kept = list(
+        itertools.takewhile(lambda row: row["first_token"][percentile]["value"] * 1e3 <= limit_ms, rows)
+    )
+    last = kept[-1] if kept else {"load": None, "arrivals_per_s": None}
+    return {
+        "max_ttft_ms": limit_ms,
+        "percentile": percentile,
+        "load": last["load"],
+        "arrivals_per_s": last["arrivals_per_s"],
+    }
 
 
 def _batched(place: Place, sequences: int, context: int) -> SessionSpec | str:

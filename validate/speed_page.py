@@ -11,12 +11,22 @@ from markupsafe import Markup, escape
 
 from tapeout.validate.charts import _svg, _text, bars, ranges
 from tapeout.validate.measuring import SCENARIOS
+from tapeout.validate.page_parts import size
 from tapeout.validate.report import GateResult, number
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["duration", "gates_table", "percentiles", "scenarios", "speed_charts", "speed_tables"]
+__all__ = [
+    "duration",
+    "gates_table",
+    "limit_words",
+    "percentile_lines",
+    "percentiles",
+    "scenarios",
+    "speed_charts",
+    "speed_tables",
+]
 
 _HIGH, _TOP = 150, 26  # pixels of a chart's plane, and above it
 
@@ -32,15 +42,26 @@ def duration(value: float | None) -> str:
 
 def percentiles(found: Mapping[str, Any]) -> str:
     """``p50 1.2 ms (1.1 … 1.3)``, one after another; an end that no sample bounds is a dash."""
-    told = []
-    for name, each in _in_order(found):
-        if each is None:
-            told.append(f"{name} –")
-        else:
-            told.append(
-                f"{name} {duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
-            )
-    return ", ".join(told)
+    return ", ".join(_told(found))
+
+
+def percentile_lines(found: Mapping[str, Any]) -> Markup:
+    """The same for the page, a line each."""
+    return Markup("<br>").join(Markup('<span class="one">{}</span>').format(each) for each in _told(found))
+
+
+def _told(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} –" if each is None else f"{name} {duration(each['value'])} ({_interval(each)})"
+        for name, each in _in_order(found)
+    ]
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    """``1.1 … 1.3 ms``: both ends, with one unit where it is the same."""
+    low, high = duration(found["low"]), duration(found["high"])
+    number_, _, unit = low.partition(" ")
+    return f"{number_ if unit and high.endswith(f' {unit}') else low} … {high}"
 
 
 def _in_order(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -94,6 +115,21 @@ def speed_tables(figures: Mapping[str, Any]) -> list[Table]:
         table.caption = "\n".join(disturbances(figures))
         table.caption_justify = "left"
         found.append(table)
+    if sweep := figures.get("server_sweep"):
+        table = Table("load", "requests/s", "requests", "first token", "time per output token", "tokens/s")
+        for row in sweep:
+            table.add_row(
+                f"{row['load']:g}",
+                f"{row['arrivals_per_s']:.3g}",
+                f"{row['samples']} after {row['warm_up']}",
+                _lines(row["first_token"]),
+                _lines(row["token"]),
+                f"{row['tokens_per_s']:.1f}",
+            )
+        table.title, table.title_justify = "server", "left"
+        table.caption = limit_words(figures)
+        table.caption_justify = "left"
+        found.append(table)
     if sweep := figures.get("context_sweep"):
         table = Table("context", "keys and values", "prefill", "token p50", "prefill", "decode")
         for row in sweep:
@@ -143,9 +179,30 @@ def _lines(found: Mapping[str, Any] | None) -> str:
 def disturbances(figures: Mapping[str, Any]) -> list[str]:
     """What made figures worse, scenario by scenario, and why there is no energy."""
     measured = scenarios(figures)
+    usual = figures.get("scenarios", {}).get("server", {}).get("load")
+    measured += [
+        (f"server at load {row['load']:g}", row)
+        for row in figures.get("server_sweep", ())
+        if row["load"] != usual
+    ]
     told = [f"{name}: {note}" for name, each in measured for note in each["notes"]]
     silent = {each["energy"] for _, each in measured if each["joules_per_token"] is None}
     return told + [f"energy was not measured: {reason}" for reason in sorted(silent)]
+
+
+def limit_words(figures: Mapping[str, Any]) -> str:
+    """Up to which load the demanded time to the first token is kept; empty: none was demanded."""
+    found = figures.get("server_limit")
+    if not found:
+        return ""
+    asked = f"{found['percentile']} of the time to the first token is at most {found['max_ttft_ms']:g} ms, which was demanded,"
+    if found["load"] is None:
+        return f"At no load that was measured: {asked.removesuffix(',')}."
+    most = found["load"] == figures["server_sweep"][-1]["load"]
+    return (
+        f"{asked} up to a load of {found['load']:g}, {found['arrivals_per_s']:.3g} requests/s"
+        f"{': at every load that was measured' if most else ''}."
+    )
 
 
 def roof_words(roof: Mapping[str, Any]) -> str:
@@ -154,8 +211,10 @@ def roof_words(roof: Mapping[str, Any]) -> str:
         f"{number(each['operations_per_s'] / 1e9)} G {each['type']} operations/s ({each['measured_with']})"
         for each in roof["peaks"]
     )
+    where = f"Measured on {roof['device']}" if "device" in roof else "Measured here"
+    how = f" ({roof['bandwidth_measured_with']})" if "bandwidth_measured_with" in roof else ""
     return (
-        f"Measured here: {roof['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, {told}. Below {number(roof['ridge'])} operations a byte "
+        f"{where}: {number(roof['bandwidth_bytes_per_s'] / 1e9)} GB/s{how}, {told}. Below {number(roof['ridge'])} operations a byte "
         "memory is what bounds."
     )
 
@@ -193,6 +252,10 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
         for key, label in (("first_token", "first token"), ("token", "per output token")):
             if key in each:
                 drawn[f"{name} {key}"] = _intervals(each[key], label)
+    if rows := figures.get("server_sweep"):
+        limit = figures.get("server_limit", {}).get("max_ttft_ms")
+        for key, mark in (("first_token", limit and limit / 1e3), ("token", None)):
+            drawn[f"loads {key}"] = _by_load(rows, key, mark)
     if (rows := figures.get("context_sweep")) and len(rows) > 1:
         for key, value, what in (
             ("attention_time", "token_p50_s", "time of a token"),
@@ -219,7 +282,7 @@ def speed_charts(figures: Mapping[str, Any]) -> dict[str, Markup]:
 
 
 def _shown(value: float, key: str) -> str:
-    return f"{value / 1e6:.3g} MB" if key == "cache_bytes" else duration(value)
+    return size(value) if key == "cache_bytes" else duration(value)
 
 
 def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
@@ -241,13 +304,30 @@ def _latency(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
     return ranges(told, f"p50, p90 and p99 of the time of a {what}, or p50 alone with its interval")
 
 
+def _by_load(rows: Sequence[Mapping[str, Any]], key: str, mark: float | None) -> Markup:
+    """The percentiles of each load, without their intervals."""
+    told, names = [], []
+    for row in rows:
+        known = [(name, each["value"]) for name, each in _in_order(row[key]) if each is not None]
+        names = [name for name, _ in known]
+        told.append(
+            (
+                f"load {row['load']:g}, {row['arrivals_per_s']:.3g} requests/s",
+                [value for _, value in known],
+                " / ".join(duration(value) for _, value in known),
+            )
+        )
+    what = {"first_token": "time to the first token", "token": "time per output token"}[key]
+    return ranges(told, f"{', '.join(names)} of the {what} at each load", mark)
+
+
 def _intervals(found: Mapping[str, Any], label: str) -> Markup:
     """Each percentile with the interval that holds it."""
     rows = []
     for name, each in _in_order(found):
         if each is not None:
             ends = [value for value in (each["low"], each["value"], each["high"]) if value is not None]
-            shown = f"{duration(each['value'])} ({duration(each['low'])} … {duration(each['high'])})"
+            shown = f"{duration(each['value'])} ({_interval(each)})"
             rows.append((f"{label}, {name}", ends, shown))
     return ranges(
         rows, f"percentiles of the time of the {label.removeprefix('per ')} with their 95 % intervals"
@@ -270,7 +350,7 @@ def _curve(points: Sequence[tuple[float, float, str]], said: str, unit: str) -> 
         anchor = "start" if at == 0 else "end" if at == len(places) - 1 else "middle"
         title = f"<title>{escape(f'{place} {unit}: {shown}')}</title>"
         parts.append(f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="dot">{title}</circle>')
-        parts += [_text(x, y - 9, shown, anchor), _text(x, base + 16, place, anchor, "soft")]
+        parts += [_text(x, y - 9, shown, anchor, "over"), _text(x, base + 16, place, anchor, "soft")]
     return _svg(base + 24, said, parts)
 
 

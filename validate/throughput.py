@@ -19,6 +19,8 @@ from tapeout.validate.statistics import summary
 from tapeout.validate.worker import WorkerSession
 
 _ARRAY_BYTES = 256 << 20  # of all threads' arrays together: several times any last-level cache
+READ_BY = "every core summing an array larger than the caches, the best of five"
+"""How ``bandwidth`` measures."""
 _NEW_TOKENS, _REPEATS = 32, 3
 _ENCODINGS = 20  # repeats of an encoder's run, of which quantiles are taken
 

@@ -195,6 +195,10 @@ class WorkerSession:
         given = {"arrive_s": list(arrive_s), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         return [(first, last) for first, last in self._call("time_arrivals", **given)]
 
+    def roof(self) -> dict[str, Any] | None:
+        """What the session's device computes, where that is not the machine's processor; see ``device_peaks.roof``."""
+        return cast("dict[str, Any] | None", self._call("roof"))
+
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of keys and values of that many tokens, as the runtime lays them out; None: the session does not say."""
         return cast("int | None", self._call("cache_bytes", tokens=tokens))
@@ -400,7 +404,7 @@ def serve(requests: int, replies: int) -> None:
                 value = asdict(measure(cast(Session, session), **arguments))
             elif name == "time_arrivals":
                 value = time_arrivals(cast(BatchedSession, session), **arguments)
-            elif name == "cache_bytes":
+            elif name in ("cache_bytes", "roof"):
                 known = getattr(session, name, None)
                 value = known(**arguments) if known else None
             elif name == "time_encoding":

@@ -100,6 +100,7 @@ def bench(
     samples: int | None = None,
     seconds: float | None = None,
     contexts: Annotated[list[int] | None, Many] = None,
+    load: Annotated[list[float] | None, Many] = None,
     report: Path | None = None,
     speed: AllDemands = None,
     json: Json = False,
@@ -117,6 +118,7 @@ def bench(
         samples: Requests of a scenario after its warm-up. Default: as many as the highest percentile needs (368 for p99).
         seconds: Measure each scenario for this long; refused when that gives too few samples.
         contexts: Context length to measure at, in tokens. May be given several times.
+        load: Of the scenario server: the rate at which requests come, as a share of the offline rate. May be given several times. Default: 0.3, 0.5, 0.7 and 0.9.
         report: A directory to write the package's report with these figures to: report.json, report.html, report.md and report.xml.
         json: Print the figures to stdout.
     """
@@ -132,6 +134,7 @@ def bench(
         samples,
         seconds,
         tuple(sorted(set(contexts))) if contexts else None,
+        tuple(sorted(set(load))) if load else None,
     )
     where_it_runs(Package.open(package).manifest["target"]["name"])
     with progress_bars() as progress:

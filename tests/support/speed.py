@@ -23,6 +23,12 @@ def measured(short: Mapping[str, Any]) -> dict[str, Any]:
     server = common | {"first_token": summary(times[:40]), "token": summary(times), "request": summary(times)}
     server |= {"sequences": 8, "arrivals_per_s": 70.0, "load": 0.7, "seed": 0, "joules_per_token": None}
     server["energy"] = "there are no counters"
+    loads = [
+        server
+        | {"load": load, "arrivals_per_s": 100 * load, "first_token": summary(times / (1 - load))}
+        | ({"notes": ["<other processes> took 5%"]} if load == 0.3 else {})
+        for load in (0.3, 0.5, 0.7, 0.9)
+    ]
     offline = common | {"sequences": 8, "requests_per_s": 100.0, "tokens_per_s_interval": [1e3, None]}
     lengths = (128, 512, 2048, 8192, 32768)
     sweep = [
@@ -53,7 +59,9 @@ def measured(short: Mapping[str, Any]) -> dict[str, Any]:
     known = {"weights": 200_000_000, "attention": [{"window": None, "per_position": 5000}]}
     rows = [row | {"token_s": row["token_p50_s"]} for row in sweep]
     return dict(short) | {
-        "scenarios": {"offline": offline, "server": server, "single-stream": stream},
+        "scenarios": {"offline": offline, "server": loads[2], "single-stream": stream},
+        "server_sweep": loads,
+        "server_limit": {"max_ttft_ms": 25.0, "percentile": "p99", "load": 0.5, "arrivals_per_s": 50.0},
         "context_sweep": sweep,
         "thread_sweep": threads,
         "skipped": [

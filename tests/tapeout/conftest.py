@@ -58,6 +58,10 @@ class Here:
         known = getattr(self._session, "cache_bytes", None)
         return known(tokens) if known else None
 
+    def roof(self) -> dict[str, Any] | None:
+        known = getattr(self._session, "roof", None)
+        return known() if known else None
+
     def time_encoding(self, batch: int, tokens: int, repeats: int) -> list[float]:
         return measure_encoding(self._session, batch, tokens, repeats)
 

@@ -56,15 +56,31 @@ def of(report: Report) -> dict[str, tuple[str, float | None]]:
 @pytest.mark.slow
 def test_every_scenario_on_llama_cpp(work: Path, tmp_path: Path) -> None:
     flags = [word for name in SCENARIOS for word in ("--scenario", name)]
-    few = ("--percentile", "50", "--percentile", "90", "--samples", "40")
-    done = tapeout("bench", work / "gguf", *flags, *few, "--report", tmp_path, "--json", status=0)
+    few = ("--percentile", "50", "--percentile", "90", "--samples", "40", "--load", "0.5", "--load", "0.8")
+    done = tapeout(
+        "bench",
+        work / "gguf",
+        *flags,
+        *few,
+        "--max-ttft-ms",
+        "60000",
+        "--report",
+        tmp_path,
+        "--json",
+        status=0,
+    )
     figures = json.loads(done.stdout)
     stream, offline, server = (figures["scenarios"][name] for name in SCENARIOS[:3])
     assert stream["samples"] >= 40
     assert 0 < stream["first_token"]["p50"]["value"] <= stream["first_token"]["p90"]["value"]
     assert stream["request"]["p50"]["value"] > stream["first_token"]["p50"]["value"]
     assert offline["sequences"] == 8
-    assert server["arrivals_per_s"] == pytest.approx(0.7 * offline["requests_per_s"])
+    assert [row["load"] for row in figures["server_sweep"]] == [0.5, 0.8]
+    assert server == figures["server_sweep"][1]  # the nearest to 0.7
+    assert server["arrivals_per_s"] == pytest.approx(0.8 * offline["requests_per_s"])
+    assert figures["server_limit"] == {
+        "max_ttft_ms": 60000, "percentile": "p90", "load": 0.8, "arrivals_per_s": server["arrivals_per_s"]
+    }  # fmt: skip
     assert [row["context"] for row in figures["context_sweep"]] == [128, 224]
     # Of each of three layers a window of 20 and a chunk of 512, as far as the context goes, in half floats.
     assert [row["cache_bytes"] for row in figures["context_sweep"]] == [3 * 256 * 64 * 2] * 2
@@ -75,9 +91,11 @@ def test_every_scenario_on_llama_cpp(work: Path, tmp_path: Path) -> None:
     assert [point["phase"] for point in figures["roofline"]["points"]] == ["prefill", "decode"] * 2
     assert {gate["name"]: gate["status"] for gate in figures["gates"]} == {
         "throughput/tokens-per-s": "passed",
+        "throughput/first-token": "passed",
         "throughput/memory": "passed",
     }
-    for title in ("scenario", "threads", "roofline", "skipped", "gate"):
+    assert "p90 of the time to the first token is at most 60000 ms" in " ".join(done.stderr.split())
+    for title in ("scenario", "load", "threads", "roofline", "skipped", "gate"):
         assert f"┃ {title} " in done.stderr
     report = Report.read(tmp_path / "report.json")
     assert report.throughput == {key: value for key, value in figures.items() if key != "gates"}
@@ -88,6 +106,7 @@ def test_every_scenario_on_llama_cpp(work: Path, tmp_path: Path) -> None:
     for words in (
         "single-stream: percentiles",
         "server: percentiles",
+        "server: time to the first token by load",
         "Roofline",
         "Keys and values by context",
         *(["Decoding by threads"] if len(figures["thread_sweep"]) > 1 else []),

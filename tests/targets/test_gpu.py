@@ -16,7 +16,7 @@ from tapeout.exporters.huggingface.reader import Tensors
 from tapeout.generated import write_model
 from tapeout.models import load
 from tapeout.quantize import Calibration, quantize
-from tapeout.validate import reference, rounding
+from tapeout.validate import device_peaks, reference, rounding
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -75,7 +75,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("family", "form", "scheme"), CASES)
-def test_session(gpu: Any, family: str, form: str, scheme: str, tmp_path: Path) -> None:
+def test_session(
+    gpu: Any, family: str, form: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(write_model(tmp_path / "model", family, MODELS[family], dtype="F32"))
     calibration = Calibration(sequences=2, length=32) if scheme in CALIBRATED else None
     quant = quantize(model, scheme, calibration=calibration, out=tmp_path / "codes")
@@ -95,6 +97,12 @@ def test_session(gpu: Any, family: str, form: str, scheme: str, tmp_path: Path) 
             for name, each in found.items()
         }
         session = gpu.load(tmp_path / "out", iter(plain.items()), "cpu", torch.float32)
+    if form == "bitsandbytes":
+        monkeypatch.setattr(device_peaks.matmul_peaks, "__defaults__", (64,))
+        told = session.roof()
+        assert [each["type"] for each in told["peaks"]] == ["float32"]
+        assert told["peaks"][0]["operations_per_s"] > 0
+        assert told["chunk"] == 2048
     rounded = {name: each.inputs for name, each in found.items() if getattr(each, "inputs", None)}
     assert len(rounded) == (14 if scheme in ROUNDED.get(form, ()) else 0)
     if form == "compressed-tensors":

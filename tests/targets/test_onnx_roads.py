@@ -67,6 +67,10 @@ def test_a_module_is_proven(module_package: tuple[Package, Report]) -> None:
     assert "made by **torch.export**" in (package.directory / "README.md").read_text()
     assert "The graph was made by torch.export." in (package.directory / "report.html").read_text()
     assert report.throughput["runs"][0]["samples"] == 20
+    layers = report.findings["layers"]
+    assert layers["samples"] == 3
+    assert all(1e-4 < each["error"] < 1 for each in layers["layers"])
+    assert "on 3 samples; a layer is" in (package.directory / "report.html").read_text()
     assert_schema(report)
     assert package.damage() == []
     golden = load_file(package.directory / "golden.safetensors")

@@ -145,6 +145,12 @@ def test_a_run_that_never_settles_is_told(quiet: Path) -> None:
         ({"seconds": 0.0}, "0.0 seconds are no time"),
         ({"seconds": float("nan")}, "nan seconds are no time"),
         ({"scenarios": ("online",)}, "'online' is not a scenario. What fits: single-stream, offline"),
+        (
+            {"scenarios": ("server",), "loads": (0.5, 1.2)},
+            "a load of 1.2 cannot be measured: .* What fits: above 0, at most 1",
+        ),
+        ({"scenarios": ("server",), "loads": (float("nan"),)}, "a load of nan cannot"),
+        ({"scenarios": ("offline",), "loads": (0.5,)}, "loads are of the scenario server"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(given: dict[str, Any], told: str) -> None:
@@ -198,20 +204,66 @@ def test_offline_is_one_after_another_without_batches(quiet: Path) -> None:
     assert len(opened) == 1
 
 
-def test_a_server_gets_its_share_of_the_offline_rate(quiet: Path) -> None:
-    def batched(sequences: int, context: int) -> SessionSpec:
-        return SessionSpec("toy:open", {"sequences": sequences, "context": context})
+def batched(sequences: int, context: int) -> SessionSpec:
+    return SessionSpec("toy:open", {"sequences": sequences, "context": context})
 
+
+def test_a_server_gets_shares_of_the_offline_rate(quiet: Path) -> None:
     where, opened = place(endless(), batched=batched)
-    found = run(where, Asked(("server",), percentiles=(50, 90), root=quiet))["scenarios"]
+    told = run(where, Asked(("server",), percentiles=(50, 90), root=quiet))
+    found, rows = told["scenarios"], told["server_sweep"]
     assert {tuple(spec.arguments.items()) for spec in opened} == {(("sequences", 8), ("context", 144))}
     # A wave of eight takes as long as its slowest.
     assert found["offline"]["requests_per_s"] == pytest.approx(8 / 0.0115, rel=0.1)
-    assert found["server"]["arrivals_per_s"] == pytest.approx(0.7 * found["offline"]["requests_per_s"])
-    assert found["server"]["request"]["p50"]["value"] == pytest.approx(0.01, rel=0.1)
-    assert found["server"]["samples"] >= 36
-    with pytest.raises(TapeoutError, match=r"0.01 seconds are too few for server.*p90 needs 36.*--seconds"):
-        run(where, Asked(("server",), percentiles=(90,), seconds=0.01, root=quiet))
+    assert [row["load"] for row in rows] == [0.3, 0.5, 0.7, 0.9]
+    for row in rows:
+        assert row["arrivals_per_s"] == pytest.approx(row["load"] * found["offline"]["requests_per_s"])
+        assert row["request"]["p50"]["value"] == pytest.approx(0.01, rel=0.1)
+        assert row["samples"] >= 36
+    assert found["server"] is rows[2]
+    assert "server_limit" not in told
+    few = Asked(("server",), percentiles=(90,), seconds=0.01, root=quiet)
+    with pytest.raises(
+        TapeoutError, match=r"0.01 seconds are too few for server: about 2 .* 0.3.*p90 needs 36.*--load"
+    ):
+        run(where, few)
+
+
+def test_the_largest_load_that_keeps_a_limit_is_named(quiet: Path) -> None:
+    """First tokens that take twice as long at each load; 5 ms is the median at the first."""
+    slower: list[float] = []
+
+    class Slower(Given):
+        def time_arrivals(
+            self, arrive_s: Sequence[float], prompt: int, new: int
+        ) -> list[tuple[float, float]]:
+            done = super().time_arrivals(arrive_s, prompt, new)
+            if len(done) == 8:  # a wave of offline
+                return done
+            if (rate := len(arrive_s) / arrive_s[-1]) > 1.2 * max(slower, default=0.0):
+                slower.append(rate)
+            late = 0.005 * (2 ** (len(slower) - 1) - 1)
+            return [(first + late, last + late) for first, last in done]
+
+    @contextmanager
+    def opening(_: SessionSpec) -> Iterator[Any]:
+        yield Slower(endless(size=0.01))
+
+    def limit(most_ms: float) -> dict[str, Any]:
+        slower.clear()
+        where = replace(place(endless(), batched=batched)[0], opened=opening)
+        loads = (0.1, 0.3, 0.8)
+        asked = Asked(
+            ("server",), percentiles=(50,), samples=300, loads=loads, max_ttft_ms=most_ms, root=quiet
+        )
+        found: dict[str, Any] = run(where, asked)["server_limit"]
+        return found
+
+    found = limit(12)
+    assert (found["max_ttft_ms"], found["percentile"], found["load"]) == (12, "p50", 0.3)
+    assert found["arrivals_per_s"] == pytest.approx(0.3 * 8 / 0.01, rel=0.1)
+    assert limit(4)["load"] is limit(4)["arrivals_per_s"] is None
+    assert limit(100)["load"] == 0.8
 
 
 def test_a_graph_that_takes_no_batch_says_so(quiet: Path) -> None:
