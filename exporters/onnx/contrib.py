@@ -248,7 +248,9 @@ class ContribOps(Emitter):
         if isinstance(gate, Product) and isinstance(up, Product):
             both = self._together(within(name, "gate_up"), [gate, up])
             if both:
-                self.graph.node("Split", [both], f"{both}.split", [gate.name, up.name], axis=-1, num_outputs=2)
+                self.graph.node(
+                    "Split", [both], f"{both}.split", [gate.name, up.name], axis=-1, num_outputs=2
+                )
         gate, up = self._use(gate), self._use(up)
         if act == "silu":
             y = self.graph.node("QuickGelu", [gate], f"{name}.act", domain=DOMAIN, alpha=1.0)
