@@ -2,12 +2,11 @@
 
     python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float|--pair]
 
-Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; medians count. Where a
-process's memory lies makes a difference of 5 to 10 %: those that are started first get what scattered pages are free. So all are
-started anew for each launch, every other time in the opposite order, and a few percent take many launches (``--pair``: the two on
-onnxruntime-genai alone). The ratio of the two is the geometric mean of those of an even number of launches, in which either was
-first as often; its standard error stands beside it. Ours runs on onnxruntime as tapeout runs it, and on
-onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
+Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; of a launch its medians
+count, and of launches the geometric mean. Where a process's memory lies makes a difference of 5 to 10 %: those that are started first
+get what scattered pages are free. So all are started anew for each launch, every other time in the opposite order, and a few percent
+take many launches (``--pair``: the two on onnxruntime-genai alone); the ratio of those two has its standard error beside it. Ours
+runs on onnxruntime as tapeout runs it, and on onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
 without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
 """
 
@@ -83,13 +82,14 @@ def timed_together(
         child.communicate("")
 
 
-def ratio(ours: list[float], theirs: list[float], rounds: int) -> tuple[float, float | None]:
+def launches(seconds: list[float], rounds: int) -> list[float]:
+    """The median of each launch."""
+    return [statistics.median(seconds[at : at + rounds]) for at in range(0, len(seconds), rounds)]
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
     """Speed of ours over theirs from seconds of as many launches, and its standard error, if there are more than two."""
-
-    def launches(seconds: list[float]) -> list[float]:
-        return [statistics.median(seconds[at : at + rounds]) for at in range(0, len(seconds), rounds)]
-
-    logs = [math.log(b / a) for a, b in zip(launches(ours), launches(theirs), strict=True)]
+    logs = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
     # Two launches, one in each order, are one sample: what the order does is no spread.
     pairs = [statistics.fmean(logs[at : at + 2]) for at in range(0, len(logs), 2)]
     mean = math.exp(statistics.fmean(pairs))
@@ -179,8 +179,12 @@ def main() -> None:
     for who, side in times.items():
         size = sum(p.stat().st_size for p in made[who][1].iterdir() if p.is_file())
         rows[who] = {
-            "prefill_tokens_per_s": round(arguments.prefill / statistics.median(side.first), 1),
-            "decode_tokens_per_s": round(1 / statistics.median(side.tokens), 2),
+            "prefill_tokens_per_s": round(
+                arguments.prefill / statistics.geometric_mean(launches(side.first, arguments.rounds)), 1
+            ),
+            "decode_tokens_per_s": round(
+                1 / statistics.geometric_mean(launches(side.tokens, arguments.rounds)), 2
+            ),
             "resident_gb": round(side.resident / 1e9, 2),
             "file_mb": round(size / 1e6, 1),
         }
@@ -191,7 +195,7 @@ def main() -> None:
         )
     ours, theirs = times[OURS], times[BUILDERS]
     ratios = {
-        what: ratio(mine, others, arguments.rounds)
+        what: ratio(launches(mine, arguments.rounds), launches(others, arguments.rounds))
         for what, mine, others in (
             ("prefill", ours.first, theirs.first),
             ("decode", ours.tokens, theirs.tokens),
