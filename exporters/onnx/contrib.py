@@ -189,7 +189,7 @@ class ContribOps(Emitter):
         return self._shaped(y, (0, 0, -1), name)
 
     def _together(self, name: str, taken: Sequence[Value]) -> str | None:
-        """Values as one, rows of the first in front; None: they were not made from one input alike.
+        """Queries, keys and values as one value, which the kernel cuts by itself; None: they were not made from one input alike.
 
         Rows of codes held alike are those of one matrix when they follow one another: nothing is rounded again.
         """
@@ -241,16 +241,7 @@ class ContribOps(Emitter):
         return self._shaped(y, (0, 0, -1), name)
 
     def gated(self, name: str, gate: Value, up: Value, act: str) -> str:
-        """QuickGelu with alpha 1 is SiLU, in one node; gate and up are one product where they can be, cut behind it.
-
-        Their input is then rounded once, and threads meet once: 1 % of a token in INT4. The cut is as long as one meeting.
-        """
-        if isinstance(gate, Product) and isinstance(up, Product):
-            both = self._together(within(name, "gate_up"), [gate, up])
-            if both:
-                self.graph.node(
-                    "Split", [both], f"{both}.split", [gate.name, up.name], axis=-1, num_outputs=2
-                )
+        """QuickGelu with alpha 1 is SiLU, in one node."""
         gate, up = self._use(gate), self._use(up)
         if act == "silu":
             y = self.graph.node("QuickGelu", [gate], f"{name}.act", domain=DOMAIN, alpha=1.0)

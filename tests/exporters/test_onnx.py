@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ def test_the_codes_come_back(quantized, tmp_path: Path, scheme: str, wrong: Call
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_readable_graph(quantized, tmp_path: Path, tied: bool) -> None:
-    """A node a primitive, but one for queries, keys and values and one for gate and up with its cut, and what is around them."""
+    """A node a primitive, but one for queries, keys and values: eight a layer, and what is around them."""
     quant = quantized("int4-g32", head_dim=16, tie_word_embeddings=tied)
     graph = graph_of(onnx.write(quant, tmp_path))
     count = Counter(node.op_type for node in graph.node)
     layers = {
-        "MatMulNBits": 4 * 2 + 1, "Split": 2, "GroupQueryAttention": 2, "SkipSimplifiedLayerNormalization": 2 * 2, "QuickGelu": 2, "Mul": 2,
+        "MatMulNBits": 5 * 2 + 1, "GroupQueryAttention": 2, "SkipSimplifiedLayerNormalization": 2 * 2, "QuickGelu": 2, "Mul": 2,
     }  # fmt: skip
     around = {"GatherBlockQuantized": 1, "RMSNormalization": 1, "Slice": 1}
     lengths = {"ReduceSum": 1, "Cast": 2, "Sub": 1, "Shape": 1, "Squeeze": 1}
@@ -94,54 +94,22 @@ def test_queries_keys_and_values_are_rows_of_one_matrix(
     graph = graph_of(artifact)
     assert attended(graph) == ["layers.1.attention.qkv"]
     assert wrong(artifact, quant) == []
+    held = {
+        each.name.rpartition(".")[2]: library.numpy_helper.to_array(each, str(tmp_path))
+        for each in graph.initializer
+        if each.name.startswith("layers.1.attention.qkv.")
+    }
     names = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
-    expected = rows_of(quant, names)
-    if biased:
-        expected["bias"] = np.concatenate([quant[f"{name}.bias"].float32() for name in names])
-    assert_holds(artifact, "layers.1.attention.qkv", expected)
-
-
-def rows_of(quant: Quantized, names: Sequence[str]) -> dict[str, Any]:
-    """The parts of several tensors as rows of one."""
     parts = [
         NBits.pack(container_of(quant.schemes[f"{name}.weight"], 128), quant[f"{name}.weight"])
         for name in names
     ]
-    return {part: np.concatenate([each[part] for each in parts]) for part in parts[0]}
-
-
-def assert_holds(artifact: Artifact, name: str, expected: dict[str, Any]) -> None:
-    held = {
-        each.name.rpartition(".")[2]: library.numpy_helper.to_array(each, str(artifact.directory))
-        for each in graph_of(artifact).initializer
-        if each.name.startswith(f"{name}.")
-    }
+    expected = {part: np.concatenate([each[part] for each in parts]) for part in parts[0]}
+    if biased:
+        expected["bias"] = np.concatenate([quant[f"{name}.bias"].float32() for name in names])
     assert held.keys() == expected.keys()
     for part, values in expected.items():
         assert np.array_equal(held[part].reshape(values.shape), values), part
-
-
-@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-asym", "int8"])
-def test_gate_and_up_are_rows_of_one_matrix(
-    quantized, tmp_path: Path, wrong: Callable[..., list[str]], scheme: str
-) -> None:
-    quant = quantized(scheme)
-    artifact = onnx.write(quant, tmp_path)
-    names = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
-    assert_holds(artifact, "layers.1.mlp.gate_up", rows_of(quant, names))
-    (cut,) = (node for node in graph_of(artifact).node if node.name == "layers.1.mlp.gate_up.split")
-    assert list(cut.output) == ["layers.1.mlp.gate", "layers.1.mlp.up"]
-    assert wrong(artifact, quant) == []
-
-
-@pytest.mark.parametrize("override", [{"*.up_proj": "int8"}, {"*.gate_proj": "nf4"}])
-def test_gate_and_up_that_are_not_held_alike_stay_apart(
-    quantized, tmp_path: Path, wrong: Callable[..., list[str]], override: dict[str, str]
-) -> None:
-    quant = quantized("int4-g32", "llama", override)
-    artifact = onnx.write(quant, tmp_path)
-    assert not [node for node in graph_of(artifact).node if node.op_type == "Split"]
-    assert wrong(artifact, quant) == []
 
 
 @pytest.mark.parametrize(
@@ -222,22 +190,18 @@ def test_damage_is_named(quantized, tmp_path: Path, wrong: Callable[..., list[st
         if e.external_data
     }
     for name in (
-        "model.layers.1.mlp.down_proj.weight.codes",
-        "model.layers.1.mlp.down_proj.weight.scales",
+        "model.layers.1.mlp.up_proj.weight.codes",
+        "model.layers.1.mlp.up_proj.weight.scales",
         "model.norm.weight",
     ):
         at = places[name] + int(rng.integers(0, 64))
         data.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         assert wrong(artifact, quant) == [name.removesuffix(".codes").removesuffix(".scales")]
-    for one, first, second in (
-        ("attention.qkv", "self_attn.q_proj", "self_attn.k_proj"),
-        ("mlp.gate_up", "mlp.gate_proj", "mlp.up_proj"),
-    ):
-        size = quant[f"model.layers.1.{first}.weight"].packed.nbytes
-        for part, at in ((first, size - 1), (second, size)):  # rows of one initializer
-            at += places[f"layers.1.{one}.codes"]
-            data.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
-            assert wrong(artifact, quant) == [f"model.layers.1.{part}.weight"]
+    size = quant["model.layers.1.self_attn.q_proj.weight"].packed.nbytes
+    for part, at in (("q", size - 1), ("k", size)):  # rows of one initializer
+        at += places["layers.1.attention.qkv.codes"]
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        assert wrong(artifact, quant) == [f"model.layers.1.self_attn.{part}_proj.weight"]
     data.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PackageError, match=r"cannot be read from"):
         wrong(artifact, quant)
@@ -259,7 +223,7 @@ def test_a_graph_of_another_model_is_not_taken(
 ) -> None:
     artifact = onnx.write(quantized("int4-g32", name="a"), tmp_path)
     with pytest.raises(
-        PackageError, match=r"gate_up\.codes is UINT8 \[512, 4, 16\] where UINT8 \[640, 4, 16\]"
+        PackageError, match=r"up_proj\.weight\.codes is UINT8 \[256, 4, 16\] where UINT8 \[320, 4, 16\]"
     ):
         wrong(artifact, quantized("int4-g32", name="b", intermediate_size=320))
     with pytest.raises(PackageError, match="holds other values than the model's config gives"):
