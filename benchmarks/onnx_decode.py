@@ -2,11 +2,11 @@
 
     python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float|--pair]
 
-Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; medians count. Where a
-process's memory lies makes a difference of 5 %, most often to the disfavour of those that are started first: so all are started anew
-for each launch, every other time in the opposite order, and a few percent take many launches (``--pair``: the two on
-onnxruntime-genai alone). Ours runs on onnxruntime as tapeout runs it, and on
-onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
+Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; of a launch its medians
+count, and of launches the geometric mean. Where a process's memory lies makes a difference of 5 to 10 %: those that are started first
+get what scattered pages are free. So all are started anew for each launch, every other time in the opposite order, and a few percent
+take many launches (``--pair``: the two on onnxruntime-genai alone); the ratio of those two has its standard error beside it. Ours
+runs on onnxruntime as tapeout runs it, and on onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
 without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,7 @@ Made = dict[str, tuple[str, Path, Path]]
 
 @dataclass
 class Times:
-    """Of one artifact on one runtime: seconds of prompts, medians of seconds a token, and resident bytes."""
+    """Of one artifact on one runtime, a launch after the other: seconds of prompts, medians of seconds a token; and resident bytes."""
 
     first: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
@@ -79,6 +80,21 @@ def timed_together(
             times[who].resident = max(times[who].resident, told["resident_bytes"])
     for child in children.values():
         child.communicate("")
+
+
+def launches(seconds: list[float], rounds: int) -> list[float]:
+    """The median of each launch."""
+    return [statistics.median(seconds[at : at + rounds]) for at in range(0, len(seconds), rounds)]
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
+    """Speed of ours over theirs from seconds of as many launches, and its standard error, if there are more than two."""
+    logs = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
+    # Two launches, one in each order, are one sample: what the order does is no spread.
+    pairs = [statistics.fmean(logs[at : at + 2]) for at in range(0, len(logs), 2)]
+    mean = math.exp(statistics.fmean(pairs))
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return round(mean, 3), error and round(mean * error, 3)
 
 
 def said(child: subprocess.Popen[str]) -> dict[str, Any]:
@@ -138,7 +154,7 @@ def by_peer(road: str, model: Path, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--launches", type=int, default=2)
+    parser.add_argument("--launches", type=int, default=2, help="an even number")
     parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=128)
@@ -148,6 +164,10 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
     arguments = parser.parse_args()
+    if arguments.launches < 2 or arguments.launches % 2:
+        parser.error(
+            f"--launches {arguments.launches}: either side is first as often in an even number of launches alone"
+        )
     lengths = ["--prefill", str(arguments.prefill), "--decode", str(arguments.decode)]
     made = artifacts(arguments.work, not (arguments.no_float or arguments.pair))
     if arguments.pair:
@@ -159,8 +179,12 @@ def main() -> None:
     for who, side in times.items():
         size = sum(p.stat().st_size for p in made[who][1].iterdir() if p.is_file())
         rows[who] = {
-            "prefill_tokens_per_s": round(arguments.prefill / statistics.median(side.first), 1),
-            "decode_tokens_per_s": round(1 / statistics.median(side.tokens), 2),
+            "prefill_tokens_per_s": round(
+                arguments.prefill / statistics.geometric_mean(launches(side.first, arguments.rounds)), 1
+            ),
+            "decode_tokens_per_s": round(
+                1 / statistics.geometric_mean(launches(side.tokens, arguments.rounds)), 2
+            ),
             "resident_gb": round(side.resident / 1e9, 2),
             "file_mb": round(size / 1e6, 1),
         }
@@ -169,21 +193,28 @@ def main() -> None:
             f"{who:36} prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:6.2f} tokens/s  "
             f"{row['resident_gb']:5.2f} GB resident, {row['file_mb']:7.1f} MB"
         )
-    ours, theirs = rows[OURS], rows[BUILDERS]
+    ours, theirs = times[OURS], times[BUILDERS]
     ratios = {
-        what: round(ours[f"{what}_tokens_per_s"] / theirs[f"{what}_tokens_per_s"], 3)
-        for what in ("prefill", "decode")
+        what: ratio(launches(mine, arguments.rounds), launches(others, arguments.rounds))
+        for what, mine, others in (
+            ("prefill", ours.first, theirs.first),
+            ("decode", ours.tokens, theirs.tokens),
+        )
     }
-    print(
-        f"on onnxruntime-genai, ours / the builder's: prefill {ratios['prefill']}, decode {ratios['decode']}"
+    words = ", ".join(
+        f"{what} {value}" + (f" ± {error}" if error is not None else "")
+        for what, (value, error) in ratios.items()
     )
+    print(f"on onnxruntime-genai, ours / the builder's: {words}")
     common.report(
         {
             "benchmark": "onnx_decode",
             "launches": arguments.launches,
             "rounds": arguments.rounds,
             "rows": rows,
-            "same_runtime": ratios,
+            "same_runtime": {
+                what: {"ratio": value, "standard_error": error} for what, (value, error) in ratios.items()
+            },
         }
     )
 

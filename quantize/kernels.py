@@ -19,7 +19,7 @@ _F = np.float32
 _ONE, _TWO = np.float32(1), np.float32(2)
 # What weights are divided by is no less: the reciprocal of a subnormal number is infinite.
 _SMALLEST = np.float32(1e-30)
-# Under a codebook no scale is divided by that is less, as in bitsandbytes: from 2.9e-39 down the reciprocal is infinite.
+# Under a codebook a smaller scale divides, as the reciprocal of one from 2.9e-39 down is infinite; others' reciprocal multiplies.
 _SMALL = np.float32(1e-38)
 # Adding and taking off 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
 _ROUND = np.float32(12582912.0)
@@ -41,6 +41,12 @@ def _level(u, reach, base, edge):  # type: ignore[no-untyped-def]
     """
     at = int(min(max((u * reach + _ONE) * (edge.size // 2), _F(0)), _F(edge.size - 1)))
     return base[at] + np.uint8(u > edge[at])
+
+
+@inlined
+def _unit(x, s, inverse):  # type: ignore[no-untyped-def]
+    """``x / s`` in units of a codebook's scale, by its reciprocal as bitsandbytes has it; 0 under a scale of 0."""
+    return x * inverse if abs(s) >= _SMALL or s == 0 else x / s
 
 
 @inlined
@@ -448,9 +454,10 @@ def round_levels(w, n, scale, reach, base, edge, codes):  # type: ignore[no-unty
     """The index of the level of a codebook that is nearest to ``w / scale``, uint8."""
     groups = w.size // n
     for g in range(groups):
-        inverse = _ONE / max(scale[g], _SMALL)
+        s = scale[g]
+        inverse = _ONE / max(s, _SMALL)
         for i in range(g * n, (g + 1) * n):
-            codes[i] = _level(w[i] * inverse, reach, base, edge)
+            codes[i] = _level(_unit(w[i], s, inverse), reach, base, edge)
 
 
 @compiled
@@ -530,7 +537,7 @@ def round_block(  # type: ignore[no-untyped-def]
                 codes[r, j] = np.uint8(q + z)
                 value = q * s - minimum[r, g]
             elif kind == 1:
-                level = _level(x * inverse, reach, base, edge)
+                level = _level(_unit(x, s, inverse), reach, base, edge)
                 codes[r, j] = order[level]
                 value = levels[level] * s
             else:

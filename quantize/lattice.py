@@ -267,8 +267,10 @@ def quantize_scales(scale: Floats) -> dict[str, npt.NDArray[Any]]:
     padded[: flat.size] = flat
     blocks = padded.reshape(-1, DOUBLE_BLOCK)
     block_scale = np.abs(blocks).max(axis=1)
-    # As bitsandbytes has it: times the reciprocal, of no less than 1e-38.
+    # As bitsandbytes has it: times the reciprocal. Below 1e-38, where that may be infinite, it leaves codes that are not the nearest.
     unit = blocks * (np.float32(1) / np.maximum(block_scale, np.float32(1e-38)))[:, None]
+    tiny = (block_scale < np.float32(1e-38)) & (block_scale > 0)
+    unit[tiny] = blocks[tiny] / block_scale[tiny, None]
     between = (codebook[1:] + codebook[:-1]) / np.float32(2)
     codes = np.searchsorted(between, unit.reshape(-1)[: flat.size], side="left").astype(np.uint8)
     return {

@@ -536,6 +536,19 @@ def test_scales_that_are_all_alike_are_quantized_exactly() -> None:
     assert (scales.values() == 0.125).all()
 
 
+@pytest.mark.parametrize("power", [0, -126, -128, -136])
+def test_the_code_of_a_scale_is_the_nearest_below_the_normal_numbers_too(power: int) -> None:
+    scale = np.random.default_rng(0).uniform(0.5, 1, (4, 64)).astype(np.float32) * np.float32(2.0**power)
+    parts = lattice.quantize_scales(scale)
+    book, block = dynamic_map().astype(np.float64), parts["scale_block"].astype(np.float64)
+    wanted = scale.astype(np.float64).reshape(-1) - parts["scale_offset"][0]
+    distance = np.abs(wanted[:, None] - book * block[0])
+    took = distance[np.arange(wanted.size), parts["scale_codes"].reshape(-1)]
+    # scale - offset is rounded once to float32 (2^-24, below 2^-126 exact), its quotient by the reciprocal twice more: it moves
+    # across a midpoint by 3 * 2^-24 of itself, which is twice that in distances.
+    assert (took <= distance.min(axis=1) + 6 * 2.0**-24 * np.abs(wanted)).all()
+
+
 def test_grids_say_what_the_store_keeps() -> None:
     for scheme in QUANTIZING:
         weight = student(4, 512)

@@ -115,6 +115,8 @@ def test_error_is_what_the_scheme_promises(name: str, most: float) -> None:
 @pytest.mark.parametrize("scheme", QUANTIZING, ids=str)
 @settings(deadline=None)
 @example(weight=np.full((2, 256), 2.0**-126, np.float32))  # a tensor's float32 scale would be subnormal
+@example(weight=np.full((2, 256), 3.4e-39, np.float32))  # a group's is
+@example(weight=np.full((2, 256), 2.0**-149, np.float32))  # or infinite
 @given(weight=hnp.arrays(np.float32, (2, 256), elements=st.floats(-1000, 1000, width=32)))
 def test_the_error_of_a_weight_is_at_most_half_a_step_or_it_is_cut_off(
     scheme: Scheme, weight: Floats
