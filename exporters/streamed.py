@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tapeout.errors import SchemeError
 from tapeout.exporters.steps import by_rows, steps
 from tapeout.models import SourceTensor
+from tapeout.models.checkpoint import largest
 from tapeout.quantize.store import write_at
 from tapeout.quantize.tensor import QuantTensor
 
@@ -87,14 +88,14 @@ def floats(tensor: SourceTensor, dtype: str) -> Part:
 def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
     """SchemeError when a tensor, or a weight that its codes can be, is beyond float16."""
     if isinstance(tensor, QuantTensor):
-        largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+        most = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
     else:
         rows = tensor.shape[0] if tensor.shape else 1
         pieces = steps(rows, math.prod(tensor.shape[1:]))
-        largest = max((float(np.abs(tensor.float32(piece)).max(initial=0)) for piece in pieces), default=0.0)
-    if largest > np.finfo(np.float16).max:
+        most = max((largest(tensor.read(piece), tensor.dtype) for piece in pieces), default=0.0)
+    if most > np.finfo(np.float16).max:
         raise SchemeError(
-            f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
+            f"{name} has values up to {most:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
         )
 
 
@@ -127,13 +128,17 @@ def write(
     directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor, *, hollow: bool = False
 ) -> Iterator[int]:
     """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each. Hollow: its length alone."""
-    with (directory / file.name).open("wb") as opened:
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool.
+    with (directory / file.name).open("wb") as opened, ThreadPoolExecutor(2) as feeders:
         write_at(opened.fileno(), np.frombuffer(file.header, np.uint8), 0)
         os.ftruncate(opened.fileno(), file.nbytes)
-        for name, at in () if hollow else file.places.items():
+
+        def put(name: str) -> int:
             part = part_of(name)
-            _write_part(opened.fileno(), part, at, pool)
-            yield part.nbytes
+            _write_part(opened.fileno(), part, file.places[name], pool)
+            return part.nbytes
+
+        yield from () if hollow else feeders.map(put, file.places)
 
 
 def _write_part(handle: int, part: Part, at: int, pool: Executor) -> None:
