@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -128,26 +129,30 @@ def write(
     directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor, *, hollow: bool = False
 ) -> Iterator[int]:
     """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each. Hollow: its length alone."""
-    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool.
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool. A file takes one write at a time:
+    # a thread that waits for this lock leaves its core to others, which in the kernel it would not.
+    lock = Lock()
     with (directory / file.name).open("wb") as opened, ThreadPoolExecutor(2) as feeders:
         write_at(opened.fileno(), np.frombuffer(file.header, np.uint8), 0)
         os.ftruncate(opened.fileno(), file.nbytes)
 
         def put(name: str) -> int:
             part = part_of(name)
-            _write_part(opened.fileno(), part, file.places[name], pool)
+            _write_part(opened.fileno(), part, file.places[name], pool, lock)
             return part.nbytes
 
         yield from () if hollow else feeders.map(put, file.places)
 
 
-def _write_part(handle: int, part: Part, at: int, pool: Executor) -> None:
-    if part.height == 1 or not part.nbytes:
-        write_at(handle, part.rows(slice(None)), at)
-        return
-    width = part.nbytes // part.height
+def _write_part(handle: int, part: Part, at: int, pool: Executor, lock: Lock) -> None:
+    width = part.nbytes // max(1, part.height)
 
     def put(rows: slice) -> None:
-        write_at(handle, part.rows(rows), at + rows.start * width)
+        made = np.ascontiguousarray(part.rows(rows))
+        with lock:
+            write_at(handle, made, at + (rows.start or 0) * width)
 
-    by_rows(put, part.height, width, pool)
+    if part.height == 1 or not part.nbytes:
+        put(slice(None))
+    else:
+        by_rows(put, part.height, width, pool)

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.quantize import kernels
+from tapeout import Late
 from tapeout.quantize.scheme import E4M3, LEVELS, SUPER, Scheme, dynamic_map
 from tapeout.quantize.tensor import DOUBLE_BLOCK, QuantTensor, ScaleCodes, pack
 
 Floats = npt.NDArray[np.float32]
+
+kernels = Late("tapeout.quantize.kernels")
 
 _SMALLEST = np.float16(2.0**-14)  # the smallest normal float16
 _LARGEST = np.float32(65504.0)  # the largest
@@ -69,6 +71,11 @@ class Grid:
             None if self.zero_point is None else self.zero_point[index],
             {name: part[index] for name, part in self.parts.items()},
         )
+
+
+def warm() -> None:
+    """Import numba with what it needs to run a kernel: a third of a second that need not be waited for later."""
+    kernels.pack_nibbles(np.zeros(2, np.uint8), np.empty(1, np.uint8))
 
 
 def fit(

@@ -1,53 +1,14 @@
-"""Symmetric 4-bit codes in one pass over a checkpoint's own bits: the same as ``rtn`` and ``lattice`` give, in a third of their time.
-
-Nothing is in memory between a weight and its code. What is not finite, or has a scale beyond float16, is left to them: they name it.
-"""
+"""The inner loop of ``rtn.packed_rows``, compiled by numba: symmetric 4-bit codes in one pass over a checkpoint's own bits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
-import numpy.typing as npt
 
-from tapeout.models.checkpoint import to_float32
-from tapeout.quantize.kernels import LANES, LONG, SMALLEST, compiled, inlined, integer, round_scales
-from tapeout.quantize.lattice import FAST
-from tapeout.quantize.scheme import Scheme
+from tapeout.quantize.kernels import LANES, SMALLEST, compiled, inlined, integer, round_scales
 
 _F, _U = np.float32, np.uint32
 _HIGH = np.uint32(0xFFFF0000)
-
-
-def carries(scheme: Scheme) -> bool:
-    """Whether codes of a scheme are made here."""
-    group = scheme.group or LONG
-    return scheme.kind == "symmetric" and scheme.bits == 4 and group < LONG and group % 8 == 0
-
-
-def round_rows(
-    bits: npt.NDArray[Any], dtype: str, scheme: Scheme
-) -> tuple[dict[str, npt.NDArray[Any]], int] | None:
-    """Round rows [rows, in] as the checkpoint has them.
-
-    Args:
-        bits: C-contiguous; of BF16 uint16.
-        dtype: safetensors' name of their type.
-        scheme: one that ``carries`` says.
-
-    Returns:
-        What a store keeps of them (codes uint8 [rows, in / 2], scale float16 [rows, in / group]), and how many scales were raised; or
-        None for a weight that is not finite, or a scale beyond float16.
-    """
-    rows, into = bits.shape
-    group = scheme.group or into
-    narrow = dtype == "BF16"
-    words = (bits if narrow else to_float32(bits, dtype)).reshape(-1).view(np.uint64)
-    codes, scale = np.empty((rows, into // 2), np.uint8), np.empty((rows, into // group), np.float16)
-    flat = codes.reshape(-1).view(np.uint32), scale.reshape(-1).view(np.uint16)
-    clamped, sound = _round(words, narrow, group, FAST, *flat)
-    return ({"codes": codes, "scale": scale}, clamped) if sound else None
 
 
 @inlined
@@ -82,7 +43,7 @@ def _nibble(x, inverse):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _round(words, narrow, n, factors, codes, scale):  # type: ignore[no-untyped-def]
+def round_words(words, narrow, n, factors, codes, scale):  # type: ignore[no-untyped-def]
     """``fit_symmetric`` of codes -8 … 7, ``round_scales`` and ``round_integer``, 64 groups at a time.
 
     Several weights of a group are looked at in each inner loop, one after the other: sums are taken in the order of ``fit_symmetric``.

@@ -28,7 +28,7 @@ from tapeout.errors import ModelError
 from tapeout.files import file_sha256
 from tapeout.models import SourceTensor, checkpoint
 from tapeout.models.checkpoint import read_header, to_float32
-from tapeout.quantize import lattice, nibbles, rtn
+from tapeout.quantize import lattice, rtn
 from tapeout.quantize.scheme import Scheme
 from tapeout.quantize.tensor import QuantTensor
 
@@ -145,7 +145,7 @@ def _round_into(
         write_at(handle, np.array([whole], np.float32), at["scale_block"])
     elif scheme.scales == "double":
         scales = np.empty((out, into // (scheme.group or into)), np.float32)
-    at_once = simple is rtn.round_to_nearest and nibbles.carries(scheme)
+    at_once = simple is rtn.round_to_nearest and rtn.in_one_pass(scheme)
 
     def put(parts: Mapping[str, npt.NDArray[Any]], row: int) -> None:
         for part, values in parts.items():
@@ -156,7 +156,7 @@ def _round_into(
         step = max(1, _STEP_WEIGHTS // into)
         end = min(out, first + task)
         for row, bits in source.pieces(first, end, step):
-            if at_once and (found := nibbles.round_rows(bits, source.dtype, scheme)):
+            if at_once and (found := rtn.packed_rows(bits, source.dtype, scheme)):
                 parts, raised = found
                 clamped += raised
                 put(parts, row)
