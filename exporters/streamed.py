@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,14 +21,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tapeout import Late
 from tapeout.errors import SchemeError
 from tapeout.exporters.steps import by_rows, steps
 from tapeout.models import SourceTensor
-from tapeout.models.checkpoint import largest
+from tapeout.models.checkpoint import largest, to_float32
 from tapeout.quantize.store import write_at
 from tapeout.quantize.tensor import QuantTensor
 
 Array = npt.NDArray[Any]
+
+_kernels = Late("tapeout.exporters.kernels")
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
 """Bytes of an element, by safetensors' name of its type."""
@@ -81,19 +85,35 @@ def floats(tensor: SourceTensor, dtype: str) -> Part:
     def rows(which: slice) -> Any:
         if dtype == tensor.dtype:
             return tensor.read(which)
+        if (tensor.dtype, dtype) == ("BF16", "F16"):
+            return to_half(tensor.read(which))
         return tensor.float32(which).astype(np.float16 if dtype == "F16" else np.float32)
 
     return Part(dtype, tensor.shape, rows, tensor.shape[0] if len(tensor.shape) > 1 else 1)
 
 
-def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
-    """SchemeError when a tensor, or a weight that its codes can be, is beyond float16."""
+def to_half(bits: Array) -> Array:
+    """Bits of bfloat16, uint16 [any shape], as float16: each of the 65,536 is what numpy makes of it, which takes numpy a while by itself."""
+    found = np.empty(bits.shape, np.float16)
+    _kernels.look_up(_halves(), np.ascontiguousarray(bits).reshape(-1), found.reshape(-1).view(np.uint16))
+    return found
+
+
+@cache
+def _halves() -> Array:
+    with np.errstate(over="ignore"):  # check_half has refused what is beyond
+        return to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16").astype(np.float16).view(np.uint16)
+
+
+def check_half(name: str, tensor: QuantTensor | SourceTensor, pool: Executor | None = None) -> None:
+    """SchemeError when a tensor, or a weight that its codes can be, is beyond float16; a large one is read by a pool."""
     if isinstance(tensor, QuantTensor):
         most = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
     else:
         rows = tensor.shape[0] if tensor.shape else 1
         pieces = steps(rows, math.prod(tensor.shape[1:]))
-        most = max((largest(tensor.read(piece), tensor.dtype) for piece in pieces), default=0.0)
+        each = pool.map if pool else map
+        most = max(each(lambda piece: largest(tensor.read(piece), tensor.dtype), pieces), default=0.0)
     if most > np.finfo(np.float16).max:
         raise SchemeError(
             f"{name} has values up to {most:.3g}, beyond the float16 that the file has it in. What fits: target cpu."

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,16 @@ def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:
 
 def read_tensor(store: Path, name: str, scheme: Scheme, in_features: int) -> QuantTensor:
     """Map a tensor's file."""
-    header, _ = read_header(tensor_path(store, name))
+    path = tensor_path(store, name)
+    found = path.stat() if path.exists() else None  # its reader says what is absent
+    header = _header(path, found and (found.st_ino, found.st_mtime_ns))
     return lattice.assemble({part: tensor.bits() for part, tensor in header.items()}, scheme, in_features)
+
+
+@lru_cache(1 << 10)
+def _header(path: Path, which: tuple[int, int] | None) -> Mapping[str, SourceTensor]:
+    """The header of a file, which exporters ask for more than once."""
+    return read_header(path)[0]
 
 
 def not_finite(source: SourceTensor) -> ModelError:
