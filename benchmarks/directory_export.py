@@ -2,8 +2,8 @@
 
     python benchmarks/directory_export.py rocm|nvidia|trtllm [--shape 1b|8b] [--repeats 3] [--no-peer]
 
-Of ``rocm`` the compressed-tensors directory and llm-compressor, of ``nvidia`` the unified directory and nvidia-modelopt, of ``trtllm`` the
-checkpoints of two ranks and nvidia-modelopt's own exporter of them. Both sides begin with the checkpoint in the page cache, round to
+It took the place of ``nvidia_export.py`` and ``rocm_export.py``, which lines of results/*_8b.txt still name. Of ``rocm`` the
+compressed-tensors directory and llm-compressor, of ``nvidia`` the unified directory and nvidia-modelopt, of ``trtllm`` the checkpoints of two ranks and nvidia-modelopt's own exporter of them. Both sides begin with the checkpoint in the page cache, round to
 nearest INT4 in groups of 128 (embeddings and head stay as they are) and write to the same disk, in turn; the median of the repeats counts.
 Beside each time stands the one with the ``sync`` after it, and beside all what a plain write of as many bytes takes. Shape 8b is Llama 3 8B,
 all of whose layers read the bytes of the first one, since a disk of a small machine does not hold three times its weights; the peers need

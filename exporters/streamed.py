@@ -11,21 +11,27 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tapeout import Late
 from tapeout.errors import SchemeError
 from tapeout.exporters.steps import by_rows, steps
 from tapeout.models import SourceTensor
+from tapeout.models.checkpoint import largest, to_float32
 from tapeout.quantize.store import write_at
 from tapeout.quantize.tensor import QuantTensor
 
 Array = npt.NDArray[Any]
+
+_kernels = Late("tapeout.exporters.kernels")
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
 """Bytes of an element, by safetensors' name of its type."""
@@ -79,22 +85,38 @@ def floats(tensor: SourceTensor, dtype: str) -> Part:
     def rows(which: slice) -> Any:
         if dtype == tensor.dtype:
             return tensor.read(which)
+        if (tensor.dtype, dtype) == ("BF16", "F16"):
+            return to_half(tensor.read(which))
         return tensor.float32(which).astype(np.float16 if dtype == "F16" else np.float32)
 
     return Part(dtype, tensor.shape, rows, tensor.shape[0] if len(tensor.shape) > 1 else 1)
 
 
-def check_half(name: str, tensor: QuantTensor | SourceTensor) -> None:
-    """SchemeError when a tensor, or a weight that its codes can be, is beyond float16."""
+def to_half(bits: Array) -> Array:
+    """Bits of bfloat16, uint16 [any shape], as float16: each of the 65,536 is what numpy makes of it, which takes numpy a while by itself."""
+    found = np.empty(bits.shape, np.float16)
+    _kernels.look_up(_halves(), np.ascontiguousarray(bits).reshape(-1), found.reshape(-1).view(np.uint16))
+    return found
+
+
+@cache
+def _halves() -> Array:
+    with np.errstate(over="ignore"):  # check_half has refused what is beyond
+        return to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16").astype(np.float16).view(np.uint16)
+
+
+def check_half(name: str, tensor: QuantTensor | SourceTensor, pool: Executor | None = None) -> None:
+    """SchemeError when a tensor, or a weight that its codes can be, is beyond float16; a large one is read by a pool."""
     if isinstance(tensor, QuantTensor):
-        largest = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
+        most = float(np.abs(tensor.codebook).max() * np.abs(tensor.scale.astype(np.float32)).max())
     else:
         rows = tensor.shape[0] if tensor.shape else 1
         pieces = steps(rows, math.prod(tensor.shape[1:]))
-        largest = max((float(np.abs(tensor.float32(piece)).max(initial=0)) for piece in pieces), default=0.0)
-    if largest > np.finfo(np.float16).max:
+        each = pool.map if pool else map
+        most = max(each(lambda piece: largest(tensor.read(piece), tensor.dtype), pieces), default=0.0)
+    if most > np.finfo(np.float16).max:
         raise SchemeError(
-            f"{name} has values up to {largest:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
+            f"{name} has values up to {most:.3g}, beyond the float16 that the file has it in. What fits: target cpu."
         )
 
 
@@ -127,22 +149,30 @@ def write(
     directory: Path, file: File, part_of: Callable[[str], Part], pool: Executor, *, hollow: bool = False
 ) -> Iterator[int]:
     """Write a file, tensor by tensor, each asked for when its turn comes; yields the bytes of each. Hollow: its length alone."""
-    with (directory / file.name).open("wb") as opened:
+    # Two at a time, so that no core waits for the end of one: the work itself is done by the pool. A file takes one write at a time:
+    # a thread that waits for this lock leaves its core to others, which in the kernel it would not.
+    lock = Lock()
+    with (directory / file.name).open("wb") as opened, ThreadPoolExecutor(2) as feeders:
         write_at(opened.fileno(), np.frombuffer(file.header, np.uint8), 0)
         os.ftruncate(opened.fileno(), file.nbytes)
-        for name, at in () if hollow else file.places.items():
+
+        def put(name: str) -> int:
             part = part_of(name)
-            _write_part(opened.fileno(), part, at, pool)
-            yield part.nbytes
+            _write_part(opened.fileno(), part, file.places[name], pool, lock)
+            return part.nbytes
+
+        yield from () if hollow else feeders.map(put, file.places)
 
 
-def _write_part(handle: int, part: Part, at: int, pool: Executor) -> None:
-    if part.height == 1 or not part.nbytes:
-        write_at(handle, part.rows(slice(None)), at)
-        return
-    width = part.nbytes // part.height
+def _write_part(handle: int, part: Part, at: int, pool: Executor, lock: Lock) -> None:
+    width = part.nbytes // max(1, part.height)
 
     def put(rows: slice) -> None:
-        write_at(handle, part.rows(rows), at + rows.start * width)
+        made = np.ascontiguousarray(part.rows(rows))
+        with lock:
+            write_at(handle, made, at + (rows.start or 0) * width)
 
-    by_rows(put, part.height, width, pool)
+    if part.height == 1 or not part.nbytes:
+        put(slice(None))
+    else:
+        by_rows(put, part.height, width, pool)

@@ -137,6 +137,16 @@ def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     return wide.view(np.float32)
 
 
+def largest(bits: npt.NDArray[Any], dtype: str) -> float:
+    """The largest magnitude of F32, F16 or BF16 (given as its bits), 0 of none; infinite or NaN when one of them is.
+
+    Without its sign a float's bits are an integer that grows with it, and infinity and NaN are the largest.
+    """
+    whole = bits.view(f"u{bits.itemsize}")
+    top = np.max(whole & whole.dtype.type((1 << 8 * bits.itemsize - 1) - 1), initial=0)
+    return float(to_float32(np.array([top], whole.dtype).view(bits.dtype), dtype)[0])
+
+
 class Checkpoint(Mapping[str, SourceTensor]):
     """The tensors of a model directory by name, in the order of the files.
 

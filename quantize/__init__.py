@@ -36,7 +36,7 @@ from tapeout.models import EncoderConfig, Model, Role, Seq2SeqConfig, SourceTens
 from tapeout.models.checkpoint import read_header
 from tapeout.models.decoder import joined
 from tapeout.models.torch_ops import one_core_each
-from tapeout.quantize import foreign, hqq, rtn, store
+from tapeout.quantize import foreign, hqq, lattice, rtn, store
 from tapeout.quantize.calibration import Calibration, digest, torch_device
 from tapeout.quantize.lattice import ScaleOverflow
 from tapeout.quantize.scheme import SCHEMES, Scheme
@@ -182,6 +182,7 @@ def quantize(
         device, where = torch_device(device)
     prepare = one_core_each if tokens is not None else None
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), initializer=prepare) as pool:
+        pool.submit(lattice.warm)  # by one core, while the others digest the checkpoint
         source = model.checkpoint.sha256(pool)
         recipe = {
             "format_version": store.FORMAT_VERSION,

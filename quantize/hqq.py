@@ -14,15 +14,19 @@ residual is shrunk to its sparse part, and the grid is fitted to the weight with
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.quantize import kernels, lattice
+from tapeout import Late
+from tapeout.quantize import lattice
 from tapeout.quantize.lattice import Floats, Grid
 from tapeout.quantize.rtn import Rounded
 from tapeout.quantize.scheme import SUPER, Scheme
+
+kernels = Late("tapeout.quantize.kernels")
 
 # HQQ takes 0.7. A power made of square roots is the same on every machine: IEEE 754 says how they are rounded.
 P = 11 / 16
@@ -81,14 +85,14 @@ def _measure(
     beta: np.float32,
     target: Floats,
 ) -> Floats:
-    """What ``_sums`` gives of each group, float32 [8, rows, groups]; ``target`` [rows, in] is filled unless it is empty."""
+    """What ``_sums_of_groups`` gives of each group, float32 [8, rows, groups]; ``target`` [rows, in] is filled unless it is empty."""
     rows, into = weight.shape
     n = scheme.group or into
     nothing = np.zeros(1, np.float32)
     zero = nothing if grid.zero_point is None else grid.zero_point.reshape(-1).astype(np.float32)
     minimum = nothing if grid.minimum is None else grid.minimum.reshape(-1)
     sums = np.empty((8, rows, into // n), np.float32)
-    _sums(
+    _sums()(
         weight.reshape(-1),
         codes.reshape(-1),
         scheme.codebook(),
@@ -174,7 +178,9 @@ def _sums_of_groups(
         sums[7, g] = squares.max()
 
 
-_sums = kernels.compiled(_sums_of_groups)
+@cache
+def _sums() -> Any:
+    return kernels.compiled(_sums_of_groups)
 
 
 def _by_unit(errors: Floats, scheme: Scheme, joined: np.ufunc) -> Floats:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-_LANES = 64  # several vectors: each waits for its last sum, and the others work meanwhile
-_LONG = 256  # weights of a group from which on it is faster by itself
+LANES = 64  # several vectors: each waits for its last sum, and the others work meanwhile
+LONG = 256  # weights of a group from which on it is faster by itself
 _F = np.float32
 _ONE, _TWO = np.float32(1), np.float32(2)
 # What weights are divided by is no less: the reciprocal of a subnormal number is infinite.
-_SMALLEST = np.float32(1e-30)
+SMALLEST = np.float32(1e-30)
 # Under a codebook a smaller scale divides, as the reciprocal of one from 2.9e-39 down is infinite; others' reciprocal multiplies.
 _SMALL = np.float32(1e-38)
 # Adding and taking off 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
@@ -29,7 +29,7 @@ inlined = numba.njit(nogil=True, inline="always", error_model="numpy")
 
 
 @inlined
-def _integer(x, low, high):  # type: ignore[no-untyped-def]
+def integer(x, low, high):  # type: ignore[no-untyped-def]
     return (min(max(x, low), high) + _ROUND) - _ROUND
 
 
@@ -53,7 +53,7 @@ def _unit(x, s, inverse):  # type: ignore[no-untyped-def]
 def _gather(w, h, n, first, lanes, x, hx):  # type: ignore[no-untyped-def]
     """Groups side by side, x and hx [n, lanes]; zeros where there are fewer. One importance: hx stays as it is."""
     into = h.size
-    if lanes < _LANES:
+    if lanes < LANES:
         x[:] = 0
         hx[:] = 0
     for lane in range(lanes):
@@ -64,7 +64,7 @@ def _gather(w, h, n, first, lanes, x, hx):  # type: ignore[no-untyped-def]
             column = at % into
             for i in range(n):
                 hx[i, lane] = h[column + i]
-        elif lanes < _LANES:
+        elif lanes < LANES:
             hx[:, lane] = 1
 
 
@@ -88,17 +88,17 @@ def fit_symmetric(w, h, n, low, high, signed, factors, scale):  # type: ignore[n
     Returns whether every weight was finite; what the scales are when not is of no use.
     """
     groups = w.size // n
-    alone = n >= _LONG and n % _LANES == 0
-    rows, width = (n // _LANES, 1) if alone else (n, _LANES)
-    x = np.empty((rows, _LANES), np.float32)
-    hx = np.ones((rows, _LANES), np.float32)
-    least = np.empty(_LANES, np.float32)
-    most = np.empty(_LANES, np.float32)
-    unit = np.empty(_LANES, np.float32)
-    a = np.empty(_LANES, np.float32)
-    b = np.empty(_LANES, np.float32)
-    gain = np.empty(_LANES, np.float32)
-    best = np.empty(_LANES, np.float32)
+    alone = n >= LONG and n % LANES == 0
+    rows, width = (n // LANES, 1) if alone else (n, LANES)
+    x = np.empty((rows, LANES), np.float32)
+    hx = np.ones((rows, LANES), np.float32)
+    least = np.empty(LANES, np.float32)
+    most = np.empty(LANES, np.float32)
+    unit = np.empty(LANES, np.float32)
+    a = np.empty(LANES, np.float32)
+    b = np.empty(LANES, np.float32)
+    gain = np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
     finite = True
     for first in range(0, groups, width):
         lanes = min(width, groups - first)
@@ -109,35 +109,35 @@ def fit_symmetric(w, h, n, low, high, signed, factors, scale):  # type: ignore[n
                 hx.reshape(-1)[:] = h[column : column + n]
         else:
             _gather(w, h, n, first, lanes, x, hx)
-        for lane in range(_LANES):
+        for lane in range(LANES):
             least[lane] = 0
             most[lane] = 0
             gain[lane] = -1
             best[lane] = 0
         for i in range(rows):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 least[lane] = x[i, lane] if x[i, lane] < least[lane] else least[lane]
                 most[lane] = x[i, lane] if x[i, lane] > most[lane] else most[lane]
         if alone:
             least[:] = least.min()
             most[:] = most.max()
-        for lane in range(_LANES):
-            size = max(most[lane], -least[lane], _SMALLEST)
+        for lane in range(LANES):
+            size = max(most[lane], -least[lane], SMALLEST)
             unit[lane] = (-low if most[lane] > -least[lane] else low) / -size if signed else high / size
         for k in range(factors.size):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 a[lane] = 0
                 b[lane] = 0
             for i in range(rows):
-                for lane in range(_LANES):
-                    q = _integer(x[i, lane] * (unit[lane] * factors[k]), low, high)
+                for lane in range(LANES):
+                    q = integer(x[i, lane] * (unit[lane] * factors[k]), low, high)
                     hq = hx[i, lane] * q
                     a[lane] += x[i, lane] * hq
                     b[lane] += q * hq
             if alone:
                 _together(a)
                 _together(b)
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 reached = a[lane] * a[lane] / b[lane]
                 better = reached > gain[lane]
                 best[lane] = a[lane] / b[lane] if better else best[lane]
@@ -155,47 +155,47 @@ def fit_asymmetric(w, h, n, high, factors, scale, zero):  # type: ignore[no-unty
     Each factor shrinks the range between the extremes (zero among them); its zero point is the nearest integer, below and above.
     """
     groups = w.size // n
-    x = np.empty((n, _LANES), np.float32)
-    hx = np.ones((n, _LANES), np.float32)
-    least = np.empty(_LANES, np.float32)
-    most = np.empty(_LANES, np.float32)
-    inverse = np.empty(_LANES, np.float32)
-    z = np.empty(_LANES, np.float32)
-    a = np.empty(_LANES, np.float32)
-    b = np.empty(_LANES, np.float32)
-    gain = np.empty(_LANES, np.float32)
-    best = np.empty(_LANES, np.float32)
-    best_z = np.empty(_LANES, np.float32)
+    x = np.empty((n, LANES), np.float32)
+    hx = np.ones((n, LANES), np.float32)
+    least = np.empty(LANES, np.float32)
+    most = np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    z = np.empty(LANES, np.float32)
+    a = np.empty(LANES, np.float32)
+    b = np.empty(LANES, np.float32)
+    gain = np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    best_z = np.empty(LANES, np.float32)
     finite = True
-    for first in range(0, groups, _LANES):
-        lanes = min(_LANES, groups - first)
+    for first in range(0, groups, LANES):
+        lanes = min(LANES, groups - first)
         _gather(w, h, n, first, lanes, x, hx)
-        for lane in range(_LANES):
+        for lane in range(LANES):
             least[lane] = 0
             most[lane] = 0
             gain[lane] = -1
             best[lane] = 0
             best_z[lane] = 0
         for i in range(n):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 least[lane] = x[i, lane] if x[i, lane] < least[lane] else least[lane]
                 most[lane] = x[i, lane] if x[i, lane] > most[lane] else most[lane]
         for k in range(factors.size):
             for side in range(2):
-                for lane in range(_LANES):
-                    unit = high / max(most[lane] - least[lane], _SMALLEST)
+                for lane in range(LANES):
+                    unit = high / max(most[lane] - least[lane], SMALLEST)
                     inverse[lane] = unit * factors[k]
                     exact = -least[lane] * unit
                     z[lane] = min(max(np.floor(exact) + side, _F(0)), high)
                     a[lane] = 0
                     b[lane] = 0
                 for i in range(n):
-                    for lane in range(_LANES):
-                        q = _integer(x[i, lane] * inverse[lane], -z[lane], high - z[lane])
+                    for lane in range(LANES):
+                        q = integer(x[i, lane] * inverse[lane], -z[lane], high - z[lane])
                         hq = hx[i, lane] * q
                         a[lane] += x[i, lane] * hq
                         b[lane] += q * hq
-                for lane in range(_LANES):
+                for lane in range(LANES):
                     reached = a[lane] * a[lane] / b[lane]
                     better = (reached > gain[lane]) & (a[lane] > 0)
                     best[lane] = a[lane] / b[lane] if better else best[lane]
@@ -212,18 +212,18 @@ def fit_asymmetric(w, h, n, high, factors, scale, zero):  # type: ignore[no-unty
 def fit_affine(w, h, n, high, factors, scale, minimum):  # type: ignore[no-untyped-def]
     """Scale and minimum (both ≥ 0) of weights ``scale * q - minimum``, q = 0 … ``high``: least squares over a grid."""
     groups = w.size // n
-    x = np.empty((n, _LANES), np.float32)
-    hx = np.ones((n, _LANES), np.float32)
-    least = np.empty(_LANES, np.float32)
-    most = np.empty(_LANES, np.float32)
-    inverse = np.empty(_LANES, np.float32)
-    sums = np.empty((6, _LANES), np.float32)  # of h, hx, hq, hqq, hxq, hxx
-    error = np.empty(_LANES, np.float32)
+    x = np.empty((n, LANES), np.float32)
+    hx = np.ones((n, LANES), np.float32)
+    least = np.empty(LANES, np.float32)
+    most = np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    sums = np.empty((6, LANES), np.float32)  # of h, hx, hq, hqq, hxq, hxx
+    error = np.empty(LANES, np.float32)
     finite = True
-    for first in range(0, groups, _LANES):
-        lanes = min(_LANES, groups - first)
+    for first in range(0, groups, LANES):
+        lanes = min(LANES, groups - first)
         _gather(w, h, n, first, lanes, x, hx)
-        for lane in range(_LANES):
+        for lane in range(LANES):
             least[lane] = 0
             most[lane] = 0
             error[lane] = np.inf
@@ -231,7 +231,7 @@ def fit_affine(w, h, n, high, factors, scale, minimum):  # type: ignore[no-untyp
             sums[1, lane] = 0
             sums[5, lane] = 0
         for i in range(n):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 least[lane] = x[i, lane] if x[i, lane] < least[lane] else least[lane]
                 most[lane] = x[i, lane] if x[i, lane] > most[lane] else most[lane]
                 sums[0, lane] += hx[i, lane]
@@ -242,14 +242,14 @@ def fit_affine(w, h, n, high, factors, scale, minimum):  # type: ignore[no-untyp
             minimum[first + lane] = 0
             finite &= bool(np.isfinite(sums[1, lane]))
         for k in range(factors.size):
-            for lane in range(_LANES):
-                inverse[lane] = high / max(most[lane] - least[lane], _SMALLEST) * factors[k]
+            for lane in range(LANES):
+                inverse[lane] = high / max(most[lane] - least[lane], SMALLEST) * factors[k]
                 sums[2, lane] = 0
                 sums[3, lane] = 0
                 sums[4, lane] = 0
             for i in range(n):
-                for lane in range(_LANES):
-                    q = _integer((x[i, lane] - least[lane]) * inverse[lane], _F(0), high)
+                for lane in range(LANES):
+                    q = integer((x[i, lane] - least[lane]) * inverse[lane], _F(0), high)
                     hq = hx[i, lane] * q
                     sums[2, lane] += hq
                     sums[3, lane] += q * hq
@@ -288,24 +288,24 @@ def choose_scale(w, h, n, reach, base, edge, levels, candidates, chosen):  # typ
     [groups].
     """
     groups, count = candidates.shape
-    x = np.empty((n, _LANES), np.float32)
-    hx = np.ones((n, _LANES), np.float32)
-    inverse = np.empty(_LANES, np.float32)
-    s = np.empty(_LANES, np.float32)
-    error = np.empty(_LANES, np.float32)
-    least = np.empty(_LANES, np.float32)
+    x = np.empty((n, LANES), np.float32)
+    hx = np.ones((n, LANES), np.float32)
+    inverse = np.empty(LANES, np.float32)
+    s = np.empty(LANES, np.float32)
+    error = np.empty(LANES, np.float32)
+    least = np.empty(LANES, np.float32)
     finite = True
-    for first in range(0, groups, _LANES):
-        lanes = min(_LANES, groups - first)
+    for first in range(0, groups, LANES):
+        lanes = min(LANES, groups - first)
         _gather(w, h, n, first, lanes, x, hx)
         least[:] = np.inf
         for k in range(count):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 s[lane] = candidates[min(first + lane, groups - 1), k]
                 inverse[lane] = _ONE / max(s[lane], _SMALL)
                 error[lane] = 0
             for i in range(n):
-                for lane in range(_LANES):
+                for lane in range(LANES):
                     u = x[i, lane] * inverse[lane]
                     d = x[i, lane] - levels[_level(u, reach, base, edge)] * s[lane]
                     error[lane] += hx[i, lane] * d * d
@@ -324,7 +324,7 @@ def _error_symmetric(w, h, at, column, n, s, low, high):  # type: ignore[no-unty
     error = _F(0)
     for i in range(n):
         x = w[at + i]
-        d = x - s * _integer(x * inverse, low, high)
+        d = x - s * integer(x * inverse, low, high)
         error += h[column + i] * d * d
     return error
 
@@ -335,7 +335,7 @@ def _error_affine(w, h, at, column, n, s, m, high):  # type: ignore[no-untyped-d
     error = _F(0)
     for i in range(n):
         x = w[at + i] + m
-        d = x - s * _integer(x * inverse, _F(0), high)
+        d = x - s * integer(x * inverse, _F(0), high)
         error += h[column + i] * d * d
     return error
 
@@ -364,7 +364,7 @@ def refine_symmetric(w, h, n, low, high, d, per, codes, scale_low, scale_high, n
             s = d[block] * here
             inverse = _ONE / s if s != 0 else _F(0)
             for i in range(n):
-                q = here * _integer(w[at + i] * inverse, low, high)
+                q = here * integer(w[at + i] * inverse, low, high)
                 a += h[column + i] * q * w[at + i]
                 b += h[column + i] * q * q
         new_d[block] = a / b if b > 0 else d[block]
@@ -393,7 +393,7 @@ def refine_affine(w, h, n, high, d, dmin, per, codes, minimums, most, new_d, new
             inverse = _ONE / s if s != 0 else _F(0)
             for i in range(n):
                 x = w[at + i]
-                q = here * _integer((x + m) * inverse, _F(0), high)
+                q = here * integer((x + m) * inverse, _F(0), high)
                 weight = h[column + i]
                 qq += weight * q * q
                 mm += weight * here_m * here_m
@@ -424,7 +424,7 @@ def round_integer(w, n, scale, minimum, zero, low, high, codes):  # type: ignore
         m = minimum[g if minimum.size > 1 else 0]
         z = zero[g if zero.size > 1 else 0]
         for i in range(n):
-            q = _integer((w[g * n + i] + m) * inverse, low - z, high - z)
+            q = integer((w[g * n + i] + m) * inverse, low - z, high - z)
             rounded[i] = q + z + _ROUND
         for i in range(n):
             codes[g * n + i] = np.uint8(bits[i])  # the low byte of an integer that stands in the last bits
@@ -533,7 +533,7 @@ def round_block(  # type: ignore[no-untyped-def]
             x = w[r, j]
             if kind == 0:
                 z = zero[r, g]
-                q = _integer((x + minimum[r, g]) * inverse, low - z, high - z)
+                q = integer((x + minimum[r, g]) * inverse, low - z, high - z)
                 codes[r, j] = np.uint8(q + z)
                 value = q * s - minimum[r, g]
             elif kind == 1:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.quantize import kernels
+from tapeout import Late
 from tapeout.quantize.scheme import E4M3, E4M3_ONE, LEVELS, SUPER, Scheme, dynamic_map, reciprocal
 from tapeout.quantize.tensor import DOUBLE_BLOCK, QuantTensor, ScaleCodes, pack
 
 Floats = npt.NDArray[np.float32]
+
+kernels = Late("tapeout.quantize.kernels")
 
 _SMALLEST = np.float16(2.0**-14)  # the smallest normal float16
 _LARGEST = np.float32(65504.0)  # the largest
@@ -26,7 +28,7 @@ _INFINITY = np.uint32(0xFF000000)  # the key of infinity; NaNs lie above
 
 # How much of a group's range the codes span: below 1 they reach beyond its extreme, above 1 they clip it. The plain grid comes
 # first, so that it stays where others are as good.
-_FAST = np.array([1.0, 1.08], np.float32)  # without data: within 1 % of what _FINE reaches
+FAST = np.array([1.0, 1.08], np.float32)  # without data: within 1 % of what _FINE reaches
 _FINE = np.array([1.0, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.14, 1.22], np.float32)
 _WIDE = np.array([1.0, 0.95, 1.08, 1.17, 1.27, 1.4, 1.6], np.float32)  # 2 and 3 bits: clipping pays
 _BINS = 64
@@ -71,6 +73,11 @@ class Grid:
         )
 
 
+def warm() -> None:
+    """Import numba with what it needs to run a kernel: a third of a second that need not be waited for later."""
+    kernels.pack_nibbles(np.zeros(2, np.uint8), np.empty(1, np.uint8))
+
+
 def fit(
     weight: Floats,
     scheme: Scheme,
@@ -96,7 +103,7 @@ def fit(
         alike = np.ones(into, np.float32)
         return _fit_super(w, alike if importance is None else positive(importance), scheme, rows)
     h = np.ones(1, np.float32) if importance is None else positive(importance)
-    fine = _FAST if importance is None else _FINE
+    fine = FAST if importance is None else _FINE
     shape = (rows, into // n)
     if scheme.kind == "symmetric":
         scale = np.empty(shape, np.float32)

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from tapeout.errors import ModelError
 from tapeout.files import file_sha256
-from tapeout.models import SourceTensor
+from tapeout.models import SourceTensor, checkpoint
 from tapeout.models.checkpoint import read_header, to_float32
 from tapeout.quantize import lattice, rtn
 from tapeout.quantize.scheme import Scheme
@@ -145,20 +146,29 @@ def _round_into(
         write_at(handle, np.array([whole], np.float32), at["scale_block"])
     elif scheme.scales == "double":
         scales = np.empty((out, into // (scheme.group or into)), np.float32)
+    at_once = simple is rtn.round_to_nearest and rtn.in_one_pass(scheme)
+
+    def put(parts: Mapping[str, npt.NDArray[Any]], row: int) -> None:
+        for part, values in parts.items():
+            write_at(handle, values, at[part] + row * values.shape[1] * values.itemsize)
 
     def round_rows(first: int) -> int:
         clamped = 0
         step = max(1, _STEP_WEIGHTS // into)
         end = min(out, first + task)
         for row, bits in source.pieces(first, end, step):
+            if at_once and (found := rtn.packed_rows(bits, source.dtype, scheme)):
+                parts, raised = found
+                clamped += raised
+                put(parts, row)
+                continue
             rows = slice(row, row + len(bits))
             rounded = simple(to_float32(bits, source.dtype), scheme, tensor_scale=whole)
             clamped += rounded.grid.clamped
             if scheme.scales == "double":
                 scales[rows] = rounded.grid.scale
                 rounded = rtn.Rounded(rounded.codes, replace(rounded.grid, parts={}))
-            for part, values in lattice.packed_parts(rounded.codes, scheme, rounded.grid).items():
-                write_at(handle, values, at[part] + row * values.shape[1] * values.itemsize)
+            put(lattice.packed_parts(rounded.codes, scheme, rounded.grid), row)
         return clamped
 
     try:
@@ -178,7 +188,7 @@ def largest(source: SourceTensor, pool: Executor) -> float:
     out, into = source.shape
     task = max(1, _TASK_WEIGHTS // into)
     found = pool.map(
-        lambda row: np.abs(source.float32(slice(row, row + task))).max(initial=0.0), range(0, out, task)
+        lambda row: checkpoint.largest(source.read(slice(row, row + task)), source.dtype), range(0, out, task)
     )
     return float(np.max(list(found)))  # which keeps a NaN
 
@@ -245,8 +255,16 @@ def write_at(handle: int, array: npt.NDArray[np.generic], offset: int) -> None:
 
 def read_tensor(store: Path, name: str, scheme: Scheme, in_features: int) -> QuantTensor:
     """Map a tensor's file."""
-    header, _ = read_header(tensor_path(store, name))
+    path = tensor_path(store, name)
+    found = path.stat() if path.exists() else None  # its reader says what is absent
+    header = _header(path, found and (found.st_ino, found.st_mtime_ns))
     return lattice.assemble({part: tensor.bits() for part, tensor in header.items()}, scheme, in_features)
+
+
+@lru_cache(1 << 10)
+def _header(path: Path, which: tuple[int, int] | None) -> Mapping[str, SourceTensor]:
+    """The header of a file, which exporters ask for more than once."""
+    return read_header(path)[0]
 
 
 def not_finite(source: SourceTensor) -> ModelError:
@@ -266,7 +284,7 @@ def check_finite(source: SourceTensor, pool: Executor) -> None:
     step = max(1, _TASK_WEIGHTS * count // max(1, math.prod(source.shape)))
 
     def finite(first: int) -> bool:
-        return bool(np.isfinite(source.float32(slice(first, first + step))).all())
+        return math.isfinite(checkpoint.largest(source.read(slice(first, first + step)), source.dtype))
 
     if not all(pool.map(finite, range(0, count, step))):
         raise not_finite(source)

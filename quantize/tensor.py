@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.quantize import kernels
+from tapeout import Late
+
+kernels = Late("tapeout.quantize.kernels")
 
 DOUBLE_BLOCK = 256  # scales that share a second-level scale in double quantization (QLoRA, section 3)
 

@@ -15,10 +15,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapeout.build import export, pack, target, validate
+    from tapeout.build import export, pack, validate
     from tapeout.errors import TapeoutError
     from tapeout.models import Model, load, load_module
     from tapeout.quantize import Quantized, Scheme, quantize
+    from tapeout.targets import target
 
 __version__ = "0.1.0"
 
@@ -29,7 +30,7 @@ _HOME = {
     "quantize": "tapeout.quantize",
     "Quantized": "tapeout.quantize",
     "Scheme": "tapeout.quantize",
-    "target": "tapeout.build",
+    "target": "tapeout.targets",
     "validate": "tapeout.build",
     "pack": "tapeout.build",
     "export": "tapeout.build",
@@ -60,6 +61,18 @@ class CalledByItsName(ModuleType):
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **keywords)
+
+
+class Late:
+    """A module that is imported when something of it is first asked for, by whichever thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(self._name), name)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tapeout import targets
 from tapeout.files import new_directory
 from tapeout.models import Model, load
 from tapeout.pack import Package, pack
 from tapeout.positions import placed
 from tapeout.quantize import planned, quantize
 from tapeout.recipe import Recipe
-from tapeout.targets import Target, check_cache, check_carries, default_scheme
+from tapeout.targets import Target, check_cache, check_carries, default_scheme, target
 from tapeout.validate import Options, Report, validate
 from tapeout.validate.watch import Watch
 
 __all__ = ["export", "pack", "target", "validate"]
-
-
-def target(name: str, **options: Any) -> Target:
-    """Return the target of that name with the given options; TapeoutError names the installed ones."""
-    return targets.get(name)(**options)
 
 
 def export(

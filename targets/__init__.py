@@ -38,6 +38,7 @@ __all__ = [
     "restored",
     "runtimes",
     "scratch_bytes",
+    "target",
     "variants",
 ]
 
@@ -99,6 +100,11 @@ def get(name: str) -> type[Target]:
             found: type[Target] = entry.load()
             return found
     raise TapeoutError(f"'{name}' is not an installed target{nearest(name, names())}.")
+
+
+def target(name: str, **options: Any) -> Target:
+    """Return the target of that name with the given options; TapeoutError names the installed ones."""
+    return get(name)(**options)
 
 
 def restored(name: str, options: Mapping[str, Any]) -> Target:

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -419,6 +418,8 @@ def _turn_in_float64(network: Any) -> None:
     transformers casts positions and frequencies to float32 whatever the network's type, and an angle of p radians is then
     off by up to 2^-24 p: on long sequences the largest part of what float32 costs.
     """
+    from unittest.mock import patch
+
     import torch
 
     def widened(forward: Callable[..., Any]) -> Callable[..., Any]:

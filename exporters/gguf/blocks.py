@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tapeout.exporters.gguf import kernels
+from tapeout import Late
 from tapeout.quantize import QuantTensor
 from tapeout.quantize.scheme import NF4
 from tapeout.quantize.tensor import ScaleCodes, pack
+
+kernels = Late("tapeout.exporters.gguf.kernels")
 
 Bytes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.float16] | npt.NDArray[np.float32]

@@ -19,13 +19,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tapeout.errors import SchemeError
 from tapeout.exporters import Carry, Exact, Refused
-from tapeout.exporters.huggingface import kernels
 from tapeout.exporters.huggingface.parts import under_one
-from tapeout.exporters.streamed import Array, Part, held
+from tapeout.exporters.nibbles import rows_together
+from tapeout.exporters.streamed import Part, held
 from tapeout.models.decoder import FUSED
 from tapeout.quantize import QuantTensor, Scheme
 
@@ -146,7 +145,7 @@ def parts(base: str, tensor: QuantTensor, scheme: Scheme) -> dict[str, Part]:
         found["weight"] = Part(
             "U8",
             (out // 2, into),
-            lambda rows: _rows_together(tensor.packed[_twice(rows, out)]),
+            lambda rows: rows_together(tensor.packed[_twice(rows, out)]),
             out // 2,
         )
     return {f"{base}.{suffix}": part for suffix, part in found.items()}
@@ -156,13 +155,6 @@ def _twice(rows: slice, out: int) -> slice:
     """The rows of which these are pairs."""
     start, stop, _ = rows.indices(out // 2)
     return slice(2 * start, 2 * stop)
-
-
-def _rows_together(packed: npt.NDArray[np.uint8]) -> Array:
-    """Nibbles of two columns a byte, the code plus 8, as two rows a byte, two's complement: [2 n, in / 2] to [n, in]."""
-    together = np.empty((len(packed) // 2, packed.shape[1]), "<u2")
-    kernels.rows_together(np.ascontiguousarray(packed), together)
-    return together.view(np.uint8)
 
 
 def cache_parts(base: str) -> dict[str, Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from tapeout.errors import ModelError, SchemeError
 from tapeout.exporters import Artifact, Refused
-from tapeout.exporters.streamed import Array, Part, check_half, lay_out
+from tapeout.exporters.streamed import Array, Part, check_half, lay_out, to_half
 from tapeout.exporters.streamed import write as write_file
 from tapeout.exporters.trtllm import config, packing
 from tapeout.exporters.trtllm.layout import Block, Mapping, Place, check_complete, places
@@ -72,8 +72,9 @@ def write(
         config.check_widths(model, mapping, algorithm, group)
     check_complete(model, mapping)
     dtype = _dtype(quant)
-    made = _Maker(quant, algorithm, dtype)
-    ranks = [made.rank(mapping, rank) for rank in range(mapping.world)]
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        made = _Maker(quant, algorithm, dtype, pool)
+        ranks = [made.rank(mapping, rank) for rank in range(mapping.world)]
     sizes = [{name: part for name, (part, _) in parts.items()} for parts in ranks]
     left = sorted(made.left)
     if left and mapping.pipeline > 1:
@@ -156,10 +157,10 @@ class _Maker:
         left: linears that stay float beside codes.
     """
 
-    def __init__(self, quant: Quantized, algorithm: str | None, dtype: str) -> None:
+    def __init__(self, quant: Quantized, algorithm: str | None, dtype: str, pool: Executor) -> None:
         self.containers: dict[str, str] = {}
         self.left: set[str] = set()
-        self._quant, self._algorithm, self._dtype = quant, algorithm, dtype
+        self._quant, self._algorithm, self._dtype, self._pool = quant, algorithm, dtype, pool
 
     def rank(self, mapping: Mapping, rank: int) -> dict[str, tuple[Part, Place]]:
         """The tensors of a rank by name, in the order of the model: what each measures, and the place that makes it when its turn comes."""
@@ -227,7 +228,7 @@ class _Maker:
         tensor = self._quant[block.name]
         own = getattr(tensor, "dtype", "")
         if dtype == "F16" and own != "F16" and block.name not in self.containers:
-            check_half(block.name, tensor)
+            check_half(block.name, tensor, self._pool)
         self.containers[block.name] = dtype
         shape = self._quant.model.specs[block.name].shape
         first, last, _ = block.rows.indices(shape[0])
@@ -241,6 +242,9 @@ class _Maker:
             elif own == dtype and not offset:
                 bits = tensor.read(at)
                 return bits[:, block.cols] if width else bits
+            elif (own, dtype, offset) == ("BF16", "F16", 0):
+                found = to_half(tensor.read(at))
+                return found[:, block.cols] if width else found
             else:
                 values = tensor.float32(at)
             values = values[:, block.cols] if width else values
