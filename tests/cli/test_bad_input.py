@@ -326,6 +326,7 @@ def test_a_corrupted_artifact(copied: Path) -> None:
     assert ".gguf" in gates["integrity"]["reason"]
 
 
+@pytest.mark.slow
 def test_a_truncated_artifact(copied: Path) -> None:
     path = next((copied / "artifact").glob("*.gguf"))
     path.write_bytes(path.read_bytes()[:-5000])
@@ -343,6 +344,7 @@ def test_a_package_that_is_none(tmp_path: Path) -> None:
         assert "is not a package: it has no tapeout.json" in paragraph(done)
 
 
+@pytest.mark.slow
 def test_a_walk_that_cannot_be(copied: Path, make_model: MakeModel) -> None:
     other = make_model("llama")
     for arguments, told in (

@@ -128,6 +128,7 @@ def test_export_prints_its_report_as_one_document(null: Exported) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_export_for_a_device_and_what_runs_there(cpu: Exported) -> None:
     said = told(cpu.done)
     assert "PASSED arithmetic → int4-g32 → cpu" in said
@@ -359,6 +360,7 @@ def test_diff_of_a_package_and_its_model(null: Exported, tmp_path: Path) -> None
     assert "No primitive parts" in said
 
 
+@pytest.mark.slow
 def test_diff_of_what_parts_ends_with_1(null: Exported, make_model: MakeModel) -> None:
     other = make_model("llama", name="other", seed=1, dtype="F32")
     done = tapeout("diff", null.model, other, "--prompt", "one two")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinned import thinned
 
 import tapeout
 from tapeout.exporters import onnx
@@ -70,7 +71,7 @@ def assert_clean(path: Path) -> None:
     library.checker.check_model(optimized, full_check=True)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", thinned(DECODERS))
 @pytest.mark.parametrize("dialect", ["onnxruntime", "standard", "tensorrt", "migraphx"])
 def test_a_decoder(make_model: Callable[..., Path], tmp_path: Path, dialect: Any, family: str) -> None:
     quant = quantize(load(make_model(family)), "int4-g32")

@@ -19,6 +19,7 @@ from tapeout.models import Model, Role
 from tapeout.quantize import Quantized, quantize
 from tapeout.validate import reference
 
+pytestmark = pytest.mark.slow  # of torch.onnx, that makes the graphs
 library, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 

@@ -219,6 +219,7 @@ def special(*texts: str) -> list[AddedToken]:
     return [AddedToken(text, special=True, normalized=False) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pre", "size", "tokens"),
     [

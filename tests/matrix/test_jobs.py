@@ -87,6 +87,7 @@ def test_github(github: dict[str, Ran]) -> None:
     assert files == {"index.html", "index.md", "index.xml"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gitlab", "buildkite"])
 def test_gitlab_and_buildkite(repository: Path, github: dict[str, Ran], name: str) -> None:
     """Their caches have what an earlier pipeline made: the cell's package is there, and is not made again."""

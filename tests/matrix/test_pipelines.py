@@ -77,6 +77,7 @@ def cells(system: str, text: str) -> list[ci.Job]:
     return [job for job in every if job.raw["group"] == "cells"]
 
 
+@pytest.mark.slow
 def test_schemas_and_linters(place: Path) -> None:
     """GitHub's, GitLab's and Buildkite's published schemas, and yamllint; shellcheck reads every line of bash."""
     files: dict[str, list[Path]] = {system: [] for system in SYSTEMS}

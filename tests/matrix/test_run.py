@@ -74,6 +74,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_cell_is_made_or_refused_by_name(whole: Path) -> None:
     said = (whole / "said.txt").read_text()
     assert "PASSED  4 cells: – 1 refused, ✓ 3 passed" in said
@@ -94,6 +95,7 @@ def test_every_cell_is_made_or_refused_by_name(whole: Path) -> None:
     assert all((whole / "out" / "logs" / f"{name}.log").exists() for name in MADE)
 
 
+@pytest.mark.slow
 def test_what_stands_is_not_made_again(copied: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (copied / "out").glob("*/tapeout.json")}
     done = run(copied, status=0)
@@ -101,6 +103,7 @@ def test_what_stands_is_not_made_again(copied: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_junit_has_a_test_a_cell(whole: Path) -> None:
     suite = ElementTree.parse(whole / "out" / "index.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "0", "1")
@@ -108,12 +111,14 @@ def test_junit_has_a_test_a_cell(whole: Path) -> None:
     assert list(skipped) == ["count.int4-g32.rtn.nvidia"]
 
 
+@pytest.mark.slow
 def test_markdown_has_the_grid(whole: Path) -> None:
     text = (whole / "out" / "index.md").read_text()
     assert text.startswith("✅ **PASSED** `small`: 4 cells: 1 refused, 3 passed\n")
     assert "| `count int8 rtn` | ✅ | ✅ |\n| `count int4-g32 rtn` | ✅ | ➖ |" in text
 
 
+@pytest.mark.slow
 def test_what_would_be_done_is_listed(copied: Path) -> None:
     shutil.rmtree(copied / "out" / NULLS[0])
     done = run(copied, "--list", "--json", status=0)
@@ -129,6 +134,7 @@ def test_what_would_be_done_is_listed(copied: Path) -> None:
     assert not (copied / "out" / NULLS[0]).exists()
 
 
+@pytest.mark.slow
 def test_the_prediction_of_memory_is_not_below_what_was_held(whole: Path) -> None:
     told = {cell["name"]: cell for cell in json.loads((whole / "out" / "matrix.json").read_text())["cells"]}
     rows = {row["cell"]: row for row in json.loads(run(whole, "--list", "--json", status=0).stdout)}
@@ -178,6 +184,7 @@ def test_one_that_is_stopped_stops_its_processes_and_leaves_nothing_half_written
     assert [path.name for path in (tmp_path / "out").glob(".count*")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a file", "the manifest", "the outcome", "the inputs"])
 def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -> None:
     package, known = copied / "out" / NULLS[1], copied / "out" / "cells" / f"{NULLS[1]}.json"
@@ -194,6 +201,7 @@ def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -
     assert {row["cell"]: row["do"] for row in rows} == {NULLS[0]: other, NULLS[1]: "make"}
 
 
+@pytest.mark.slow
 def test_finished_work_is_taken_from_shared_storage(copied: Path) -> None:
     expected = digests(copied / "out")
     shared = copied / "shared"
@@ -213,6 +221,7 @@ def test_finished_work_is_taken_from_shared_storage(copied: Path) -> None:
     assert all(not cell["figures"].get("speed", {"alone": False})["alone"] for cell in told["cells"])
 
 
+@pytest.mark.slow
 def test_a_baseline_from_which_nothing_changed_passes_and_one_that_was_better_fails(copied: Path) -> None:
     before = copied / "before.json"
     raw = json.loads((copied / "out" / "matrix.json").read_text())
@@ -229,6 +238,7 @@ def test_a_baseline_from_which_nothing_changed_passes_and_one_that_was_better_fa
     assert "1%" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_others_made_is_collected_and_what_nobody_ran_fails(copied: Path) -> None:
     shutil.rmtree(copied / "cache")
     done = run(copied, "--collect", status=0)
@@ -239,6 +249,7 @@ def test_what_others_made_is_collected_and_what_nobody_ran_fails(copied: Path) -
     assert "FAILED  4 cells: … 1 not run, – 1 refused, ✓ 2 passed" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_told_and_the_others_go_on(copied: Path) -> None:
     """Limits that no quantization keeps; the cells are others then, and made again."""
     (copied / "small.toml").write_text(FILE + "[limits]\nkl = 0.0\n")
@@ -259,6 +270,7 @@ def test_a_task_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert digests(tmp_path / "out") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -290,6 +302,7 @@ def test_two_runs_do_not_write_one_output(copied: Path, monkeypatch: pytest.Monk
         assert "another tapeout process has been writing" in run(copied, status=2).stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_told_before_any_work(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

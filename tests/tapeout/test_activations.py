@@ -36,6 +36,7 @@ def with_outliers(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_smoothquant_shows_in_the_quality_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Any
 ) -> None:

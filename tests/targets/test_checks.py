@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from checked import WINDOW, check, decoder, kept_llama_cpp, packed
 from commands import tapeout
+from thinned import thinned
 
 import tapeout as api
 from tapeout import targets
@@ -96,14 +97,16 @@ def test_gguf(gguf: Path, told: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "module", "most"),
-    [
-        ({"kind": "cpu", "format": "onnx"}, "onnxruntime", 1e-3),
-        ({"kind": "nvidia", "format": "onnx-trt"}, "onnxruntime", 1e-3),
-        ({"kind": "rocm", "format": "migraphx"}, "onnxruntime", 1e-3),
-        ({"kind": "rocm", "format": "iree"}, "iree.compiler", 1e-6),
-        ({"kind": "rocm", "format": "compressed-tensors"}, "compressed_tensors", 1e-3),
-        ({"kind": "rocm", "format": "bitsandbytes", "scheme": "nf4"}, "bitsandbytes", 1e-3),
-    ],
+    thinned(
+        [
+            ({"kind": "cpu", "format": "onnx"}, "onnxruntime", 1e-3),
+            ({"kind": "nvidia", "format": "onnx-trt"}, "onnxruntime", 1e-3),
+            ({"kind": "rocm", "format": "migraphx"}, "onnxruntime", 1e-3),
+            ({"kind": "rocm", "format": "iree"}, "iree.compiler", 1e-6),
+            ({"kind": "rocm", "format": "compressed-tensors"}, "compressed_tensors", 1e-3),
+            ({"kind": "rocm", "format": "bitsandbytes", "scheme": "nf4"}, "bitsandbytes", 1e-3),
+        ]
+    ),
     ids=lambda value: value.get("format") if isinstance(value, dict) else None,
 )
 def test_decoders(

@@ -146,6 +146,7 @@ def ran(once: Once, decoder: Path) -> tuple[subprocess.CompletedProcess[str], De
     return done, DeviceReport.read(place / "told.json", Package.open(decoder))
 
 
+@pytest.mark.slow
 def test_a_whole_package_passes_on_every_unit(
     ran: tuple[subprocess.CompletedProcess[str], DeviceReport],
 ) -> None:
@@ -235,6 +236,7 @@ def test_each_unit_answers_for_itself(decoder: Path, tmp_path: Path) -> None:
     assert report.units["cpu-and-ne"].throughput is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "failed", "words"),
     [

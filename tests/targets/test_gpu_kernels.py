@@ -79,6 +79,7 @@ def test_inputs_are_changed_before(kernels: Any) -> None:
     torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_chips_that_are_not_here(tmp_path: Path) -> None:
     chips = ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "80", "90"]
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}

@@ -70,6 +70,7 @@ class Twin(Rocm):
 # What is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fields", "scheme"),
     [
@@ -108,6 +109,7 @@ def test_one_session_by_every_road(tmp_path: Path) -> None:
     session.close()
 
 
+@pytest.mark.slow
 def test_a_context_that_is_full(tmp_path: Path) -> None:
     """The last chunk is padded beyond the context; one token more is refused, and changes nothing."""
     quant = quantized(tmp_path)
@@ -125,6 +127,7 @@ def test_a_context_that_is_full(tmp_path: Path) -> None:
     session.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "failed"), [("scale", ["codes", "lowering/weights"]), ("module", ["codes", "lowering/weights"])]
 )
@@ -155,6 +158,7 @@ def test_planted_defects(tmp_path: Path, what: str, failed: list[str]) -> None:
 # The compiler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(iree_compiler.CHIPS))
 def test_every_chip(tmp_path: Path, arch: str) -> None:
     """A product with codes, as the graph has it, becomes the chip's own code."""
@@ -169,6 +173,7 @@ def test_every_chip(tmp_path: Path, arch: str) -> None:
     assert arch.encode() in iree_compiler.compiled(tmp_path / "model.mlir", arch).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_module_that_was_altered(tmp_path: Path) -> None:
     """What was compiled is what the compiler makes of the text: the twin is of the same module."""
     quant, device = quantized(tmp_path), Rocm("iree", arch="gfx1201", prefill_chunk=16)
@@ -182,6 +187,7 @@ def test_a_module_that_was_altered(tmp_path: Path) -> None:
         list(device.read_codes(artifact, quant))
 
 
+@pytest.mark.slow
 def test_the_compiler_gives_the_same_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the codes gate relies on where another machine has compiled the module."""
     module, made = tmp_path / "model.mlir", []
