@@ -122,15 +122,19 @@ def sign(
     return target
 
 
-def check(directory: Path, trust: Trust) -> int:
+def check(directory: Path, trust: Trust, *, called: str = "") -> int:
     """Hold a package's files against its signature; the number of files that it covers.
+
+    Args:
+        called: what errors call the package. Default: its directory.
 
     Raises:
         PackageError: there is no signature, it is of somebody else, or a file is not as it was signed, which is named.
         TapeoutError: what is trusted cannot be read. MissingToolchain: model-signing is not installed, or there is no network.
     """
     path = directory / SIGNATURE
-    kind, signed = _read(path)
+    called = called or str(directory)
+    kind, signed = _read(path, called)
     wanted = "key" if trust.key else "certificate" if trust.certificates else "keyless"
     if kind != wanted:
         how = {
@@ -138,7 +142,7 @@ def check(directory: Path, trust: Trust) -> int:
             "certificate": "with a certificate: give --certificate FILE",
             "keyless": "keyless: give --identity and --identity-provider",
         }
-        raise PackageError(f"{directory} is signed {how[kind]}; {trust.words} cannot tell.")
+        raise PackageError(f"{called} is signed {how[kind]}; {trust.words} cannot tell.")
     library = _library()
     config = library.verifying.Config().set_hashing_config(_hashing(library))
     try:
@@ -160,13 +164,11 @@ def check(directory: Path, trust: Trust) -> int:
         Exception
     ) as error:  # of cryptography, OpenSSL, sigstore, protobuf, pydantic, and its own ValueErrors
         if changed := _changed(directory, signed):
-            raise PackageError(f"{directory} is not what was signed: {'; '.join(changed[:5])}.") from error
-        raise PackageError(
-            f"the signature of {directory} is not by {trust.words}: {_short(error)}."
-        ) from error
+            raise PackageError(f"{called} is not what was signed: {'; '.join(changed[:5])}.") from error
+        raise PackageError(f"the signature of {called} is not by {trust.words}: {_short(error)}.") from error
     # What a signature leaves out, on purpose or not, is not signed.
     if left := sorted({*walk(directory)} - {name for name, _, _ in signed} - {*BESIDE}):
-        raise PackageError(f"the signature of {directory} leaves out {', '.join(map(ascii, left[:5]))}.")
+        raise PackageError(f"the signature of {called} leaves out {', '.join(map(ascii, left[:5]))}.")
     return len(signed)
 
 
@@ -176,10 +178,10 @@ def signed_with(directory: Path) -> str | None:
     Raises:
         PackageError: it is no signature.
     """
-    return _read(directory / SIGNATURE)[0] if (directory / SIGNATURE).exists() else None
+    return _read(directory / SIGNATURE, str(directory))[0] if (directory / SIGNATURE).exists() else None
 
 
-def _read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
+def _read(path: Path, called: str) -> tuple[str, list[tuple[str, str, str]]]:
     """How a signature was made, and the name, algorithm and digest of each file that it says it covers."""
     try:
         bundle = read_json(path)
@@ -197,9 +199,11 @@ def _read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
             for each in payload["predicate"]["resources"]
         ]
     except FileNotFoundError:
-        raise PackageError(f"{path.parent} is not signed: it has no {SIGNATURE}.") from None
+        raise PackageError(f"{called} is not signed: it has no {SIGNATURE}.") from None
     except (KeyError, TypeError, ValueError, RecursionError, binascii.Error) as error:
-        raise PackageError(f"{path} is no signature of model-signing: {_short(error)}.") from error
+        raise PackageError(
+            f"{SIGNATURE} of {called} is no signature of model-signing: {_short(error)}."
+        ) from error
     return kind, signed
 
 
