@@ -194,14 +194,20 @@ def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -
     assert {row["cell"]: row["do"] for row in rows} == {NULLS[0]: other, NULLS[1]: "make"}
 
 
-def test_finished_work_is_taken_from_shared_storage(copied: Path) -> None:
+@pytest.mark.parametrize("where", ["a directory", "a bucket"])
+def test_finished_work_is_taken_from_shared_storage(
+    copied: Path, where: str, request: pytest.FixtureRequest
+) -> None:
     expected = digests(copied / "out")
-    shared = copied / "shared"
+    shared = str(copied / "shared")
+    if where == "a bucket":
+        request.getfixturevalue("s3")
+        shared = "s3://shared/work"
     from tapeout.matrix.shared import Storage
 
     for name in MADE:  # as a run with --cache puts them there
         known = json.loads((copied / "out" / "cells" / f"{name}.json").read_text())
-        Storage(str(shared), []).push_package(known["inputs"], copied / "out" / name)
+        Storage(shared, []).push_package(known["inputs"], copied / "out" / name)
     shutil.rmtree(copied / "out")
     shutil.rmtree(copied / "cache")
     done = run(copied, "--cache", shared, "--jobs", "2", status=0)
