@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-_NETWORK = "keyless signatures are made and checked with Sigstore's servers, and those cannot be reached or did not agree"
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,14 @@ class Trust:
         key: a public key on a NIST curve, PEM.
         certificates: roots, PEM.
         identity: as the provider names it (an address, a workflow's URL). provider: the URL of who vouched for it.
+        sigstore: the trust configuration of the Sigstore that certified the identity, JSON; None: the public one.
     """
 
     key: Path | None = None
     certificates: tuple[Path, ...] = ()
     identity: str | None = None
     provider: str | None = None
+    sigstore: Path | None = None
 
     def __post_init__(self) -> None:
         """TapeoutError for two of them at once, or half of the last."""
@@ -50,6 +51,8 @@ class Trust:
                 "--identity and --identity-provider go together: an identity is worth what vouches for it "
                 "(https://accounts.google.com, https://token.actions.githubusercontent.com)."
             )
+        if self.sigstore and self.identity is None:
+            raise TapeoutError("--trust-config says who certifies identities: it goes with --identity.")
 
     @property
     def given(self) -> bool:
@@ -63,7 +66,8 @@ class Trust:
             return f"the key {self.key}"
         if self.certificates:
             return f"a certificate under {', '.join(map(str, self.certificates))}"
-        return f"{self.identity}, as {self.provider} says"
+        by = f" and the Sigstore of {self.sigstore}" if self.sigstore else ""
+        return f"{self.identity}, as {self.provider}{by} {'say' if by else 'says'}"
 
 
 def sign(
@@ -72,6 +76,7 @@ def sign(
     *,
     password: str | None = None,
     certificates: Sequence[Path] = (),
+    sigstore: Path | None = None,
 ) -> Path:
     """Sign every file of a package but what may stand beside it; the signature takes the place of an older one.
 
@@ -80,6 +85,7 @@ def sign(
             and writes the identity and the digests into a public log.
         password: of the key, where it has one.
         certificates: the key's own, PEM, then those that lead to the root.
+        sigstore: the trust configuration of the Sigstore that a keyless signature is made with, JSON; None: the public one.
 
     Returns:
         The signature's path.
@@ -94,8 +100,9 @@ def sign(
     partial = directory / f".{SIGNATURE}.partial"
     with writing(target), contextlib.ExitStack() as stack:
         if key is None:
-            with _networked():
-                config.use_sigstore_signer(use_ambient_credentials=True)
+            _check_configuration(sigstore)
+            with _networked(sigstore):
+                config.use_sigstore_signer(use_ambient_credentials=True, trust_config=sigstore)
         else:
             loaded = _private_key(key, password)
             path = stack.enter_context(_unlocked(key, loaded, password))
@@ -113,7 +120,7 @@ def sign(
                     f"{_list(certificates)} cannot sign with {key}: {_short(error)}."
                 ) from error
         try:
-            with _networked() if key is None else contextlib.nullcontext():
+            with _networked(sigstore) if key is None else contextlib.nullcontext():
                 config.sign(directory, partial)
             partial.chmod(0o644)
             partial.replace(target)
@@ -155,8 +162,11 @@ def check(directory: Path, trust: Trust, *, called: str = "") -> int:
         kinds = "a public key on a NIST curve (P-256, P-384, P-521)" if trust.key else "certificates"
         raise TapeoutError(f"{name} cannot be read as {kinds} in PEM: {_short(error)}.") from error
     if trust.identity:
-        with _networked():
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=str(trust.provider))
+        _check_configuration(trust.sigstore)
+        with _networked(trust.sigstore):
+            config.use_sigstore_verifier(
+                identity=trust.identity, oidc_issuer=str(trust.provider), trust_config=trust.sigstore
+            )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where the library prints its warnings
             config.verify(directory, path)
@@ -236,15 +246,32 @@ def _hashing(library: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _networked() -> Iterator[None]:
+def _networked(sigstore: Path | None) -> Iterator[None]:
     """Turn what Sigstore's client raises into one paragraph."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Exception as error:  # of sigstore, tuf, requests and id
+        servers = f"the servers that {sigstore} names" if sigstore else "Sigstore's servers"
         raise MissingToolchain(
-            f"{_NETWORK} ({_short(error)}). Without a network: a key of your own, `openssl ecparam -name prime256v1 -genkey -noout -out "
+            f"keyless signatures are made and checked with {servers}, and those cannot be reached or did not agree ({_short(error)}). Without a network: a key of your own, `openssl ecparam -name prime256v1 -genkey -noout -out "
             "key.pem`, and --key key.pem."
+        ) from error
+
+
+def _check_configuration(sigstore: Path | None) -> None:
+    """TapeoutError for a trust configuration that is none."""
+    if sigstore is None:
+        return
+    from sigstore.models import ClientTrustConfig
+
+    try:
+        config = ClientTrustConfig.from_json(sigstore.read_text(encoding="utf-8"))
+        _ = config.trusted_root, config.signing_config
+    except Exception as error:  # of pydantic, sigstore and the system
+        raise TapeoutError(
+            f"{sigstore} cannot be read as the trust configuration of a Sigstore (JSON of the kind "
+            f"application/vnd.dev.sigstore.clienttrustconfig.v0.1+json): {_short(error)}."
         ) from error
 
 

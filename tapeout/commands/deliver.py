@@ -43,13 +43,20 @@ class Signer:
         str | None,
         Parameter(help="Of a keyless signature: the URL of who vouched for the identity."),
     ] = None
+    trust_config: Annotated[
+        Path | None,
+        Parameter(
+            help="Of a keyless signature: the trust configuration (JSON) of a Sigstore of your own; then no network is needed."
+        ),
+    ] = None
 
     @property
     def trust(self) -> Trust:
         """The same, checked."""
         from tapeout.signing import Trust
 
-        return Trust(self.key, tuple(self.certificate or ()), self.identity, self.identity_provider)
+        certificates = tuple(self.certificate or ())
+        return Trust(self.key, certificates, self.identity, self.identity_provider, self.trust_config)
 
 
 def verify(package: Path, *, signer: Signer | None = None, json: Json = False) -> int:
@@ -88,6 +95,7 @@ def sign(
     key: Path | None = None,
     certificate: Annotated[list[Path] | None, Many] = None,
     keyless: Annotated[bool, Flag] = False,
+    trust_config: Path | None = None,
     json: Json = False,
 ) -> int:
     """Sign a whole package with OpenSSF's model-signing; the signature is model.sig, which `model_signing verify` reads too.
@@ -99,6 +107,7 @@ def sign(
         key: Your private key on a NIST curve (PEM). Its password, if it has one, comes from TAPEOUT_KEY_PASSWORD or is asked for.
         certificate: The key's certificate (PEM), then those that lead to the root. May be given several times.
         keyless: Sign with an identity instead, through Sigstore: needs a network, and tells a public log who signed what.
+        trust_config: With --keyless: the trust configuration (JSON) of a Sigstore of your own, in place of the public one.
         json: Print what was signed to stdout.
     """
     from tapeout.pack import Package
@@ -110,12 +119,20 @@ def sign(
         )
     if certificate and key is None:
         raise TapeoutError("--certificate is of a key: give --key FILE too.")
+    if trust_config and not keyless:
+        raise TapeoutError("--trust-config is of --keyless: give that too.")
     opened = Package.open(package)
     if damage := opened.damage():
         raise PackageError(
             f"{package} is not what its manifest says, and is not signed: {'; '.join(damage[:5])}."
         )
-    path = run(package, key, password=_password(key) if key else None, certificates=certificate or ())
+    path = run(
+        package,
+        key,
+        password=_password(key) if key else None,
+        certificates=certificate or (),
+        sigstore=trust_config,
+    )
     if not opened.passed:
         stderr.print(
             Text(f"note: {package} failed its gates; the signature says who made it, not that it is good.")
