@@ -11,7 +11,7 @@ nvidia = ["self-hosted", "gpu", "nvidia"]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,7 +62,7 @@ def runner(system: str, said: Runners, *names: str) -> tuple[str, ...]:
 
     Buildkite's are rules, of which a bare word is a queue.
     """
-    defaults = {target: machine[system] for target, machine in MACHINES.items()}
+    defaults: Mapping[str, Sequence[str]] = {target: each[system] for target, each in MACHINES.items()}
     labels = next(
         (table[name] for table in (said, defaults) for name in names if name in table), defaults[""]
     )
