@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import json
 import logging
@@ -149,7 +150,8 @@ def quantize(
         out: where to put the store; None: the cache, by content.
         force: replace the store at ``out``.
         threads: default: as many as this process has cores.
-        device: of torch, for what calibration computes; None: a GPU where there is one. It decides bits, and so the store's name.
+        device: of torch, for what calibration computes; None: a GPU where there is one, and codes of the cache as they stand,
+            whichever device they were made with. It decides bits, and so the store's name.
         far: rounds tensors in other processes, on this machine or others that see the checkpoint; what it is given can be pickled. The
             bytes do not depend on it.
         progress: told how many weights are done.
@@ -162,7 +164,7 @@ def quantize(
     """
     plan = planned(model, scheme, rounding, overrides or {})
     keep_freed_memory()
-    tokens, where, schemes = None, None, plan.schemes
+    tokens, where, asked, schemes = None, None, device, plan.schemes
     if plan.foreign is None and (
         calibration or rounding in _WITH_DATA or any(s.calibrated for s in schemes.values())
     ):
@@ -200,6 +202,8 @@ def quantize(
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
+        if tokens is not None and asked is None and (found := _elsewhere(directory, recipe, model, pool)):
+            return found
         with lock(directory, wait=True), writing(directory):
             if (directory / "quantization.json").exists():
                 try:
@@ -211,6 +215,24 @@ def quantize(
                     shutil.rmtree(directory)
             _fill(directory, model, plan, recipe, tokens, pool, progress, device, far)
         return open_store(directory, model)
+
+
+def _elsewhere(
+    directory: Path, recipe: Mapping[str, Any], model: Model, pool: ThreadPoolExecutor
+) -> Quantized | None:
+    """Codes of this recipe that another device chose, where this one has chosen none: what is shared among machines is chosen once."""
+    if (directory / "quantization.json").exists():
+        return None
+    wanted = {key: value for key, value in recipe.items() if key != "device"}
+    named = glob.escape(directory.name.rpartition("-")[0])
+    for index in sorted(directory.parent.glob(f"{named}-*/quantization.json")):
+        try:
+            known = json.loads(index.read_text(encoding="utf-8"))
+            if all(known[key] == value for key, value in wanted.items()):
+                return open_store(index.parent, model, pool)
+        except (OSError, ValueError, KeyError, TypeError, PackageError):  # it is not whole
+            continue
+    return None
 
 
 @dataclass(frozen=True)

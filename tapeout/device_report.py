@@ -161,8 +161,9 @@ class DeviceReport(_Part):
             raw = json.loads(data.decode("utf-8"))
             version = int(raw["format_version"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise PackageError(
-                f"{path} is not a device report: {error!r}. It was cut short, or is of something else: run the script on the device again."
+                f"{path} is not a device report: {why}. It was cut short, or is of something else: run the script on the device again."
             ) from error
         if version > FORMAT_VERSION:
             raise PackageError(

@@ -59,6 +59,8 @@ class NewerFormat(PackageError):
 class RegistryError(TapeoutError):
     """A registry cannot be reached, refuses, or gives what its manifest does not say."""
 
+    page = "registry"
+
 
 class MissingToolchain(TapeoutError):
     """A runtime or toolchain is not installed; the message holds the command that installs it."""
@@ -93,7 +95,7 @@ class GateFailed(TapeoutError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known word, or the list of known words.
+    """Return ``"; did you mean 'x'?"`` for the closest known word, if there is one, and the list of known words.
 
     Example:
         >>> nearest("int4-g23", ["int4-g32", "nf4"])
@@ -101,5 +103,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (known: {', '.join(names)})"

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tapeout import modelpack
+from tapeout import modelpack, signing
 from tapeout.errors import OutputError, PackageError, RegistryError
 from tapeout.files import new_directory
 from tapeout.manifest import SIGNATURE
 from tapeout.modelpack import Blob
 from tapeout.oci import Reference, Repository, sha256
 from tapeout.pack import MANIFEST, Package
+from tapeout.signing import Trust
 
 _THREADS = 4
 Progress = Callable[[str, int, int], None]
@@ -103,14 +104,24 @@ def push(
 
 
 def pull(
-    reference: Reference, out: Path, *, force: bool = False, progress: Progress = lambda *_: None
+    reference: Reference,
+    out: Path,
+    *,
+    trust: Trust | None = None,
+    force: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Shipped:
     """Fetch a package. What came of it before a drop or a stop stays in ``.NAME.pull`` beside ``out``, and is gone on with.
 
+    Args:
+        trust: whom its signature must be of; None: a signature is not looked at.
+
     Raises:
         OutputError: ``out`` exists, or the disk is full, or would be.
-        PackageError: what is there is no package, or has files that its manifest does not name, or that lie outside of it.
+        PackageError: what is there is no package, or has files that its manifest does not name, or that lie outside of it, or its
+            signature is not as it must be.
         RegistryError: the registry cannot be reached, or gives other bytes than the digests say.
+        TapeoutError: what is trusted cannot be read. MissingToolchain: model-signing is not installed, or there is no network for it.
     """
     out = Path(os.path.abspath(out))
     store = out.with_name(f".{out.name}.pull")
@@ -131,12 +142,16 @@ def pull(
         _place({MANIFEST: layers[MANIFEST]}, store, whole)
         package = Package.open(whole)
         _compare(package, layers, reference)
+        if trust and trust.given and SIGNATURE not in layers:
+            raise PackageError(f"{reference} is not signed: it has no {SIGNATURE}.")
         blobs = set(layers.values())
         _check_room(layers.values(), store)
         became = _each(blobs, fetch, repository, progress, "pull") | became
         _place(layers, store, whole)
         if damage := package.damage():
             raise PackageError(f"{reference} is not what its {MANIFEST} says: {'; '.join(damage[:5])}.")
+        if trust and trust.given:
+            signing.check(whole, trust, called=str(reference))
     shutil.rmtree(store)
     return Shipped(
         reference=reference.pinned(digest),

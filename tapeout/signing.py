@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-_NETWORK = "keyless signatures are made and checked with Sigstore's servers, and those cannot be reached or did not agree"
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,14 @@ class Trust:
         key: a public key on a NIST curve, PEM.
         certificates: roots, PEM.
         identity: as the provider names it (an address, a workflow's URL). provider: the URL of who vouched for it.
+        sigstore: the trust configuration of the Sigstore that certified the identity, JSON; None: the public one.
     """
 
     key: Path | None = None
     certificates: tuple[Path, ...] = ()
     identity: str | None = None
     provider: str | None = None
+    sigstore: Path | None = None
 
     def __post_init__(self) -> None:
         """TapeoutError for two of them at once, or half of the last."""
@@ -50,6 +51,8 @@ class Trust:
                 "--identity and --identity-provider go together: an identity is worth what vouches for it "
                 "(https://accounts.google.com, https://token.actions.githubusercontent.com)."
             )
+        if self.sigstore and self.identity is None:
+            raise TapeoutError("--trust-config says who certifies identities: it goes with --identity.")
 
     @property
     def given(self) -> bool:
@@ -63,7 +66,8 @@ class Trust:
             return f"the key {self.key}"
         if self.certificates:
             return f"a certificate under {', '.join(map(str, self.certificates))}"
-        return f"{self.identity}, as {self.provider} says"
+        by = f" and the Sigstore of {self.sigstore}" if self.sigstore else ""
+        return f"{self.identity}, as {self.provider}{by} {'say' if by else 'says'}"
 
 
 def sign(
@@ -72,6 +76,7 @@ def sign(
     *,
     password: str | None = None,
     certificates: Sequence[Path] = (),
+    sigstore: Path | None = None,
 ) -> Path:
     """Sign every file of a package but what may stand beside it; the signature takes the place of an older one.
 
@@ -80,6 +85,7 @@ def sign(
             and writes the identity and the digests into a public log.
         password: of the key, where it has one.
         certificates: the key's own, PEM, then those that lead to the root.
+        sigstore: the trust configuration of the Sigstore that a keyless signature is made with, JSON; None: the public one.
 
     Returns:
         The signature's path.
@@ -94,8 +100,9 @@ def sign(
     partial = directory / f".{SIGNATURE}.partial"
     with writing(target), contextlib.ExitStack() as stack:
         if key is None:
-            with _networked():
-                config.use_sigstore_signer(use_ambient_credentials=True)
+            _check_configuration(sigstore)
+            with _networked(sigstore):
+                config.use_sigstore_signer(use_ambient_credentials=True, trust_config=sigstore)
         else:
             loaded = _private_key(key, password)
             path = stack.enter_context(_unlocked(key, loaded, password))
@@ -113,7 +120,7 @@ def sign(
                     f"{_list(certificates)} cannot sign with {key}: {_short(error)}."
                 ) from error
         try:
-            with _networked() if key is None else contextlib.nullcontext():
+            with _networked(sigstore) if key is None else contextlib.nullcontext():
                 config.sign(directory, partial)
             partial.chmod(0o644)
             partial.replace(target)
@@ -122,15 +129,19 @@ def sign(
     return target
 
 
-def check(directory: Path, trust: Trust) -> int:
+def check(directory: Path, trust: Trust, *, called: str = "") -> int:
     """Hold a package's files against its signature; the number of files that it covers.
+
+    Args:
+        called: what errors call the package. Default: its directory.
 
     Raises:
         PackageError: there is no signature, it is of somebody else, or a file is not as it was signed, which is named.
         TapeoutError: what is trusted cannot be read. MissingToolchain: model-signing is not installed, or there is no network.
     """
     path = directory / SIGNATURE
-    kind, signed = _read(path)
+    called = called or str(directory)
+    kind, signed = _read(path, called)
     wanted = "key" if trust.key else "certificate" if trust.certificates else "keyless"
     if kind != wanted:
         how = {
@@ -138,7 +149,7 @@ def check(directory: Path, trust: Trust) -> int:
             "certificate": "with a certificate: give --certificate FILE",
             "keyless": "keyless: give --identity and --identity-provider",
         }
-        raise PackageError(f"{directory} is signed {how[kind]}; {trust.words} cannot tell.")
+        raise PackageError(f"{called} is signed {how[kind]}; {trust.words} cannot tell.")
     library = _library()
     config = library.verifying.Config().set_hashing_config(_hashing(library))
     try:
@@ -151,8 +162,11 @@ def check(directory: Path, trust: Trust) -> int:
         kinds = "a public key on a NIST curve (P-256, P-384, P-521)" if trust.key else "certificates"
         raise TapeoutError(f"{name} cannot be read as {kinds} in PEM: {_short(error)}.") from error
     if trust.identity:
-        with _networked():
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=str(trust.provider))
+        _check_configuration(trust.sigstore)
+        with _networked(trust.sigstore):
+            config.use_sigstore_verifier(
+                identity=trust.identity, oidc_issuer=str(trust.provider), trust_config=trust.sigstore
+            )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where the library prints its warnings
             config.verify(directory, path)
@@ -160,13 +174,11 @@ def check(directory: Path, trust: Trust) -> int:
         Exception
     ) as error:  # of cryptography, OpenSSL, sigstore, protobuf, pydantic, and its own ValueErrors
         if changed := _changed(directory, signed):
-            raise PackageError(f"{directory} is not what was signed: {'; '.join(changed[:5])}.") from error
-        raise PackageError(
-            f"the signature of {directory} is not by {trust.words}: {_short(error)}."
-        ) from error
+            raise PackageError(f"{called} is not what was signed: {'; '.join(changed[:5])}.") from error
+        raise PackageError(f"the signature of {called} is not by {trust.words}: {_short(error)}.") from error
     # What a signature leaves out, on purpose or not, is not signed.
     if left := sorted({*walk(directory)} - {name for name, _, _ in signed} - {*BESIDE}):
-        raise PackageError(f"the signature of {directory} leaves out {', '.join(map(ascii, left[:5]))}.")
+        raise PackageError(f"the signature of {called} leaves out {', '.join(map(ascii, left[:5]))}.")
     return len(signed)
 
 
@@ -176,10 +188,10 @@ def signed_with(directory: Path) -> str | None:
     Raises:
         PackageError: it is no signature.
     """
-    return _read(directory / SIGNATURE)[0] if (directory / SIGNATURE).exists() else None
+    return _read(directory / SIGNATURE, str(directory))[0] if (directory / SIGNATURE).exists() else None
 
 
-def _read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
+def _read(path: Path, called: str) -> tuple[str, list[tuple[str, str, str]]]:
     """How a signature was made, and the name, algorithm and digest of each file that it says it covers."""
     try:
         bundle = read_json(path)
@@ -197,9 +209,11 @@ def _read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
             for each in payload["predicate"]["resources"]
         ]
     except FileNotFoundError:
-        raise PackageError(f"{path.parent} is not signed: it has no {SIGNATURE}.") from None
+        raise PackageError(f"{called} is not signed: it has no {SIGNATURE}.") from None
     except (KeyError, TypeError, ValueError, RecursionError, binascii.Error) as error:
-        raise PackageError(f"{path} is no signature of model-signing: {_short(error)}.") from error
+        raise PackageError(
+            f"{SIGNATURE} of {called} is no signature of model-signing: {_short(error)}."
+        ) from error
     return kind, signed
 
 
@@ -232,15 +246,32 @@ def _hashing(library: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _networked() -> Iterator[None]:
+def _networked(sigstore: Path | None) -> Iterator[None]:
     """Turn what Sigstore's client raises into one paragraph."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Exception as error:  # of sigstore, tuf, requests and id
+        servers = f"the servers that {sigstore} names" if sigstore else "Sigstore's servers"
         raise MissingToolchain(
-            f"{_NETWORK} ({_short(error)}). Without a network: a key of your own, `openssl ecparam -name prime256v1 -genkey -noout -out "
+            f"keyless signatures are made and checked with {servers}, and those cannot be reached or did not agree ({_short(error)}). Without a network: a key of your own, `openssl ecparam -name prime256v1 -genkey -noout -out "
             "key.pem`, and --key key.pem."
+        ) from error
+
+
+def _check_configuration(sigstore: Path | None) -> None:
+    """TapeoutError for a trust configuration that is none."""
+    if sigstore is None:
+        return
+    from sigstore.models import ClientTrustConfig
+
+    try:
+        config = ClientTrustConfig.from_json(sigstore.read_text(encoding="utf-8"))
+        _ = config.trusted_root, config.signing_config
+    except Exception as error:  # of pydantic, sigstore and the system
+        raise TapeoutError(
+            f"{sigstore} cannot be read as the trust configuration of a Sigstore (JSON of the kind "
+            f"application/vnd.dev.sigstore.clienttrustconfig.v0.1+json): {_short(error)}."
         ) from error
 
 

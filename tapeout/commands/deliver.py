@@ -5,10 +5,11 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
 from rich.text import Text
 
 from tapeout.commands.terminal import Flag, Json, Many, print_json, progress_bars, stderr
@@ -16,17 +17,49 @@ from tapeout.errors import PackageError, TapeoutError
 
 if TYPE_CHECKING:
     from tapeout.registry import Shipped
+    from tapeout.signing import Trust
 
 
-def verify(
-    package: Path,
-    *,
-    key: Path | None = None,
-    certificate: Annotated[list[Path] | None, Many] = None,
-    identity: str | None = None,
-    identity_provider: str | None = None,
-    json: Json = False,
-) -> int:
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Signer:
+    """Flags that say who must have signed a package; one way of them."""
+
+    key: Annotated[
+        Path | None, Parameter(help="The public key of who must have signed the package (PEM).")
+    ] = None
+    certificate: Annotated[
+        list[Path] | None,
+        Many,
+        Parameter(help="A certificate that the signer's must lead to (PEM). May be given several times."),
+    ] = None
+    identity: Annotated[
+        str | None,
+        Parameter(
+            help="Of a keyless signature: who must have made it, an address or a workflow's URL. Needs a network."
+        ),
+    ] = None
+    identity_provider: Annotated[
+        str | None,
+        Parameter(help="Of a keyless signature: the URL of who vouched for the identity."),
+    ] = None
+    trust_config: Annotated[
+        Path | None,
+        Parameter(
+            help="Of a keyless signature: the trust configuration (JSON) of a Sigstore of your own; then no network is needed."
+        ),
+    ] = None
+
+    @property
+    def trust(self) -> Trust:
+        """The same, checked."""
+        from tapeout.signing import Trust
+
+        certificates = tuple(self.certificate or ())
+        return Trust(self.key, certificates, self.identity, self.identity_provider, self.trust_config)
+
+
+def verify(package: Path, *, signer: Signer | None = None, json: Json = False) -> int:
     """Compare every byte of a package with its manifest, and its signature, bill of materials and provenance with both.
 
     With a key, a certificate or an identity the package must be signed by it. Without one a signature is told and not checked.
@@ -36,16 +69,11 @@ def verify(
 
     Args:
         package: The package's directory.
-        key: The public key of who must have signed it (PEM).
-        certificate: A certificate that the signer's must lead to (PEM). May be given several times.
-        identity: Of a keyless signature: who must have made it, an address or a workflow's URL. Needs a network.
-        identity_provider: Of a keyless signature: the URL of who vouched for the identity.
         json: Print the findings to stdout.
     """
-    from tapeout.verify import Trust
     from tapeout.verify import verify as run
 
-    found = run(package, Trust(key, tuple(certificate or ()), identity, identity_provider))
+    found = run(package, signer.trust if signer else None)
     if json:
         print_json(found.to_json(package))
     if found.damage:
@@ -67,6 +95,7 @@ def sign(
     key: Path | None = None,
     certificate: Annotated[list[Path] | None, Many] = None,
     keyless: Annotated[bool, Flag] = False,
+    trust_config: Path | None = None,
     json: Json = False,
 ) -> int:
     """Sign a whole package with OpenSSF's model-signing; the signature is model.sig, which `model_signing verify` reads too.
@@ -78,6 +107,7 @@ def sign(
         key: Your private key on a NIST curve (PEM). Its password, if it has one, comes from TAPEOUT_KEY_PASSWORD or is asked for.
         certificate: The key's certificate (PEM), then those that lead to the root. May be given several times.
         keyless: Sign with an identity instead, through Sigstore: needs a network, and tells a public log who signed what.
+        trust_config: With --keyless: the trust configuration (JSON) of a Sigstore of your own, in place of the public one.
         json: Print what was signed to stdout.
     """
     from tapeout.pack import Package
@@ -89,12 +119,20 @@ def sign(
         )
     if certificate and key is None:
         raise TapeoutError("--certificate is of a key: give --key FILE too.")
+    if trust_config and not keyless:
+        raise TapeoutError("--trust-config is of --keyless: give that too.")
     opened = Package.open(package)
     if damage := opened.damage():
         raise PackageError(
             f"{package} is not what its manifest says, and is not signed: {'; '.join(damage[:5])}."
         )
-    path = run(package, key, password=_password(key) if key else None, certificates=certificate or ())
+    path = run(
+        package,
+        key,
+        password=_password(key) if key else None,
+        certificates=certificate or (),
+        sigstore=trust_config,
+    )
     if not opened.passed:
         stderr.print(
             Text(f"note: {package} failed its gates; the signature says who made it, not that it is good.")
@@ -139,10 +177,20 @@ def push(package: Path, reference: str, *, mount_from: str | None = None, json: 
     return _tell(f"{package} is {where}", shipped, json)
 
 
-def pull(reference: str, *, out: Path, force: Annotated[bool, Flag] = False, json: Json = False) -> int:
+def pull(
+    reference: str,
+    *,
+    out: Path,
+    signer: Signer | None = None,
+    force: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> int:
     """Fetch a package from an OCI registry and check every byte; what was fetched before a stop is not fetched again.
 
+    With a key, a certificate or an identity the package must be signed by it, or nothing is left of it.
+
     Example: tapeout pull localhost:5000/team/arithmetic:cpu --out build/pulled
+    Example: tapeout pull localhost:5000/team/arithmetic:cpu --out build/pulled --key signer.pub
 
     Args:
         reference: host[:port]/repository[:tag][@sha256:digest]; with a digest these bytes and no others.
@@ -154,8 +202,9 @@ def pull(reference: str, *, out: Path, force: Annotated[bool, Flag] = False, jso
     from tapeout.registry import pull
 
     where = Reference.parse(reference)
+    trust = signer.trust if signer else None
     with progress_bars() as progress:
-        shipped = pull(where, out, force=force, progress=progress)
+        shipped = pull(where, out, trust=trust, force=force, progress=progress)
     return _tell(f"{out} is {where}", shipped, json)
 
 

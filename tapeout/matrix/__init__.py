@@ -133,6 +133,7 @@ def run(
         TapeoutError: one of its kinds, before any work.
     """
     matrix = Matrix.read(path)
+    Storage(cache, [])  # an address that nothing here can open is told now, and not once a cell
     before = baselines.read(baseline) if baseline else {}
     out = out.absolute()
     _models(chosen(matrix.cells(), only))  # what cannot be read stops here, before the output is made

@@ -16,6 +16,9 @@ from tapeout.matrix.tasks import FORMAT_VERSION, Outcome
 FLOOR = 16 * 2**-24
 """Nats that say nothing: what rounding to float32 moves the logarithm of a probability by, of logits that are 16 large."""
 
+_MANY = 4
+"""Measurements of a speed that --speed comes to: the export's own, and three alone."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -127,11 +130,13 @@ def _apart(before: Outcome, now: Outcome) -> str | None:
 def _speed(before: Outcome, now: Outcome, margins: Margins) -> Change | None:
     """The best of this run's measurements against the median of the baseline's, which is granted its own spread.
 
-    What disturbs a measurement makes it slower and never faster, so that the best is the one that is nearest to the truth.
+    What disturbs a measurement makes it slower and never faster, so that the best is the one that is nearest to the truth. Of a baseline
+    that has as many as --speed makes, the slowest does not count for the same reason: one disturbance would excuse every later slowness.
     """
-    old, new = samples(before), samples(now)
+    old, new = sorted(samples(before)), samples(now)
+    old = old[1:] if len(old) >= _MANY else old
     middle, best = statistics.median(old), max(new)
-    spread = (max(old) - min(old)) / middle
+    spread = (old[-1] - old[0]) / middle
     allowed = max(margins.tokens_per_s, spread)
     reason = f"best of {len(new)} against the median of {len(old)}, which spread over {spread:.0%}"
     unit = now.figures["speed"]["unit"]

@@ -17,34 +17,13 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from tapeout import __version__
+from tapeout.matrix.machines import MACHINES
 
 Runners = Mapping[str, str | list[str]]
 
 SYSTEMS: Final = ("github", "gitlab", "buildkite")
 OTHER_JOBS: Final = ("codes", "index")
 """Jobs that are no cell's, as ``[runners]`` names them."""
-
-DEFAULT_RUNNERS: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
-    "github": {
-        "apple": ("macos-15",),
-        "nvidia": ("self-hosted", "gpu", "nvidia"),
-        "rocm": ("self-hosted", "gpu", "rocm"),
-        "": ("ubuntu-24.04",),
-    },
-    "gitlab": {
-        "apple": ("saas-macos-medium-m1",),
-        "nvidia": ("saas-linux-medium-amd64-gpu-standard",),
-        "rocm": ("gpu", "rocm"),
-        "": (),
-    },
-    "buildkite": {
-        "apple": ("queue=macos",),
-        "nvidia": ("queue=nvidia",),
-        "rocm": ("queue=rocm",),
-        "": ("queue=default",),
-    },
-}
-"""Labels of the machine that has a target's device, by CI system and target; "" is any other."""
 
 _EXTRAS: Final = {
     "apple": "reference,apple",
@@ -79,11 +58,11 @@ def extras(kind: str, options: Mapping[str, object]) -> str:
 
 
 def runner(system: str, said: Runners, *names: str) -> tuple[str, ...]:
-    """Labels of the runner of a job: by the first of its ``names`` that the matrix file or else the table of defaults has.
+    """Labels of the runner of a job: by the first of its ``names`` that the matrix file or else the table of machines has.
 
     Buildkite's are rules, of which a bare word is a queue.
     """
-    defaults = DEFAULT_RUNNERS[system]
+    defaults: Mapping[str, Sequence[str]] = {target: each[system] for target, each in MACHINES.items()}
     labels = next(
         (table[name] for table in (said, defaults) for name in names if name in table), defaults[""]
     )

@@ -27,16 +27,10 @@ from tapeout import __version__
 from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.files import cache_directory
 from tapeout.matrix import node
+from tapeout.matrix.machines import LABELS
 from tapeout.matrix.shared import Storage
 from tapeout.matrix.tasks import Outcome, Task, Told
 from tapeout.models import Model
-
-LABELS: Mapping[str, tuple[str, ...]] = {
-    "apple": ("macos",),
-    "nvidia": ("nvidia", "GPU"),
-    "rocm": ("amd", "GPU"),
-}
-"""Resources that a target's machine has, the closest first: names of one's own (``ray start --resources '{"macos": 1}'``), or Ray's GPU."""
 
 SPREAD_BYTES = 1 << 30
 """Of a checkpoint: the tensors of a smaller one are rounded sooner than other machines' processes have begun."""

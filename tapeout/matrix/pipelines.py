@@ -44,11 +44,13 @@ class Codes:
 
     Attributes:
         cell: the name of one that needs them. files: of the model, where it lies in the repository; patterns.
+        from_hub: whether the model comes from elsewhere, so that nothing in the repository changes when it does.
     """
 
     name: str
     cell: str
     files: tuple[str, ...]
+    from_hub: bool
     extras: str
 
     @property
@@ -173,7 +175,9 @@ def _codes(cells: Sequence[Cell]) -> dict[tuple[str, str, str], Codes]:
         while name in taken:  # two models of one name whose cells differ in the rest
             name += "+"
         taken.add(name)
-        found[each] = Codes(name, first.name, _files(first.model), "reference")
+        files = _files(first.model)
+        from_hub = not files and first.model not in embedded.NAMES
+        found[each] = Codes(name, first.name, files, from_hub, "reference")
     return found
 
 

@@ -25,6 +25,8 @@ from tapeout.pack import DEVICE_REPORT, Package
 FORMAT_VERSION = 1
 _FIRST_LAST = ("quantization.json", "tapeout.json")
 """Indexes of directories: one that is there means that the rest is."""
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "adl", "az"})
+"""Protocols of stores of objects, which have no folders."""
 
 
 class _Damaged(Exception):
@@ -212,8 +214,10 @@ class Storage:
 
     def _whole(self, path: str, write: Any) -> None:
         """Write under another name first, where writing is not whole or not at all of itself."""
-        self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
-        if "file" not in _protocols(self._files):  # stores of objects show one when it is whole
+        protocols = _protocols(self._files)
+        if not _BUCKETS.intersection(protocols):  # there it would make a bucket of a name that was misspelt
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if "file" not in protocols:  # stores of objects show one when it is whole
             write(path)
             return
         partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
@@ -232,6 +236,13 @@ class Storage:
 
     def _unreachable(self, what: str, error: Exception) -> str:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        if isinstance(error, PermissionError):
+            said = error.strerror or error
+            reason = (
+                f"access was denied ({said}): the credentials must be allowed to list, read and write there"
+            )
+        elif isinstance(error, FileNotFoundError):
+            reason = error.strerror or str(error).rstrip(".")
         return f"{self._url} could not {what}: {reason}. Went on without it."
 
     def _entry(self, kind: str, key: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,12 +92,17 @@ class Session:
         name = "registry-1.docker.io" if reference.host == DOCKER_HUB else reference.host
         self.base = f"{'http' if reference.is_loopback else 'https'}://{name}"
         self.stop = threading.Event()
-        self._http = httpx2.Client(
-            timeout=_TIMEOUT_S,
-            follow_redirects=True,
-            trust_env=not reference.is_loopback,
-            headers={"User-Agent": f"tapeout/{__version__}", "Accept-Encoding": "identity"},
-        )
+        try:
+            self._http = httpx2.Client(
+                timeout=_TIMEOUT_S,
+                follow_redirects=True,
+                trust_env=not reference.is_loopback,
+                headers={"User-Agent": f"tapeout/{__version__}", "Accept-Encoding": "identity"},
+            )
+        except OSError as error:  # ssl's are some
+            given = _authorities() or "the list of authorities that this machine trusts"
+            why = "it holds no certificate (PEM)" if isinstance(error, ssl.SSLError) else error.strerror
+            raise RegistryError(f"{given} cannot be read: {why}.") from error
         self._authorizer = Authorizer(self._http, reference.host, self.base, scopes)
         self._reached = False
 
@@ -140,6 +147,8 @@ class Session:
                     asked = response.headers.get("www-authenticate", "")
                 self._authorizer.answer(asked, sent)
         except httpx2.TransportError as error:
+            if why := _distrust(error, self._host):
+                raise RegistryError(why) from error
             kind = NobodyError if isinstance(error, httpx2.ConnectError) else AgainError
             raise kind(str(error).rstrip(".") or type(error).__name__) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -151,6 +160,29 @@ class Session:
             raise RegistryError(self._authorizer.refusal(what))
         if reply.status != status:
             raise RegistryError(f"{self._host} does not {what}: {reply.why()}.")
+
+
+def _authorities() -> str | None:
+    """The variable that says which certificates are trusted, with its value; None: none does."""
+    names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+    return f"{names[0]}={os.environ[names[0]]}" if names else None
+
+
+def _distrust(error: BaseException, host: str) -> str | None:
+    """What to say where TLS is what failed, which no waiting mends."""
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        given = _authorities()
+        trusted = f"{given} has" if given else "this machine trusts"
+        return (
+            f"{host} shows a certificate that cannot be trusted ({cause.verify_message.rstrip('.')}); nothing was sent. If it is by an "
+            f"authority of your own, none that {trusted}: set SSL_CERT_FILE to its certificate (PEM), beside those of the others that you need."
+        )
+    if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return f"{host} does not speak TLS, and only a registry on this machine itself is spoken to in the clear."
+    return None
 
 
 def whole(response: httpx2.Response) -> Reply:

@@ -101,7 +101,7 @@ def more_tokens(directory: Path) -> None:
         ),
         (
             edit(rope_scaling={"rope_type": "ntk", "factor": 2.0}),
-            "rope_type 'ntk' is not handled; (known: default, dynamic, linear, llama3, longrope, yarn).",
+            "rope_type 'ntk' is not handled (known: default, dynamic, linear, llama3, longrope, yarn).",
         ),
         (
             edit(model_type="gemma3_text", layer_types=["sliding_attention", "linear_attention"]),

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 from xml.etree import ElementTree
 
@@ -202,14 +203,20 @@ def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -
 
 
 @pytest.mark.slow
-def test_finished_work_is_taken_from_shared_storage(copied: Path) -> None:
+@pytest.mark.parametrize("where", ["a directory", "a bucket"])
+def test_finished_work_is_taken_from_shared_storage(
+    copied: Path, where: str, request: pytest.FixtureRequest
+) -> None:
     expected = digests(copied / "out")
-    shared = copied / "shared"
+    shared = str(copied / "shared")
+    if where == "a bucket":
+        request.getfixturevalue("s3")
+        shared = "s3://shared/work"
     from tapeout.matrix.shared import Storage
 
     for name in MADE:  # as a run with --cache puts them there
         known = json.loads((copied / "out" / "cells" / f"{name}.json").read_text())
-        Storage(str(shared), []).push_package(known["inputs"], copied / "out" / name)
+        Storage(shared, []).push_package(known["inputs"], copied / "out" / name)
     shutil.rmtree(copied / "out")
     shutil.rmtree(copied / "cache")
     done = run(copied, "--cache", shared, "--jobs", "2", status=0)
@@ -236,6 +243,85 @@ def test_a_baseline_from_which_nothing_changed_passes_and_one_that_was_better_fa
     assert "FAILED  4 cells" in done.stderr
     assert f"{NULLS[0]} │ size" in done.stderr
     assert "1%" in done.stderr
+
+
+def speed_of(out: Path, name: str) -> dict[str, Any]:
+    told = json.loads((out / "matrix.json").read_text())["cells"]
+    (figures,) = [cell["figures"] for cell in told if cell["name"] == name]
+    speed: dict[str, Any] = figures["speed"]
+    return speed
+
+
+@pytest.mark.slow
+def test_speeds_are_measured_and_held_against_a_baseline(copied: Path) -> None:
+    """Every measurement is real. What decides is no clock: the baseline's figures are a million times those of this machine, or a millionth."""
+    name, out, before = NULLS[0], copied / "out", copied / "before.json"
+    done = run(copied, "--only", name, "--speed", status=0)
+    assert f"passed   speed {name}" in done.stderr
+    assert (out / "logs" / f"{name}.speed.log").exists()
+    speed = speed_of(out, name)
+    assert speed["alone"]
+    assert len(speed["samples"]) == 4  # of the export, and three alone
+    assert min(speed["samples"]) > 0
+    assert speed["value"] == median(speed["samples"])
+
+    def baseline(factor: float, **fields: Any) -> None:
+        raw = json.loads((out / "matrix.json").read_text())
+        for cell in raw["cells"]:
+            if cell["name"] == name:
+                samples = [speed["value"] * factor] * 4  # without a spread, which would be granted
+                cell["figures"] |= fields
+                cell["figures"]["speed"] |= {"samples": samples, "value": samples[0]}
+        before.write_text(json.dumps(raw))
+
+    def changes() -> list[dict[str, Any]]:
+        found = json.loads((out / "matrix.json").read_text())["changes"]
+        return [change for change in found if change["what"] == "speed"]
+
+    # Slower than a baseline by far: measured three times more before it is said, and then said with both figures.
+    (copied / "small.toml").write_text(FILE + "[margins]\ntokens_per_s = 0.9\n")
+    baseline(1e6)
+    done = run(copied, "--only", name, "--baseline", before, status=1)
+    assert f"passed   speed {name}" in done.stderr
+    assert "FAILED" in done.stderr
+    assert "│ speed " in done.stderr
+    (change,) = changes()
+    assert change["worse"]
+    assert change["reason"] == "best of 7 against the median of 3, which spread over 0%"
+    assert change["now"] == max(speed_of(out, name)["samples"])
+    assert change["before"] == pytest.approx(1e6 * speed["value"])
+    # Faster than it: nothing to measure again.
+    baseline(1e-6)
+    done = run(copied, "--only", name, "--baseline", before, status=0)
+    assert "passed   speed" not in done.stderr
+    assert len(speed_of(out, name)["samples"]) == 7
+    assert [change["worse"] for change in changes()] == [False]
+    # Another machine's says nothing.
+    baseline(1e6, processor="another")
+    run(copied, "--only", name, "--baseline", before, status=0)
+    assert "not compared: the baseline is of another" in changes()[0]["reason"]
+
+
+@pytest.mark.slow
+def test_a_speed_that_was_measured_beside_others_does_not_count(copied: Path) -> None:
+    """As with --jobs 2: it is measured again, alone, and the figure from before is left out, however fast it was."""
+    name, out, before = NULLS[1], copied / "out", copied / "before.json"
+    before.write_text((out / "matrix.json").read_text())
+    known = out / "cells" / f"{name}.json"
+    outcome = json.loads(known.read_text())
+    fast = outcome["figures"]["speed"]["value"] * 1e6
+    outcome["figures"]["speed"] = {"value": fast, "unit": "tokens/s", "alone": False}
+    known.write_text(json.dumps(outcome))
+    raw = json.loads(before.read_text())
+    for cell in raw["cells"]:
+        if cell["name"] == name:
+            cell["figures"]["speed"] |= {"value": fast / 2, "samples": [fast / 2]}
+    before.write_text(json.dumps(raw))
+    done = run(copied, "--only", name, "--baseline", before, status=1)
+    assert f"passed   speed {name}" in done.stderr
+    speed = speed_of(out, name)
+    assert len(speed["samples"]) == 3
+    assert max(speed["samples"]) < fast / 2
 
 
 @pytest.mark.slow
@@ -285,6 +371,13 @@ def test_a_wrong_file_leaves_nothing(tmp_path: Path, text: str, message: str) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_a_storage_that_nothing_here_can_open_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(FILE)
+    done = run(tmp_path, "--cache", "s4://bucket", status=2)
+    assert "--cache s4://bucket cannot be opened: Protocol not known: s4." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(FILE)
     (tmp_path / "out").mkdir()
@@ -293,6 +386,7 @@ def test_a_directory_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_one_output(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 

@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from buckets import Buckets
 
 from tapeout.errors import MissingToolchain
 from tapeout.exporters import Artifact
@@ -29,8 +32,11 @@ from tapeout.validate.report import GateResult, Report
 MakeModel = Callable[..., Path]
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://shared/{uuid.uuid4().hex}"
     return (tmp_path / "shared").as_uri() if request.param == "file" else f"memory://{uuid.uuid4().hex}"
 
 
@@ -46,6 +52,7 @@ def package(make_model: MakeModel, tmp_path: Path) -> Path:
 
 
 def every(storage: Storage) -> list[str]:
+    storage._files.invalidate_cache()  # s3fs remembers what it listed
     return sorted(path.rpartition("/")[2] for path in storage._files.find(storage._root))
 
 
@@ -218,3 +225,71 @@ def test_a_full_storage_is_said_and_leaves_nothing_half_written(
     assert notes == [f"{full} could not take this: No space left on device. Went on without it."]
     assert [path for path in full.rglob("*") if path.is_file()] == []
     assert not storage.has_package("key")
+
+
+def test_a_bucket_that_is_not_there_is_said_and_not_made(s3: Buckets, package: Path) -> None:
+    notes: list[str] = []
+    Storage("s3://sahred/tapeout", notes).push_package("key", package)
+    assert notes == [
+        "s3://sahred/tapeout could not take this: The specified bucket does not exist. Went on without it."
+    ]
+    assert b"sahred" not in s3.ask("GET", "/")
+
+
+def test_a_bucket_that_one_may_not_use(s3: Buckets, package: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    storage = Storage("s3://shared/denied", notes)
+    s3.close_to_strangers(True)
+    try:
+        assert not storage.has_package("key")
+        assert not storage.fetch_package("key", tmp_path / "back")
+        storage.push_package("key", package)
+    finally:
+        s3.close_to_strangers(False)
+    what = "s3://shared/denied could not"
+    why = "access was denied (Forbidden): the credentials must be allowed to list, read and write there. Went on without it."
+    assert notes == [f"{what} be read: {why}", f"{what} be read: {why}", f"{what} take this: {why}"]
+    storage.push_package("key", package)
+    assert storage.has_package("key")
+
+
+class Full(BaseHTTPRequestHandler):
+    """A bucket that has nothing and takes nothing, as Ceph says it of one whose quota is used up."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def say(self, status: int, told: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+    def do_HEAD(self) -> None:
+        self.say(404)
+
+    def do_GET(self) -> None:
+        self.say(200, b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>")
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.say(
+            403, b"<Error><Code>QuotaExceeded</Code><Message>the bucket has no room left</Message></Error>"
+        )
+
+
+def test_a_bucket_that_is_full(s3: Buckets, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        place = {"endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        monkeypatch.setitem(fsspec.config.conf, "s3", place)
+        Storage("s3://shared/full", notes).push_package("key", package)
+        server.shutdown()
+    (said,) = notes
+    assert said.startswith("s3://shared/full could not take this: ")
+    assert "the bucket has no room left" in said
+    assert said.endswith(". Went on without it.")

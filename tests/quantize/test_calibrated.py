@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,26 @@ def test_the_device_is_part_of_the_store(tmp_path: Path, text: Calibration) -> N
     assert quantize(model, "int4-g32", rounding="gptq", calibration=text).device == (
         torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     )
+
+
+def test_codes_that_another_device_chose_are_taken_as_they_stand(
+    tmp_path: Path, text: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell on a GPU's machine finds the codes that a machine without one made; who names a device gets what it computes."""
+    model = load(write_model(tmp_path / "tiny", "llama"))
+
+    def made(device: str | None = None, scheme: str = "int4-g32") -> Quantized:
+        return quantize(model, scheme, rounding="gptq", calibration=text, device=device)
+
+    here = made("cpu")
+    monkeypatch.setattr("tapeout.quantize.torch_device", lambda device: ("cpu", "some GPU"))
+    assert (made().digest, made().device) == (here.digest, "cpu")
+    assert made(scheme="int4-g64").device == "some GPU"  # of which there are none yet
+    there = made("cuda")
+    assert (there.device, there.directory) == ("some GPU", made().directory)
+    shutil.rmtree(there.directory)
+    next((here.directory / "tensors").iterdir()).write_bytes(b"")  # damaged, and so none
+    assert made().device == "some GPU"
 
 
 @pytest.mark.device

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import filecmp
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tapeout import load, quantize
 from tapeout.build import target
-from tapeout.pack import Package, pack
+from tapeout.files import canonical_json, file_sha256
+from tapeout.pack import Package, _root, pack
 from tapeout.recipe import Recipe
 from tapeout.validate import GateResult, Report
 
@@ -41,3 +45,18 @@ def same(one: Path, other: Path) -> bool:
 def names(directory: Path) -> set[str]:
     """What a directory holds, hidden names too."""
     return {path.name for path in directory.iterdir()}
+
+
+def rewritten(package: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and make its digests right again, as somebody would who means harm."""
+    path = package / "tapeout.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    for part in ("files", "beside"):
+        for name in [name for name in manifest[part] if not (package / name).exists()]:
+            del manifest[part][name]
+        for name, entry in manifest[part].items():
+            file = package / name
+            entry.update(sha256=file_sha256(file), size=file.stat().st_size)
+    manifest["root_sha256"] = _root(manifest)
+    path.write_text(canonical_json(manifest))

@@ -41,8 +41,10 @@ class Running:
 
 
 @contextmanager
-def registry(directory: Path, htpasswd: Path | None = None) -> Iterator[Running]:
-    """The registry of the CNCF's Distribution, on a free port."""
+def registry(
+    directory: Path, htpasswd: Path | None = None, tls: tuple[Path, Path] | None = None
+) -> Iterator[Running]:
+    """The registry of the CNCF's Distribution, on a free port; ``tls``: certificate and key that it shows."""
     assert REGISTRY
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,10 +52,11 @@ def registry(directory: Path, htpasswd: Path | None = None) -> Iterator[Running]
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "config.yml"
     auth = f"auth: {{htpasswd: {{realm: tests, path: {htpasswd}}}}}\n" if htpasswd else ""
+    shown = f", tls: {{certificate: {tls[0]}, key: {tls[1]}}}" if tls else ""
     config.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
         f"storage: {{filesystem: {{rootdirectory: {directory / 'kept'}}}, delete: {{enabled: true}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}', secret: tests}}\n{auth}"
+        f"http: {{addr: '127.0.0.1:{port}', secret: tests{shown}}}\n{auth}"
     )
     with (directory / "log").open("wb") as log:
         child = subprocess.Popen([REGISTRY, "serve", config], stdout=log, stderr=log)
@@ -71,7 +74,7 @@ def _wait(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=5):
                 return
-        except urllib.error.HTTPError:  # it asks for a login
+        except urllib.error.HTTPError:  # it asks for a login, or to be spoken to by TLS
             return
         except OSError:
             assert child.poll() is None, log.read_text()

@@ -8,12 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import tapeout
+from packages import rewritten
 
 from tapeout.errors import MissingToolchain, PackageError, TapeoutError
 from tapeout.signing import Trust, check, sign, signed_with
@@ -21,31 +20,11 @@ from tapeout.verify import verify
 
 pytest.importorskip("model_signing")
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from certificates import Key, certificate, written
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from cryptography.hazmat.primitives.serialization import Encoding
 
 PROGRAM = Path(sys.executable).with_name("model_signing")
-Key = ec.EllipticCurvePrivateKey
-
-
-def written(path: Path, key: Any, password: str | None = None) -> Path:
-    """A private key in PEM, and its public one beside it."""
-    lock: KeySerializationEncryption = (
-        BestAvailableEncryption(password.encode()) if password else NoEncryption()
-    )
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(public)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +38,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(place / "rsa.pem", rsa.generate_private_key(65537, 2048))
     written(place / "bitcoin.pem", ec.generate_private_key(ec.SECP256K1()))
     return place
-
-
-def certificate(name: str, key: Key, issuer: x509.Certificate | None, by: Key) -> x509.Certificate:
-    """A certificate of ``key``, by itself without an issuer; a signer's where there is one."""
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
-        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=name != "signer", path_length=None), critical=True)
-        .add_extension(
-            x509.KeyUsage(name == "signer", *[False] * 4, name != "signer", *[False] * 3), critical=True
-        )
-    )
-    return builder.sign(by, hashes.SHA256())
 
 
 @pytest.fixture(scope="module")
@@ -164,24 +124,6 @@ def test_another_key_is_refused(package: Path, keys: Path) -> None:
     sign(package, keys / "mine.pem")
     with pytest.raises(PackageError, match=r"is not by the key .*other\.pub"):
         check(package, Trust(keys / "other.pub"))
-
-
-def rewritten(package: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest and make its digests right again, as somebody would who means harm."""
-    from tapeout.files import canonical_json, file_sha256
-    from tapeout.pack import _root
-
-    path = package / "tapeout.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    for part in ("files", "beside"):
-        for name in [name for name in manifest[part] if not (package / name).exists()]:
-            del manifest[part][name]
-        for name, entry in manifest[part].items():
-            file = package / name
-            entry.update(sha256=file_sha256(file), size=file.stat().st_size)
-    manifest["root_sha256"] = _root(manifest)
-    path.write_text(canonical_json(manifest))
 
 
 def edit_the_report(package: Path) -> str:
