@@ -25,9 +25,11 @@ from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.files import cache_directory
 from tapeout.matrix import node
 from tapeout.matrix.driver import UP_S, Machines, Request, drive
+from tapeout.matrix.forecast import calibrates
 from tapeout.matrix.shared import Storage
 from tapeout.matrix.tasks import Outcome, Task, Told
 from tapeout.models import Model
+from tapeout.recipe import Recipe
 
 LABELS: Mapping[str, tuple[str, ...]] = {
     "apple": ("macos",),
@@ -141,6 +143,9 @@ class Cluster:
     def _request(self, task: Task) -> Request:
         """A task with what it needs of a machine. Tensors are tasks too: codes hold no core while they wait for them."""
         spreads = task.kind == "codes" and task.model in self._spread
+        if spreads and calibrates(Recipe.of(dict(task.recipe))):
+            # Sums of floats decide those codes, and their last bits depend on the kind of processor.
+            spreads = len({each.sight.processor for each in self.machines.every}) == 1
         wanted = next(
             (label for label in LABELS.get(task.target, ()) if label in self.machines.resources), None
         )

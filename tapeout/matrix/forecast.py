@@ -40,10 +40,19 @@ class Forecast:
     skipped: str | None = None
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether making the codes runs the model on a calibration text."""
+    return (
+        recipe.calibration is not None
+        or recipe.rounding not in ("rtn", "hqq")
+        or any("static" in scheme for scheme in (recipe.scheme, *recipe.tensors.values()))
+    )
+
+
 def codes_memory(model: Model, recipe: Recipe) -> int:
     """Most bytes that making the codes takes: rounding streams; what calibrates holds a layer in float32, with its Hessians."""
     sizes = [4 * math.prod(spec.shape) for spec in model.specs.values()]
-    if recipe.calibration is None and recipe.rounding in ("rtn", "hqq") and "static" not in recipe.scheme:
+    if not calibrates(recipe):
         return _CODES_BASE
     layers = max(1, getattr(model.config, "num_layers", 1))
     return 2 * _CODES_BASE + 4 * sum(sizes) // layers + max(sizes)

@@ -31,10 +31,12 @@ class Sight:
 
     Attributes:
         version: of the tapeout that is installed there. paths: those that it has.
+        processor: its kind, which decides the last bit of a sum of floats: libraries choose instructions by it.
     """
 
     version: str
     paths: frozenset[str]
+    processor: str
 
 
 def connect(address: str) -> None:
@@ -48,7 +50,15 @@ def connect(address: str) -> None:
 
 def look(paths: list[str]) -> Sight:
     """Say which of these paths this machine has."""
-    return Sight(__version__, frozenset(path for path in paths if Path(path).exists()))
+    return Sight(__version__, frozenset(path for path in paths if Path(path).exists()), _processor())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 @dataclass(frozen=True)

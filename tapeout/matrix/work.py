@@ -116,9 +116,11 @@ def _codes(task: Task, told: Any, notes: list[str]) -> dict[str, Any]:
     storage = Storage.at(task.cache, notes)
     taken = storage.fetch_store(task.codes)
     far = Tensors() if os.environ.get(RAY) else None
-    quant = quantize(load(task.model), **Recipe.of(dict(task.recipe)).rounds(), far=far, progress=told)
+    model, recipe = load(task.model), Recipe.of(dict(task.recipe))
+    quant = quantize(model, **recipe.rounds(), far=far, checkpoints=storage, progress=told)
     if not taken:
         storage.push_store(task.codes, quant.directory)
+        storage.forget_layers(quant.directory)
     return {"status": "passed", "codes_sha256": quant.digest}
 
 
