@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tapeout import __version__
 from tapeout.errors import TapeoutError
 from tapeout.files import new_directory
 from tapeout.manifest import safe_path
@@ -21,9 +24,11 @@ from tapeout.matrix import node
 from tapeout.matrix.tasks import Outcome, Task
 from tapeout.pack import Package
 
-UP_S = 60.0
-"""Seconds that connecting may take."""
+UP_S = 120.0
+"""Seconds that connecting may take, with the answers of all machines."""
 
+_ANSWER_S = 90.0  # that a machine may take to say what it sees: it begins a process and imports tapeout
+_KNOCK_S = 10.0
 _FETCHES = 4  # packages that are fetched at once
 _PIECES = 4  # of a package that are on their way at once
 
@@ -88,6 +93,7 @@ def drive(pipe: Connection, address: str, paths: list[str], log: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which says what is to happen
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
+        _knock(address)
         node.connect(address)
         pipe.send(_machines(paths))
     except Exception as error:  # whatever Ray has: told, and nothing else can be done
@@ -98,6 +104,16 @@ def drive(pipe: Connection, address: str, paths: list[str], log: str) -> None:
     import ray
 
     ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens: Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), _KNOCK_S).close()
+        except OSError as error:
+            raise OSError(f"nobody listens there ({error.strerror or error})") from None
 
 
 def _serve(pipe: Connection, fetching: ThreadPoolExecutor) -> None:
@@ -168,7 +184,7 @@ def _machines(paths: list[str]) -> Machines:
         ValueError: none answers, or one has no tapeout that could.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     asked = []
@@ -177,12 +193,20 @@ def _machines(paths: list[str]) -> Machines:
         call = ray.remote(num_cpus=0, scheduling_strategy=there)(node.look)
         asked.append((each["NodeManagerHostname"], each["Resources"], call.remote(paths)))
     found: list[Machine] = []
+    began = time.monotonic()
     for name, resources, reference in asked:
+        left = max(0.0, _ANSWER_S - (time.monotonic() - began))
         try:
-            found.append(Machine(name, resources, ray.get(reference, timeout=UP_S)))
+            found.append(Machine(name, resources, ray.get(reference, timeout=left)))
+        except GetTimeoutError:
+            raise ValueError(f"its machine {name} did not answer within {_ANSWER_S:.0f} seconds") from None
         except RayTaskError as error:
             missing = re.search(r"No module named '([\w.]+)'", str(error))
-            said = f"has no {missing[1]}: pip install 'tapeout[ray]' there" if missing else _words(error)
+            said = (
+                f"has no module {missing[1]}: pip install tapeout=={__version__} there"
+                if missing
+                else _words(error)
+            )
             raise ValueError(f"its machine {name} {said}") from None
         except RayError:
             continue

@@ -11,6 +11,7 @@ from tapeout import targets
 from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.models import DecoderConfig, Model
 from tapeout.plan import lays_out
+from tapeout.quantize import SCHEMES
 from tapeout.quantize.hollow import quantized, store_bytes
 from tapeout.recipe import Recipe
 from tapeout.targets import Memory, Target, check_cache, check_carries
@@ -42,11 +43,9 @@ class Forecast:
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether making the codes runs the model on a calibration text."""
-    return (
-        recipe.calibration is not None
-        or recipe.rounding not in ("rtn", "hqq")
-        or any("static" in scheme for scheme in (recipe.scheme, *recipe.tensors.values()))
-    )
+    schemes = [SCHEMES[each] for each in (recipe.scheme, *recipe.tensors.values()) if each in SCHEMES]
+    static = any((scheme.activations or "").endswith("-static") for scheme in schemes)
+    return recipe.calibration is not None or recipe.rounding not in ("rtn", "hqq") or static
 
 
 def codes_memory(model: Model, recipe: Recipe) -> int:

@@ -123,7 +123,13 @@ class Storage:
 
         def put(entry: Mapping[str, Any]) -> None:
             if entry["layers"] > layers:
-                self._get(entry, directory)
+                partial = directory.with_name(f".{directory.name}.fetched")
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    for path in self._get(entry, partial):
+                        (partial / path).replace(directory / path)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
                 LOG.warning("went on after layer %d, which %s had.", entry["layers"], self._url)
 
         self._fetch("layers", directory.name, put)
@@ -193,7 +199,7 @@ class Storage:
         """Read an entry and let its files be put where they belong; what turns out to be damaged is taken away and said."""
         if self._files is None:
             return False
-        path = self._entry(kind, key)
+        path, entry = self._entry(kind, key), None
         try:
             if (entry := self._read(path)) is None:
                 return False
@@ -204,6 +210,7 @@ class Storage:
                 f"{self._url} has a damaged entry ({error}): it was taken away, and is made again."
             )
             self._remove(path)
+            self._remove_blobs(entry or {"files": {}}, {})
         except TapeoutError:  # of this machine's disk, not of the storage
             raise
         except Exception as error:  # of whichever client: any kind
@@ -238,9 +245,11 @@ class Storage:
             raise _Damaged(f"its list of files cannot be read: {error!r}") from error
         return entry
 
-    def _get(self, entry: Mapping[str, Any], directory: Path) -> None:
-        """Fetch an entry's files, each compared with its digest, indexes last."""
-        for path, told in sorted(entry["files"].items(), key=lambda item: item[0] in _FIRST_LAST):
+    def _get(self, entry: Mapping[str, Any], directory: Path) -> list[str]:
+        """Fetch an entry's files, each compared with its digest; their paths, indexes last."""
+        paths = sorted(entry["files"], key=lambda path: path in _FIRST_LAST)
+        for path in paths:
+            told = entry["files"][path]
             parts = PurePosixPath(path)
             if parts.is_absolute() or ".." in parts.parts:
                 raise _Damaged(f"it has a file {path!r}")
@@ -253,6 +262,7 @@ class Storage:
             if file.stat().st_size != told["size"] or file_sha256(file) != told["sha256"]:
                 self._remove(blob)
                 raise _Damaged(f"{path} differs from its digest")
+        return paths
 
     def _put(self, file: Path, blob: str, size: int) -> None:
         """Share a file, unless its bytes are there; one that was cut short is written again."""
