@@ -160,8 +160,6 @@ def _serve(pipe: Connection, fetching: ThreadPoolExecutor) -> None:
 
 def _options(request: Request, near: str | None) -> dict[str, Any]:
     """What Ray is asked for; ``near``: a machine that is better than others, as long as it is free."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     asked = dict(request.resources)
     options = {
         "num_cpus": asked.pop("CPU"),
@@ -171,6 +169,8 @@ def _options(request: Request, near: str | None) -> dict[str, Any]:
         "max_retries": 3,  # a machine that dies takes its task along: it goes to another one
     }
     if near:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         # Without spilling a task waits for this one machine while others idle.
         there = NodeAffinitySchedulingStrategy(near, soft=True, _spill_on_unavailable=True)
         options["scheduling_strategy"] = there

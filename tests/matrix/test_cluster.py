@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,12 @@ def test_tasks_go_where_their_device_is_and_tensors_everywhere(
     monkeypatch.setattr("tapeout.matrix.cluster.SPREAD_BYTES", 0)
     model = load("count")
     recipe = {"scheme": "int4-g32"}
-    with machines({"memory": 2_000_000_000}, {"resources": {"macos": 1}, "memory": 1_000_000_000}) as (
-        address,
-        _,
-    ):
+    mac = {
+        "resources": {"macos": 1},
+        "memory": 1_000_000_000,
+        "env_vars": {"TAPEOUT_CACHE": str(tmp_path / "of the mac")},
+    }
+    with machines({"memory": 2_000_000_000}, mac) as (address, _):
         out = tmp_path / "out"
         cluster = Cluster(address, out, models={"count": model})
         assert cluster.jobs == 2
@@ -181,6 +184,15 @@ def test_tasks_go_where_their_device_is_and_tensors_everywhere(
             outcome = pool.submit(cluster, codes, lambda *_: None).result(timeout=200)
         assert outcome.status == "passed", (out / "codes.log").read_text()
         assert outcome.codes_sha256 == quantize(model, "int4-g32", out=tmp_path / "here").digest
+        # Where caches are not shared, a cell goes to its codes, here past the machine that Ray would take first.
+        cluster._one_cache, cluster._environment = False, {}
+        made = replace(codes, name="codes of the mac", recipe={"scheme": "int8"}, codes="m", target="apple")
+        cell = replace(made, name="c", kind="cell", target="null", log=str(out / "c.log"), out=str(out / "c"))
+        for task in (made, cell):
+            outcome = cluster(task, lambda *_: None)
+            assert outcome.status == "passed", outcome.reason
+        assert len(list((tmp_path / "of the mac" / "store").glob("count-int8-*"))) == 1
+        assert not list((tmp_path / "cache" / "store").glob("count-int8-*"))
         cluster.stop()
         with pytest.raises(TapeoutError, match=r"not every machine .* sees"):
             monkeypatch.setattr(Machines, "all_see", lambda self, path: False)
@@ -329,10 +341,3 @@ def test_a_cluster_that_is_none(tmp_path: Path) -> None:
     )
     with pytest.raises(OSError, match=r"nobody listens there \(Name or service not known\)"):
         driver._knock("ray://no.such.host.invalid:10001")
-
-
-def test_a_cell_goes_to_its_codes_where_caches_are_not_shared() -> None:
-    task = Task("a", "cell", "count", {}, "i", "c", "a.log", "cpu")
-    request = driver.Request(task, {}, ".", 1, False, {"CPU": 2.0, "macos": 1.0}, 5, near=True)
-    options = driver._options(request, None)
-    assert options == {"num_cpus": 2.0, "num_gpus": 0, "resources": {"macos": 1.0}, "memory": 5, "max_retries": 3}
