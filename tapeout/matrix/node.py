@@ -115,11 +115,21 @@ def pieces(directory: str) -> Iterator[tuple[str, bytes]]:
                 yield path.relative_to(root).as_posix(), piece
 
 
+@dataclass(frozen=True)
+class _About:
+    """What processes were begun with, and others could not go on with."""
+
+    environment: Mapping[str, str]
+    directory: Path
+    cores: set[int] | None
+    gpus: str | None
+
+
 @dataclass
 class _Kept:
-    """Processes that have paid for their imports, and what they were begun with."""
+    """Processes that have paid for their imports."""
 
-    about: tuple[Any, ...]
+    about: _About
     processes: Processes
     lease: IO[bytes]
 
@@ -129,7 +139,8 @@ _kept: list[_Kept] = []
 
 def _kept_processes(environment: Mapping[str, str]) -> Processes:
     """Those of the task before, if this one's would be begun alike. They end when this process of Ray does: nobody reads their replies."""
-    about = (dict(environment), Path.cwd(), _every_core(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    about = _About(dict(environment), Path.cwd(), _every_core(), gpus)
     if not _kept or _kept[0].about != about:
         _end_kept()
         lease = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as they are
@@ -169,8 +180,9 @@ def _cores(count: int) -> Iterator[None]:
     place = Path(tempfile.gettempdir()) / f"tapeout-cores-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
     taken = set[int]()
+    before = (_kept[0].about.cores if _kept else None) or set[int]()  # processes that stayed have these
     with contextlib.ExitStack() as stack:
-        for core in sorted(every):
+        for core in sorted(every, key=lambda core: (core not in before, core)):
             file = stack.enter_context((place / str(core)).open("w"))
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
