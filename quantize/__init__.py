@@ -133,6 +133,7 @@ def quantize(
     threads: int | None = None,
     device: str | None = None,
     far: Executor | None = None,
+    checkpoints: store.Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize a model into a store, or find the store that an earlier run made of the same weights and recipe.
@@ -154,6 +155,7 @@ def quantize(
             whichever device they were made with. It decides bits, and so the store's name.
         far: rounds tensors in other processes, on this machine or others that see the checkpoint; what it is given can be pickled. The
             bytes do not depend on it.
+        checkpoints: keeps the layers that calibration has done where other machines find them; None: on this one alone.
         progress: told how many weights are done.
 
     Raises:
@@ -198,7 +200,7 @@ def quantize(
         }
         if out is not None:
             with new_directory(out, force=force) as partial:
-                _fill(partial, model, plan, recipe, tokens, pool, progress, device, far)
+                _fill(partial, model, plan, recipe, tokens, pool, progress, device, far, checkpoints)
             return open_store(out, model)
         key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
         directory = cache_directory() / "store" / f"{model.name}-{plan.scheme}-{key[:16]}"
@@ -213,7 +215,7 @@ def quantize(
                         "%s It was taken away, and is made again.", str(error).partition(" Delete ")[0]
                     )
                     shutil.rmtree(directory)
-            _fill(directory, model, plan, recipe, tokens, pool, progress, device, far)
+            _fill(directory, model, plan, recipe, tokens, pool, progress, device, far, checkpoints)
         return open_store(directory, model)
 
 
@@ -318,6 +320,7 @@ def _fill(
     progress: Progress | None,
     device: str | None,
     far: Executor | None,
+    checkpoints: store.Checkpoints | None,
 ) -> None:
     """Round every tensor that the store does not hold yet, and write its ``quantization.json`` last."""
     (directory / "tensors").mkdir(parents=True, exist_ok=True)
@@ -346,6 +349,7 @@ def _fill(
             progress,
             device or "cpu",
             far,
+            checkpoints,
         ).run()
     index = {
         **recipe,

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +25,7 @@ import numpy.typing as npt
 from tapeout.errors import ModelError, SchemeError
 from tapeout.files import canonical_json, write_whole
 from tapeout.models import Model, graph, trace
+from tapeout.models.checkpoint import Checkpoint
 from tapeout.models.decoder import joined
 from tapeout.models.torch_ops import TorchOps, one_core_each
 from tapeout.models.trace import Step
@@ -41,6 +44,8 @@ _BATCH = 8  # sequences whose activations are in memory together
 _TILE = 256  # rows of a Hessian that one task adds to
 _SAMPLE = 512  # inputs that AWQ measures its error on
 _FEW = 1 / 8  # of an even share of the tokens: an expert that sees fewer is rounded without data
+
+_FAR_EXPERTS = 32  # that are on their way to other processes, and back, at once
 
 Progress = Callable[[str, int, int], None]
 Each = Callable[[int], "torch.Tensor"]
@@ -93,6 +98,32 @@ class _Layer:
         return trace.compute(step, TorchOps(self.w.__getitem__), recall, done)
 
 
+@dataclass(frozen=True)
+class Expert:
+    """An expert as it is rounded, here or in another process.
+
+    Attributes:
+        names: of its tensors: gate, up, down. act: what is applied to the gate.
+        rows: of each sequence the tokens that are routed to it, float32 [tokens, hidden]. shares: of what it gives, float32 [tokens].
+        tokens: their places in the sequence.
+        few: whether these are too few to go by.
+        every: all that might be routed to it, float32 [sequences, length, hidden], where their range is wanted and these are too few.
+    """
+
+    names: tuple[str, ...]
+    act: str
+    rows: list[Floats]
+    shares: list[Floats]
+    tokens: list[npt.NDArray[np.int64]]
+    few: bool
+    every: Floats | None
+
+    @property
+    def count(self) -> int:
+        """How many tokens are routed to it."""
+        return sum(map(len, self.tokens))
+
+
 @dataclass
 class Calibrated:
     """One run of calibrated rounding into a store.
@@ -102,7 +133,9 @@ class Calibrated:
         rounding: ``gptq``, ``awq``, ``smoothquant``, or one that takes importance only (``rtn``, ``hqq``).
         simple: how a weight is rounded when no Hessian is used.
         device: of torch: where the layers run and the Hessians are summed up. Codes are always chosen on the CPU.
-        far: chooses the codes of tensors that read the same inputs in other processes, all at once; None: here, one after the other.
+        far: chooses the codes of tensors that read the same inputs in other processes, all at once, and rounds experts there; None: here,
+            one after the other.
+        checkpoints: keeps each layer where other machines find it.
     """
 
     model: Model
@@ -115,6 +148,7 @@ class Calibrated:
     progress: Progress | None = None
     device: str = "cpu"
     far: Executor | None = None
+    checkpoints: store.Checkpoints | None = None
     found: Findings = field(default_factory=Findings)
 
     def run(self) -> Findings:
@@ -158,6 +192,11 @@ class Calibrated:
         _path(place, after).rename(place / f"x{layer + 1}.f32")
         self._commit(place, layer + 1)
         (place / f"x{layer}.f32").unlink()
+        if self.checkpoints:
+            tensors = [store.tensor_path(self.directory, name) for name in self.found.tensors]
+            self.checkpoints.keep_layers(
+                self.directory, layer + 1, [*tensors, place / f"x{layer + 1}.f32", place / _DONE]
+            )
 
     def _begin(self, layer: int, place: Path) -> _Layer:
         """A layer's graph, the weights that every token meets, and room for the values that are kept."""
@@ -178,66 +217,103 @@ class Calibrated:
         return _Layer(at, self._map(place / f"x{layer}.f32", "r"), x, steps, w, dict(maps), self.device)
 
     def _experts(self, this: _Layer, step: Step) -> None:
-        """Round the experts one by one, each on the tokens that are routed to it, and add up what they give."""
-        import torch
-
+        """Round the experts, each on the tokens that are routed to it, and add up what they give, one after the other."""
         normed, routing, layer, act, moe = step.args
         self._each(lambda i: this.value(normed, i), f"{this.at}{moe.router}")
         this.filled |= this.kept.keys() & ({normed} | _made_from(normed))
         routes = list(self.pool.map(lambda i: this.value(routing, i, keep=False), range(len(self.tokens))))
-        out, ops = this.kept[step], TorchOps(this.w.__getitem__)
-        few: list[str] = []
-        for expert in range(moe.experts):
-            hits = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in routes]
-            names = moe.weights(layer, expert)
-            for name in names:
-                this.w[name] = self._tensor(self.model.checkpoint[name].float32())
+        given, out = this.kept[normed], this.kept[step]
 
-            def all_rows(i: int) -> torch.Tensor:
-                return self._tensor(this.kept[normed][i])
-
-            def rows(i: int, hits: Any = hits) -> torch.Tensor:
-                return all_rows(i)[hits[i][0]]
-
-            def inner(i: int, rows: Each = rows, names: Any = names) -> torch.Tensor:
-                x = rows(i)
-                return ops.gated(
-                    "", ops.linear("", x, names[0], None), ops.linear("", x, names[1], None), act
-                )
-
-            def all_inner(i: int, inner: Any = inner) -> torch.Tensor:
-                return cast("torch.Tensor", inner(i, all_rows))
-
+        def expert(number: int) -> Expert:
+            hits = [(chosen == number).nonzero(as_tuple=True) for chosen, _ in routes]
             count = sum(len(tokens) for tokens, _ in hits)
             enough = count >= max(1.0, _FEW * self.tokens.size * moe.top_k / moe.experts)
-            if not enough:
-                few.append(f"{expert} ({count})")
-            elif self.rounding == "awq":
-                self._fold_rows(this, [names[2]], inner, (names[1], None, slice(None)), None, count)
-            for stage, inputs in (
-                (names[:2], rows if enough else all_rows),
-                (names[2:], inner if enough else all_inner),
-            ):
-                weights = {name: this.w[name].cpu().numpy() for name in stage}
-                rounded = self._round(stage, inputs, weights, count if enough else 0)
-                for name, weight in rounded.items():
-                    this.w[name] = self._tensor(weight)
+            names = moe.weights(layer, number)
+            ranged = any(self.schemes[name].activations for name in names)
+            return Expert(
+                tuple(names),
+                act,
+                [given[i][tokens.cpu().numpy()] for i, (tokens, _) in enumerate(hits)],
+                [share[hit].cpu().numpy() for hit, (_, share) in zip(hits, routes, strict=True)],
+                [tokens.cpu().numpy() for tokens, _ in hits],
+                not enough,
+                given if ranged and not enough else None,
+            )
 
-            def add(i: int, hits: Any = hits, inner: Each = inner, down: str = names[2]) -> torch.Tensor:
-                tokens, at = hits[i]
-                given = ops.linear("", inner(i), down, None) * routes[i][1][tokens, at, None]
-                torch.from_numpy(out[i]).index_add_(0, tokens.cpu(), given.cpu())
-                return given
-
-            self._each(add, names[2].removesuffix(".weight"))
-            for name in names:
-                del this.w[name]
+        few: list[str] = []
+        for number, (each, gives) in enumerate(self._each_expert(expert, moe.experts)):
+            if each.few:
+                few.append(f"{number} ({each.count})")
+            for i, values in enumerate(gives):
+                out[i][each.tokens[i]] += values  # each token once
         this.filled.add(step)
         if few:
             self.found.notes.append(
                 f"{this.at}{moe.expert.format('*')}: rounded without data, since fewer than {_FEW:.1%} of an even share of the "
                 f"calibration tokens reach them: {', '.join(few)} (tokens)"
             )
+
+    def _each_expert(
+        self, expert: Callable[[int], Expert], count: int
+    ) -> Iterator[tuple[Expert, list[Floats]]]:
+        """Round every expert, and give what it gives, in their order; far away several at once."""
+        if self.far is None or self.device != "cpu":
+            for number in range(count):
+                each = expert(number)
+                yield each, self._expert(each)
+            return
+        far = self.far
+
+        def elsewhere(number: int) -> tuple[Expert, _Rounded]:
+            each = expert(number)
+            sources = {name: self.model.checkpoint[name] for name in each.names}
+            model = replace(self.model, specs={}, checkpoint=Checkpoint(self.model.directory, sources))
+            schemes = {name: self.schemes[name] for name in each.names}
+            what = (model, schemes, self.rounding, self.tokens, self.simple, each)
+            return each, far.submit(_expert_elsewhere, *what).result()
+
+        with ThreadPoolExecutor(_FAR_EXPERTS) as feeders:
+            begun = deque[Future[tuple[Expert, _Rounded]]]()
+            for number in range(count + _FAR_EXPERTS):
+                if number < count:
+                    begun.append(feeders.submit(elsewhere, number))
+                if begun and number >= _FAR_EXPERTS - 1:
+                    each, done = begun.popleft().result()
+                    for name, content in done.files.items():
+                        store.tensor_path(self.directory, name).write_bytes(content)
+                    self.found.add(done.found)
+                    yield each, done.gives
+
+    def _expert(self, expert: Expert) -> list[Floats]:
+        """Round an expert; what it gives for the tokens of each sequence, float32 [tokens, hidden]."""
+        names = expert.names
+        w = {name: self._tensor(self.model.checkpoint[name].float32()) for name in names}
+        ops = TorchOps(w.__getitem__)
+        gives: list[Floats] = [np.empty(0, np.float32)] * len(expert.rows)
+
+        def rows(i: int) -> torch.Tensor:
+            return self._tensor(expert.rows[i] if expert.every is None else expert.every[i])
+
+        def inner(i: int, rows: Each = rows) -> torch.Tensor:
+            x = rows(i)
+            gate, up = (ops.linear("", x, name, None) for name in names[:2])
+            return ops.gated("", gate, up, expert.act)
+
+        def give(i: int) -> torch.Tensor:
+            x = inner(i, lambda i: self._tensor(expert.rows[i]))
+            value = ops.linear("", x, names[2], None) * self._tensor(expert.shares[i])[:, None]
+            gives[i] = value.cpu().numpy()
+            return value
+
+        count = 0 if expert.few else expert.count
+        if count and self.rounding == "awq":
+            self._fold_rows(w, [names[2]], inner, (names[1], None, slice(None)), None, count)
+        for stage, inputs in ((names[:2], rows), (names[2:], inner)):
+            weights = {name: w[name].cpu().numpy() for name in stage}
+            for name, weight in self._round(stage, inputs, weights, count).items():
+                w[name] = self._tensor(weight)
+        self._each(give, names[2].removesuffix(".weight"))
+        return gives
 
     def _round(
         self,
@@ -363,18 +439,18 @@ class Calibrated:
             elif source.op == "gated":
                 made = source.args[1].rows()
             if made:
-                self._fold_rows(this, names, _of(this, source, keep=False), made, heads)
+                self._fold_rows(this.w, names, _of(this, source, keep=False), made, heads)
 
     def _fold_norm(self, this: _Layer, names: Sequence[str], source: Step) -> None:
-        scale = self._scale(this, names, _of(this, source, keep=False), None)
+        scale = self._scale(this.w, names, _of(this, source, keep=False), None)
         if scale is not None:
             weight, offset, down = source.args[1], source.keywords["offset"], self._tensor(scale)
             folded = (this.w[weight] + offset) / down - offset
-            self._folded(this, weight, folded if offset else this.w[weight] / down)
+            self._folded(this.w, weight, folded if offset else this.w[weight] / down)
 
     def _fold_rows(
         self,
-        this: _Layer,
+        w: dict[str, torch.Tensor],
         names: Sequence[str],
         inputs: Each,
         made: tuple[str, str | None, slice],
@@ -382,7 +458,7 @@ class Calibrated:
         rows: int | None = None,
     ) -> None:
         """Fold into the rows of the linear that makes the inputs; of heads that share a value head one speaks for all."""
-        scale = self._scale(this, names, inputs, heads, rows)
+        scale = self._scale(w, names, inputs, heads, rows)
         if scale is None:
             return
         if heads:
@@ -391,13 +467,13 @@ class Calibrated:
         weight, bias, where = made
         for name in (weight, bias):
             if name is not None:
-                folded = this.w[name].clone()
+                folded = w[name].clone()
                 folded[where] /= down[:, None] if folded.ndim == 2 else down
-                self._folded(this, name, folded)
+                self._folded(w, name, folded)
 
     def _scale(
         self,
-        this: _Layer,
+        w: dict[str, torch.Tensor],
         names: Sequence[str],
         inputs: Each,
         heads: tuple[int, int] | None,
@@ -406,19 +482,19 @@ class Calibrated:
         """Find the scale of the input channels of some tensors, and scale them up by it; None: they all stay float."""
         if all(self.schemes[name].kind == "none" for name in names):
             return None
-        weights = [this.w[name].cpu().numpy() for name in names]
+        weights = [w[name].cpu().numpy() for name in names]
         seen = self._inputs(inputs, weights[0].shape[1], names[0].removesuffix(".weight"), rows)
         if self.rounding == "awq":
             scale = awq.awq_scale(weights, [self.schemes[name] for name in names], seen, heads)
         else:
             scale = awq.smooth_scale(weights, seen)
         for name in names:
-            self._folded(this, name, this.w[name] * self._tensor(scale))
+            self._folded(w, name, w[name] * self._tensor(scale))
         return scale
 
-    def _folded(self, this: _Layer, name: str, values: torch.Tensor) -> None:
+    def _folded(self, w: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
         """Take a tensor that took up a scale; one that stays float goes into the store."""
-        this.w[name] = values
+        w[name] = values
         if self.schemes[name].kind == "none":
             self._write_float(name, values.cpu().numpy())
 
@@ -462,10 +538,13 @@ class Calibrated:
 
     def _resume(self, place: Path) -> int:
         """Take over what an earlier run has done; the layer to go on with."""
-        if not (place / _DONE).exists():
+        done = _done(place)
+        if self.checkpoints:
+            self.checkpoints.fetch_layers(self.directory, done["layers"] if done else 0)
+            done = _done(place)
+        if done is None:
             self._embed(place)
             return 0
-        done = json.loads((place / _DONE).read_text(encoding="utf-8"))
         tensors = {name: store.Written(**entry) for name, entry in done["tensors"].items()}
         self.found = Findings(tensors, done["fallbacks"], done["notes"])
         return int(done["layers"])
@@ -540,6 +619,14 @@ class Calibrated:
             self.progress("calibrate", done, total)
 
 
+def _done(place: Path) -> dict[str, Any] | None:
+    """What an earlier run has done; None: nothing."""
+    if not (place / _DONE).exists():
+        return None
+    done: dict[str, Any] = json.loads((place / _DONE).read_text(encoding="utf-8"))
+    return done
+
+
 def _choose(
     pool: Executor,
     weight: Floats,
@@ -566,6 +653,35 @@ def _elsewhere(weight: Floats, *what: Any) -> rtn.Rounded:
     """The same in a process that may be on another machine."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=one_core_each) as pool:
         return _choose(pool, weight, *what)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """An expert that was rounded elsewhere: its tensors' files, what was found, and what it gives for the tokens of each sequence."""
+
+    files: Mapping[str, bytes]
+    found: Findings
+    gives: list[Floats]
+
+
+def _expert_elsewhere(
+    model: Model,
+    schemes: Mapping[str, Scheme],
+    rounding: str,
+    tokens: npt.NDArray[np.int32],
+    simple: store.Round,
+    expert: Expert,
+) -> _Rounded:
+    """Round an expert in a process that may be on another machine."""
+    store.check_seen(next(iter(model.checkpoint.values())))
+    one_core_each()
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(cores, initializer=one_core_each) as pool:
+        (Path(place) / "tensors").mkdir()
+        run = Calibrated(model, schemes, rounding, tokens, Path(place), pool, simple)
+        gives = run._expert(expert)
+        files = {name: store.tensor_path(Path(place), name).read_bytes() for name in run.found.tensors}
+        return _Rounded(files, run.found, gives)
 
 
 def _of(this: _Layer, source: Step, *, keep: bool = True) -> Each:

@@ -15,12 +15,12 @@ import os
 import platform
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,22 @@ class Findings:
     fallbacks: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, other: Findings) -> None:
+        """Take over what was found of other tensors."""
+        self.tensors |= other.tensors
+        self.fallbacks |= other.fallbacks
+        self.notes += other.notes
+
+
+class Checkpoints(Protocol):
+    """Keeps what calibration has done so far where other machines find it: one that dies leaves its layers to the next."""
+
+    def fetch_layers(self, directory: Path, layers: int) -> None:
+        """Put what is kept of this store there, if it is more than so many layers."""
+
+    def keep_layers(self, directory: Path, layers: int, files: Sequence[Path]) -> None:
+        """Keep so many layers, which these files are."""
+
 
 def tensor_path(store: Path, name: str) -> Path:
     """The file of tensor ``name``."""
@@ -112,15 +128,20 @@ def _elsewhere(
     source: SourceTensor, scheme: Scheme, simple: Round, input_scale: np.float32 | None, most: float | None
 ) -> bytes:
     """The bytes of a tensor's file, made in a process that may be on another machine."""
+    check_seen(source)
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        tensor_path(Path(place), source.name).parent.mkdir()
+        write_tensor(Path(place), source, scheme, pool, simple, input_scale, most)
+        return tensor_path(Path(place), source.name).read_bytes()
+
+
+def check_seen(source: SourceTensor) -> None:
+    """ModelError where this machine does not see a tensor's file."""
     if not source.file.exists():
         raise ModelError(
             f"{platform.node()} has no {source.file}: machines that round tensors read the checkpoint at the same path. "
             "What fits: a directory that all of them see."
         )
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        tensor_path(Path(place), source.name).parent.mkdir()
-        write_tensor(Path(place), source, scheme, pool, simple, input_scale, most)
-        return tensor_path(Path(place), source.name).read_bytes()
 
 
 def _round_into(

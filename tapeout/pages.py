@@ -28,6 +28,7 @@ _SUBJECTS = {
     "tapeout.exporters.trtllm": "nvidia-trtllm",
     "tapeout.matrix": "matrix-runs",
     "tapeout.matrix.cluster": "scale",
+    "tapeout.matrix.driver": "scale",
     "tapeout.matrix.pipelines": "ci",
     "tapeout.models.module": "onnx",
     "tapeout.models.optimum": "onnx",

@@ -11,6 +11,7 @@ from tapeout import targets
 from tapeout.errors import MissingToolchain, TapeoutError
 from tapeout.models import DecoderConfig, Model
 from tapeout.plan import lays_out
+from tapeout.quantize import SCHEMES
 from tapeout.quantize.hollow import quantized, store_bytes
 from tapeout.recipe import Recipe
 from tapeout.targets import Memory, Target, check_cache, check_carries
@@ -40,10 +41,17 @@ class Forecast:
     skipped: str | None = None
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether making the codes runs the model on a calibration text."""
+    schemes = [SCHEMES[each] for each in (recipe.scheme, *recipe.tensors.values()) if each in SCHEMES]
+    static = any((scheme.activations or "").endswith("-static") for scheme in schemes)
+    return recipe.calibration is not None or recipe.rounding not in ("rtn", "hqq") or static
+
+
 def codes_memory(model: Model, recipe: Recipe) -> int:
     """Most bytes that making the codes takes: rounding streams; what calibrates holds a layer in float32, with its Hessians."""
     sizes = [4 * math.prod(spec.shape) for spec in model.specs.values()]
-    if recipe.calibration is None and recipe.rounding in ("rtn", "hqq") and "static" not in recipe.scheme:
+    if not calibrates(recipe):
         return _CODES_BASE
     layers = max(1, getattr(model.config, "num_layers", 1))
     return 2 * _CODES_BASE + 4 * sum(sizes) // layers + max(sizes)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tapeout import __version__
 from tapeout.files import cache_directory
@@ -22,16 +22,21 @@ RAY = "TAPEOUT_RAY"
 """The cluster's address, in the environment of a task that spreads its tensors over it."""
 
 
+_PIECE = 16 << 20  # bytes of a file that travel together
+
+
 @dataclass(frozen=True)
 class Sight:
     """What a machine sees of the one that asks.
 
     Attributes:
         version: of the tapeout that is installed there. paths: those that it has.
+        processor: its kind, which decides the last bit of a sum of floats: libraries choose instructions by it.
     """
 
     version: str
     paths: frozenset[str]
+    processor: str
 
 
 def connect(address: str) -> None:
@@ -45,34 +50,109 @@ def connect(address: str) -> None:
 
 def look(paths: list[str]) -> Sight:
     """Say which of these paths this machine has."""
-    return Sight(__version__, frozenset(path for path in paths if Path(path).exists()))
+    return Sight(__version__, frozenset(path for path in paths if Path(path).exists()), _processor())
 
 
-def do(
-    task: Task, environment: Mapping[str, str], directory: str, cores: int, here: bool
-) -> tuple[Outcome, bytes | None]:
-    """Do a task on this machine; gives what came of it, and its log where the one that asks does not see this machine's files.
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that was done.
+
+    Attributes:
+        log: what the task said, where the one that asks does not see this machine's files.
+        machine: Ray's id of this one. left: the directory of a package that failed and stays here; it is what one debugs with.
+    """
+
+    outcome: Outcome
+    log: bytes | None
+    machine: str
+    left: str = ""
+
+
+def do(task: Task, environment: Mapping[str, str], directory: str, cores: int, here: bool) -> Done:
+    """Do a task on this machine.
 
     Args:
         environment, directory: of the task's processes; the latter, if there is one like it. cores: how many they may take.
         here: whether ``task.out`` and ``task.log`` mean the same here.
     """
+    import ray
+
     given = task
     if not here:
         place = cache_directory() / "matrix"
-        task = replace(task, out=str(place / task.name), log=str(place / f"{task.name}.log"))
+        task = replace(task, out=str(place / Path(task.out).name), log=str(place / Path(task.log).name))
     where = contextlib.chdir(directory if Path(directory).is_dir() else ".")
-    with where, _cores(cores), _environment(environment), tempfile.TemporaryFile() as lease:
-        processes = Processes(1, lease.fileno())
-        try:
-            outcome = processes(task, _unheard)
-        finally:
-            processes.stop()
-    notes = (*outcome.notes, f"done on {platform.node()}.")
-    if not here and outcome.status == "failed":
-        notes = (*notes, f"its package is there, in {task.out}.")
-    log = None if given.log == task.log else Path(task.log).read_bytes()
-    return replace(outcome, notes=notes), log
+    with where, _cores(cores), _environment(environment):
+        outcome = _kept_processes(environment)(task, _unheard)
+    context = ray.get_runtime_context()
+    if context.get_accelerator_ids().get("GPU"):
+        _end_kept()  # the GPU is lent to another task now, and its memory too
+    failed = not here and task.kind == "cell" and outcome.status == "failed"
+    return Done(
+        replace(outcome, notes=(*outcome.notes, f"done on {platform.node()}.")),
+        None if given.log == task.log else Path(task.log).read_bytes(),
+        context.get_node_id(),
+        task.out if failed else "",
+    )
+
+
+def pieces(directory: str) -> Iterator[tuple[str, bytes]]:
+    """A directory's files piece by piece: a path below it, and bytes that follow those given before."""
+    root = Path(directory)
+    for path in sorted(each for each in root.rglob("*") if each.is_file()):
+        with path.open("rb") as file:
+            piece = file.read(_PIECE)
+            yield path.relative_to(root).as_posix(), piece
+            while piece := file.read(_PIECE):
+                yield path.relative_to(root).as_posix(), piece
+
+
+@dataclass(frozen=True)
+class _About:
+    """What processes were begun with, and others could not go on with."""
+
+    environment: Mapping[str, str]
+    directory: Path
+    cores: set[int] | None
+    gpus: str | None
+
+
+@dataclass
+class _Kept:
+    """Processes that have paid for their imports."""
+
+    about: _About
+    processes: Processes
+    lease: IO[bytes]
+
+
+_kept: list[_Kept] = []
+
+
+def _kept_processes(environment: Mapping[str, str]) -> Processes:
+    """Those of the task before, if this one's would be begun alike. They end when this process of Ray does: nobody reads their replies."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    about = _About(dict(environment), Path.cwd(), _every_core(), gpus)
+    if not _kept or _kept[0].about != about:
+        _end_kept()
+        lease = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as they are
+        _kept.append(_Kept(about, Processes(1, lease.fileno()), lease))
+    return _kept[0].processes
+
+
+def _end_kept() -> None:
+    while _kept:
+        last = _kept.pop()
+        last.processes.stop()
+        last.lease.close()
 
 
 def _unheard(stage: str, done: int, total: int) -> None:
@@ -94,14 +174,15 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _cores(count: int) -> Iterator[None]:
     """Keep to cores that no other task on this machine has, as far as there are enough; a process of Ray serves one task at a time."""
-    if not hasattr(os, "sched_setaffinity"):
+    if (every := _every_core()) is None:
         yield
         return
     place = Path(tempfile.gettempdir()) / f"tapeout-cores-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
-    every, taken = os.sched_getaffinity(0), set[int]()
+    taken = set[int]()
+    before = (_kept[0].about.cores if _kept else None) or set[int]()  # processes that stayed have these
     with contextlib.ExitStack() as stack:
-        for core in sorted(every):
+        for core in sorted(every, key=lambda core: (core not in before, core)):
             file = stack.enter_context((place / str(core)).open("w"))
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,6 +194,11 @@ def _cores(count: int) -> Iterator[None]:
             yield
         finally:
             os.sched_setaffinity(0, every)
+
+
+def _every_core() -> set[int] | None:
+    """The cores that this process may run on; None: the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 class Tensors(Executor):

@@ -3,6 +3,7 @@
     blobs/SHA256              a file's bytes, under their digest: what two entries have alike is there once
     packages/INPUTS.json      files of a package with digest and size, by the digest of all that it was made from
     stores/INPUTS.json        the same of canonical codes
+    layers/STORE.json         the same of codes in the making: the layers that calibration has done, until the codes are whole
 
 An entry is written after its blobs, so that one that is there is whole; what is fetched is compared with its digests. What is not as it should be
 is taken away, said, and made again. A storage that is full or out of reach costs time and nothing else.
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,7 +26,9 @@ from tapeout.files import cache_directory, canonical_json, file_sha256, lock, ne
 from tapeout.pack import DEVICE_REPORT, Package
 
 FORMAT_VERSION = 1
-_FIRST_LAST = ("quantization.json", "tapeout.json")
+LOG = logging.getLogger(__name__)
+_BETWEEN = ".calibration/"  # what calibration alone has, and replaces with every layer
+_FIRST_LAST = ("quantization.json", "tapeout.json", ".calibration/done.json")
 """Indexes of directories: one that is there means that the rest is."""
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "adl", "az"})
 """Protocols of stores of objects, which have no folders."""
@@ -47,6 +52,7 @@ class Storage:
     def __init__(self, url: str | None, notes: list[str]) -> None:
         self._url, self._notes = url, notes
         self._files: Any = None
+        self._kept_at = self._keeping_s = 0.0
         if url is None:
             return
         try:
@@ -114,6 +120,38 @@ class Storage:
 
         return self._fetch("stores", key, put)
 
+    def fetch_layers(self, directory: Path, layers: int) -> None:
+        """Put layers of codes in the making into their store, if there are more than so many; see ``quantize``'s ``checkpoints``."""
+
+        def put(entry: Mapping[str, Any]) -> None:
+            if entry["layers"] > layers:
+                partial = directory.with_name(f".{directory.name}.fetched")
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    for path in self._get(entry, partial):
+                        (partial / path).replace(directory / path)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+                LOG.warning("went on after layer %d, which %s had.", entry["layers"], self._url)
+
+        self._fetch("layers", directory.name, put)
+
+    def keep_layers(self, directory: Path, layers: int, files: Sequence[Path]) -> None:
+        """Share layers of codes in the making, unless that took more than a tenth of the time so far."""
+        began = time.monotonic()
+        if began - self._kept_at < 10 * self._keeping_s:
+            return
+        told = {path.relative_to(directory).as_posix(): path for path in files}
+        self._push("layers", directory.name, directory.name, told, layers=layers)
+        self._kept_at = time.monotonic()
+        self._keeping_s = self._kept_at - began
+
+    def forget_layers(self, directory: Path) -> None:
+        """Take away layers of codes that are whole now, but for what the codes have of them."""
+        if self._files is not None and (entry := self._known("layers", directory.name)):
+            self._remove(self._entry("layers", directory.name))
+            self._remove_blobs(entry, {})
+
     def push_package(self, key: str, directory: Path) -> None:
         """Share a package."""
         files = {path: directory / path for path in (*Package.open(directory).files(), "tapeout.json")}
@@ -132,22 +170,30 @@ class Storage:
             {name: path for name, path in files.items() if not name.endswith(".partial")},
         )
 
-    def _push(self, kind: str, key: str, name: str, files: Mapping[str, Path]) -> None:
+    def _push(
+        self, kind: str, key: str, name: str, files: Mapping[str, Path], layers: int | None = None
+    ) -> None:
+        """Share files under an entry, unless it is there; one of ``layers`` takes the place of the one before."""
         if self._files is None:
             return
         try:
-            if self._files.exists(self._entry(kind, key)):
+            if layers is None and self._files.exists(self._entry(kind, key)):
                 return
+            before = self._known(kind, key) if layers else None
             told: dict[str, dict[str, Any]] = {
-                path: {"sha256": file_sha256(file), "size": file.stat().st_size}
-                for path, file in files.items()
+                path: there
+                for path, there in (before or {"files": {}})["files"].items()
+                if path in files and not path.startswith(_BETWEEN)
             }
             for path, file in files.items():
-                self._put(file, self._blob(told[path]["sha256"]), told[path]["size"])
-            text = canonical_json(
-                _signed({"format_version": FORMAT_VERSION, "kind": kind, "name": name, "files": told})
-            )
+                if path not in told:
+                    told[path] = {"sha256": file_sha256(file), "size": file.stat().st_size}
+                    self._put(file, self._blob(told[path]["sha256"]), told[path]["size"])
+            entry = {"format_version": FORMAT_VERSION, "kind": kind, "name": name, "files": told}
+            text = canonical_json(_signed(entry | ({"layers": layers} if layers else {})))
             self._write(text.encode(), self._entry(kind, key))
+            if before:
+                self._remove_blobs(before, told)
         except Exception as error:  # of whichever client: any kind
             self._notes.append(self._unreachable("take this", error))
 
@@ -155,7 +201,7 @@ class Storage:
         """Read an entry and let its files be put where they belong; what turns out to be damaged is taken away and said."""
         if self._files is None:
             return False
-        path = self._entry(kind, key)
+        path, entry = self._entry(kind, key), None
         try:
             if (entry := self._read(path)) is None:
                 return False
@@ -166,11 +212,25 @@ class Storage:
                 f"{self._url} has a damaged entry ({error}): it was taken away, and is made again."
             )
             self._remove(path)
+            self._remove_blobs(entry or {"files": {}}, {})
         except TapeoutError:  # of this machine's disk, not of the storage
             raise
         except Exception as error:  # of whichever client: any kind
             self._notes.append(self._unreachable("be read", error))
         return False
+
+    def _known(self, kind: str, key: str) -> dict[str, Any] | None:
+        """An entry that is to be replaced or taken away; one that cannot be read is none."""
+        try:
+            return self._read(self._entry(kind, key))
+        except Exception:  # damaged, or of whichever client
+            return None
+
+    def _remove_blobs(self, entry: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+        """Take away what calibration alone had: activations between layers, large, and of no use any more."""
+        for path, told in entry["files"].items():
+            if path.startswith(_BETWEEN) and kept.get(path) != told:
+                self._remove(self._blob(told["sha256"]))
 
     def _read(self, path: str) -> dict[str, Any] | None:
         try:
@@ -187,9 +247,11 @@ class Storage:
             raise _Damaged(f"its list of files cannot be read: {error!r}") from error
         return entry
 
-    def _get(self, entry: Mapping[str, Any], directory: Path) -> None:
-        """Fetch an entry's files, each compared with its digest, indexes last."""
-        for path, told in sorted(entry["files"].items(), key=lambda item: item[0] in _FIRST_LAST):
+    def _get(self, entry: Mapping[str, Any], directory: Path) -> list[str]:
+        """Fetch an entry's files, each compared with its digest; their paths, indexes last."""
+        paths = sorted(entry["files"], key=lambda path: path in _FIRST_LAST)
+        for path in paths:
+            told = entry["files"][path]
             parts = PurePosixPath(path)
             if parts.is_absolute() or ".." in parts.parts:
                 raise _Damaged(f"it has a file {path!r}")
@@ -202,6 +264,7 @@ class Storage:
             if file.stat().st_size != told["size"] or file_sha256(file) != told["sha256"]:
                 self._remove(blob)
                 raise _Damaged(f"{path} differs from its digest")
+        return paths
 
     def _put(self, file: Path, blob: str, size: int) -> None:
         """Share a file, unless its bytes are there; one that was cut short is written again."""

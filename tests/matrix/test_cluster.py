@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,10 @@ import pytest
 from commands import PROGRAM, tapeout
 
 from tapeout.errors import TapeoutError
+from tapeout.generated import write_model
+from tapeout.matrix import driver
 from tapeout.matrix.cluster import Cluster
+from tapeout.matrix.driver import Machines
 from tapeout.matrix.tasks import Outcome, Task
 from tapeout.pack import Package
 
@@ -151,10 +157,12 @@ def test_tasks_go_where_their_device_is_and_tensors_everywhere(
     monkeypatch.setattr("tapeout.matrix.cluster.SPREAD_BYTES", 0)
     model = load("count")
     recipe = {"scheme": "int4-g32"}
-    with machines({"memory": 2_000_000_000}, {"resources": {"macos": 1}, "memory": 1_000_000_000}) as (
-        address,
-        _,
-    ):
+    mac = {
+        "resources": {"macos": 1},
+        "memory": 1_000_000_000,
+        "env_vars": {"TAPEOUT_CACHE": str(tmp_path / "of the mac")},
+    }
+    with machines({"memory": 2_000_000_000}, mac) as (address, _):
         out = tmp_path / "out"
         cluster = Cluster(address, out, models={"count": model})
         assert cluster.jobs == 2
@@ -176,12 +184,160 @@ def test_tasks_go_where_their_device_is_and_tensors_everywhere(
             outcome = pool.submit(cluster, codes, lambda *_: None).result(timeout=200)
         assert outcome.status == "passed", (out / "codes.log").read_text()
         assert outcome.codes_sha256 == quantize(model, "int4-g32", out=tmp_path / "here").digest
+        # Where caches are not shared, a cell goes to its codes, here past the machine that Ray would take first.
+        cluster._one_cache, cluster._environment = False, {}
+        made = replace(codes, name="codes of the mac", recipe={"scheme": "int8"}, codes="m", target="apple")
+        cell = replace(made, name="c", kind="cell", target="null", log=str(out / "c.log"), out=str(out / "c"))
+        for task in (made, cell):
+            outcome = cluster(task, lambda *_: None)
+            assert outcome.status == "passed", outcome.reason
+        assert len(list((tmp_path / "of the mac" / "store").glob("count-int8-*"))) == 1
+        assert not list((tmp_path / "cache" / "store").glob("count-int8-*"))
         cluster.stop()
         with pytest.raises(TapeoutError, match=r"not every machine .* sees"):
-            monkeypatch.setattr(Cluster, "_all_see", lambda self, path: False)
+            monkeypatch.setattr(Machines, "all_see", lambda self, path: False)
             Cluster(address, out)
 
 
+APART = """
+tokens = 64
+[matrix]
+models = ["tiny"]
+schemes = ["int8"]
+targets = ["null"]
+[[include]]
+scheme = "int2-g64"
+rounding = "gptq"
+[calibration]
+text = "text.txt"
+sequences = 48
+length = 128
+[limits]
+kl = 1e-3
+top1 = 0.0
+perplexity = 100.0
+"""
+
+
+def kill_machine(cluster: subprocess.Popen[str], cache: Path) -> None:
+    """End every process of a machine that has this cache, at once."""
+    import psutil
+
+    own = [each for each in map(psutil.Process, _descendants(cluster.pid)) if of(each, cache)]
+    assert len(own) > 2
+    for each in own:
+        each.kill()
+
+
+def of(process: Any, cache: Path) -> bool:
+    import psutil
+
+    try:
+        return bool(process.environ().get("TAPEOUT_CACHE") == str(cache))
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="directories that machines do not share are mounted as root")
+def test_of_machines_that_share_nothing_one_dies_between_two_layers(tmp_path: Path) -> None:
+    """Another goes on at the layer that the first had reached, and the package that failed is brought back."""
+    from tapeout.models import load
+    from tapeout.quantize import Calibration, quantize
+
+    work, shared, caches = tmp_path / "work", tmp_path / "shared", [tmp_path / "one", tmp_path / "two"]
+    text = "".join(chr(32 + (i * 37 + i * i // 7) % 95) for i in range(8000))
+    for place in (work, *caches):
+        place.mkdir()
+    model = write_model(tmp_path / "tiny", "llama", {"num_hidden_layers": 12}, dtype="F32")
+    (tmp_path / "text.txt").write_text(text)
+    file = APART.replace('"tiny"', f'"{model}"').replace("text.txt", str(tmp_path / "text.txt"))
+    (work / "small.toml").write_text(file)
+    mounts = {str(work): None}
+    nodes = [{"env_vars": {"TAPEOUT_CACHE": str(cache)}, "mounts": mounts} for cache in caches]
+    with machines({"num_cpus": 0}, *nodes) as (address, cluster):
+        command = [PROGRAM, "matrix", "small.toml", "--out", "out", "--ray", address, "--cache", shared]
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=work,
+            env=environment(work),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not list((shared / "layers").glob("*int2*.json")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        (dies,) = [cache for cache in caches if list(cache.glob("store/*int2*/.calibration"))]
+        kill_machine(cluster, dies)
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    outcomes = {path.stem: json.loads(path.read_text()) for path in (work / "out" / "cells").glob("*.json")}
+    passed, failed = outcomes["tiny.int8.rtn.null"], outcomes["tiny.int2-g64.gptq.null"]
+    assert passed["status"] == "passed"
+    assert failed["status"] == "failed"
+    assert "its package was brought here to be looked at." in failed["notes"]
+    package = Package.open(work / "out" / failed["name"])
+    assert package.damage() == []
+    assert package.manifest["root_sha256"] == failed["root_sha256"]
+    assert not json.loads((package.directory / "report.json").read_text())["passed"]
+    assert [path.stem for path in (shared / "packages").glob("*.json")] == [passed["inputs"]]
+    assert not list((shared / "layers").glob("*.json"))
+    (log,) = [
+        path.read_text()
+        for path in (work / "out" / "logs").glob("codes-*.log")
+        if "went on after layer" in path.read_text()
+    ]
+    assert f"which {shared} had." in log
+    here = quantize(
+        load(str(model)),
+        "int2-g64",
+        rounding="gptq",
+        calibration=Calibration(tmp_path / "text.txt", 48, 128),
+        out=tmp_path / "here",
+    )
+    assert failed["codes_sha256"] == here.digest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="what machines see otherwise is mounted as root")
+def test_machines_with_other_versions_are_named(tmp_path: Path) -> None:
+    import tapeout as package
+
+    installed = Path(package.__file__)
+    (tmp_path / "other.py").write_text(installed.read_text().replace(package.__version__, "0.0.7"))
+    older = {"mounts": {str(installed): str(tmp_path / "other.py")}}
+    without = {"mounts": {str(installed.parent): None}}
+    with machines({}, older, without) as (address, cluster):
+        assert cluster.stdin
+        assert cluster.stdout
+        said = []
+        for order in ("kill 2", "ray 2.0.1"):
+            with pytest.raises(TapeoutError) as told:
+                Cluster(address, tmp_path / "out")
+            said.append(str(told.value))
+            cluster.stdin.write(f"{order}\n")
+            cluster.stdin.flush()
+            cluster.stdout.readline()
+        with pytest.raises(TapeoutError) as told:
+            Cluster(address, tmp_path / "out")
+    said.append(str(told.value))
+    python, own, host = platform.python_version(), importlib.metadata.version("ray"), platform.node()
+    assert said == [
+        f"the Ray cluster at {address} cannot be used: {why}."
+        for why in (
+            f"its machine {host} has no module tapeout.matrix: pip install tapeout=={package.__version__} there",
+            f"{host} has tapeout 0.0.7, and this machine {package.__version__}: install one version on all",
+            f"it runs Ray 2.0.1 on Python {python}, and this machine Ray {own} on Python {python}: one version of each on all machines (pip "
+            "install ray==2.0.1)",
+        )
+    ]
+
+
 def test_a_cluster_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(TapeoutError, match=r"the Ray cluster at 127\.0\.0\.1:9 cannot be used: "):
+    with pytest.raises(TapeoutError) as told:
         Cluster("127.0.0.1:9", tmp_path)
+    assert str(told.value) == (
+        "the Ray cluster at 127.0.0.1:9 cannot be used: nobody listens there (Connection refused)."
+    )
+    with pytest.raises(OSError, match=r"nobody listens there \(Name or service not known\)"):
+        driver._knock("ray://no.such.host.invalid:10001")

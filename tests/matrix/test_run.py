@@ -186,6 +186,7 @@ def test_one_that_is_stopped_stops_its_processes_and_leaves_nothing_half_written
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a file", "the manifest", "the outcome", "the inputs"])
 def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -> None:
     package, known = copied / "out" / NULLS[1], copied / "out" / "cells" / f"{NULLS[1]}.json"
@@ -202,6 +203,7 @@ def test_a_cell_that_is_not_whole_is_to_be_made_again(copied: Path, what: str) -
     assert {row["cell"]: row["do"] for row in rows} == {NULLS[0]: other, NULLS[1]: "make"}
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["a directory", "a bucket"])
 def test_finished_work_is_taken_from_shared_storage(

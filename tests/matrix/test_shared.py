@@ -24,7 +24,7 @@ from tapeout.files import file_sha256
 from tapeout.matrix.shared import Storage
 from tapeout.models import load
 from tapeout.pack import Package, pack
-from tapeout.quantize import quantize
+from tapeout.quantize import Calibration, Quantized, quantize
 from tapeout.recipe import Recipe
 from tapeout.targets.null import Null
 from tapeout.validate.report import GateResult, Report
@@ -169,6 +169,58 @@ def test_codes_that_would_go_elsewhere_are_damage(url: str, make_model: MakeMode
     )
     assert not storage.fetch_store("key")
     assert "it is to be called '../out'" in notes[0]
+
+
+class Killed(Exception):
+    """A machine dies here."""
+
+
+def gone_after_two(stage: str, done: int, total: int) -> None:
+    if (stage, done) == ("calibrate", 2):
+        raise Killed
+
+
+def calibrated(model: Path, cache: Path, storage: Storage | None, **keywords: Any) -> Quantized:
+    os.environ["TAPEOUT_CACHE"] = str(cache)
+    sees = Calibration(None, 4, 32)
+    return quantize(
+        load(model), "int4-g32", rounding="gptq", calibration=sees, checkpoints=storage, **keywords
+    )
+
+
+def test_a_layer_that_a_machine_has_calibrated_is_gone_on_from_by_another(
+    url: str,
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("TAPEOUT_CACHE", "")  # put back at the end
+    model, notes = make_model(num_hidden_layers=3), list[str]()
+    whole = calibrated(model, tmp_path / "alone", None)
+    with pytest.raises(Killed):
+        calibrated(model, tmp_path / "one", Storage(url, notes), progress=gone_after_two)
+    for damaged in (None, "tensors/model.layers.0.mlp.up_proj.weight.safetensors", ".calibration/done.json"):
+        storage = Storage(url, notes)
+        kept = storage._known("layers", whole.directory.name)
+        assert kept is not None
+        if damaged:
+            spoil(storage, kept["files"][damaged]["sha256"], lambda data: data[:-1] + b"?")
+        notes.clear()
+        caplog.clear()
+        other = calibrated(model, tmp_path / f"other {damaged and damaged[:4]}", storage)
+        assert bytes_of(other.directory) == bytes_of(whole.directory)
+        went_on = f"went on after layer {kept['layers']}, which {url} had."
+        assert (went_on in caplog.text) == (damaged is None)
+        assert any("has a damaged entry" in note for note in notes) == bool(damaged)
+    storage.forget_layers(whole.directory)
+    codes = {
+        entry["sha256"]
+        for entry in json.loads((whole.directory / "quantization.json").read_text())["tensors"].values()
+    }
+    assert set(every(storage)) <= codes  # nothing but blobs that the codes have, too
+    storage.forget_layers(whole.directory)  # of which there are none
 
 
 def test_no_storage_has_nothing_and_keeps_nothing(package: Path, tmp_path: Path) -> None:

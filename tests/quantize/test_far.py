@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,40 @@ def test_same_bytes_wherever_a_tensor_is_rounded(
     there = quantize(model, scheme, rounding=rounding, calibration=sees, out=tmp_path / "there", far=far)
     assert files(here) == files(there)
     assert here.digest == there.digest
+
+
+class Noting(Executor):
+    """Another executor, of which it is known what it was given."""
+
+    def __init__(self, far: Executor) -> None:
+        self.far, self.given = far, list[str]()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **keywords: Any) -> Future[Any]:
+        self.given.append(fn.__name__)
+        return self.far.submit(fn, *args, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounding"), [("int4-g32", "gptq"), ("int4-g32", "awq"), ("w8a8-static", "rtn")]
+)
+def test_experts_are_rounded_elsewhere_alike_also_one_that_no_token_reaches(
+    make_model: MakeModel, tmp_path: Path, far: ProcessPoolExecutor, scheme: str, rounding: str
+) -> None:
+    pytest.importorskip("transformers")
+    directory = make_model("mixtral", num_hidden_layers=1, dtype="F32")
+    weights = load_file(directory / "model.safetensors")
+    router = weights["model.layers.0.block_sparse_moe.gate.weight"]
+    router[[0, 3]] = router[1]  # one score for three: two at most are chosen, and never the last
+    weights["model.layers.0.block_sparse_moe.experts.1.w3.weight"][3, 4] = 1e7  # its tensor stays float
+    save_file(weights, directory / "model.safetensors")
+    model, sees, noting = load(directory), Calibration(None, 4, 32), Noting(far)
+    here = quantize(model, scheme, rounding=rounding, calibration=sees, out=tmp_path / "here")
+    there = quantize(model, scheme, rounding=rounding, calibration=sees, out=tmp_path / "there", far=noting)
+    assert noting.given.count("_expert_elsewhere") == 4
+    assert files(here) == files(there)
+    assert here.digest == there.digest
+    assert any("rounded without data" in note for note in there.notes)
+    assert [name.rpartition("experts.")[2] for name in there.fallbacks] == ["1.w3.weight"]
 
 
 def test_errors_come_back_as_they_are(
