@@ -159,6 +159,8 @@ class DeviceReport(_Part):
         """The same of its bytes; ``path`` is what errors call it."""
         try:
             raw = json.loads(data.decode("utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("it is no JSON object")
             version = int(raw["format_version"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -22,6 +22,8 @@ from tapeout.cli import registered
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

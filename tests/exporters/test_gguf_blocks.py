@@ -169,7 +169,7 @@ def owners_weight(scheme: str, packed: np.ndarray, tensor: QuantTensor) -> np.nd
     from gguf import GGMLQuantizationType, quants
 
     weight = quants.dequantize(packed, GGMLQuantizationType[BLOCKS[scheme].kind])
-    return weight * tensor.scale_codes.block if scheme == "nvfp4" else weight
+    return weight * tensor.scale_codes.block if scheme.startswith("nvfp4") else weight
 
 
 def limit_of(scheme: str, tensor: QuantTensor) -> np.ndarray:
@@ -177,7 +177,7 @@ def limit_of(scheme: str, tensor: QuantTensor) -> np.ndarray:
     if scheme.startswith("nf4"):  # an integer is at most 0.003 beside its level, and d is rounded to 11 bits
         return np.repeat(np.abs(tensor.scale.astype(np.float32)), tensor.group, axis=1) * (0.003 + 2**-11)
     # We multiply the two scales first, and round (2^-24) twice; ggml multiplies by the tensor's scale last, and rounds once.
-    return 2**-22 * np.abs(tensor.dequantize()) * (scheme == "nvfp4")
+    return 2**-22 * np.abs(tensor.dequantize()) * scheme.startswith("nvfp4")
 
 
 @pytest.mark.parametrize("scheme", GOLDEN)

@@ -133,7 +133,7 @@ def test_what_is_not_carried_says_what_is() -> None:
     for name, scheme in SCHEMES.items():
         carry = blocks.carries(scheme)
         if isinstance(carry, Refused):
-            assert name in {"mxfp4", "nvfp4", "q5_k", "q4_k", "q2_k"}
+            assert name in {"mxfp4", "nvfp4", "nvfp4-w4a4", "fp8-static", "q5_k", "q4_k", "q2_k"}
             assert not isinstance(blocks.carries(SCHEMES[carry.nearest]), Refused)
     assert blocks.carries(SCHEMES["w8a8"]) == Exact("INT8, inputs too, their scale a token")
     assert blocks.carries(SCHEMES["q6_k"]) == Exact("MatMulNBits 8-bit, at 10 bits", 10.0)

@@ -188,6 +188,7 @@ def calibrated(model: Path, cache: Path, storage: Storage | None, **keywords: An
     )
 
 
+@pytest.mark.slow
 def test_a_layer_that_a_machine_has_calibrated_is_gone_on_from_by_another(
     url: str,
     make_model: MakeModel,

@@ -77,7 +77,9 @@ def test_experts_are_rounded_elsewhere_alike_also_one_that_no_token_reaches(
     weights = load_file(directory / "model.safetensors")
     router = weights["model.layers.0.block_sparse_moe.gate.weight"]
     router[[0, 3]] = router[1]  # one score for three: two at most are chosen, and never the last
-    weights["model.layers.0.block_sparse_moe.experts.1.w3.weight"][3, 4] = 1e7  # its tensor stays float
+    weights["model.layers.0.block_sparse_moe.experts.1.w3.weight"][3, 4] = (
+        1e7  # its tensor stays float, where nothing takes it up
+    )
     save_file(weights, directory / "model.safetensors")
     model, sees, noting = load(directory), Calibration(None, 4, 32), Noting(far)
     here = quantize(model, scheme, rounding=rounding, calibration=sees, out=tmp_path / "here")
@@ -86,7 +88,10 @@ def test_experts_are_rounded_elsewhere_alike_also_one_that_no_token_reaches(
     assert files(here) == files(there)
     assert here.digest == there.digest
     assert any("rounded without data" in note for note in there.notes)
-    assert [name.rpartition("experts.")[2] for name in there.fallbacks] == ["1.w3.weight"]
+    large = (
+        [] if rounding == "awq" else ["1.w3.weight"]
+    )  # AWQ divides that row by what it multiplies a column of w2 with
+    assert [name.rpartition("experts.")[2] for name in there.fallbacks] == large
 
 
 def test_errors_come_back_as_they_are(

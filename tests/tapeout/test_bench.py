@@ -115,6 +115,7 @@ def test_every_scenario_on_llama_cpp(work: Path, tmp_path: Path) -> None:
     assert percentiles(stream["token"]).startswith("p50 ")
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_window_answers_one_after_another(work: Path) -> None:
     asked = Asked(("offline", "server"), percentiles=(50,))
     found = bench(work / "onnx", asked=asked)

@@ -145,6 +145,7 @@ _TABLE = (
 )
 
 
+@pytest.mark.slow
 def test_fit_table(tmp_path: Path) -> None:
     """Dense 7B and 8x7B on 24, 48 and 96 GB and on a CPU, from their true shapes; docs/plan.md has the same."""
     lines, fits, speed = [], {}, {}

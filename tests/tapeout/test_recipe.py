@@ -99,12 +99,12 @@ def test_a_recipe_does_not_change() -> None:
         ("limit = 1", "has an unknown key 'limit'; did you mean 'limits'"),
         (
             "zzz = 1",
-            "has an unknown key 'zzz'; \\(known: calibration, limits, rounding, scheme, tensors, text, tokens\\)",
+            "has an unknown key 'zzz' \\(known: calibration, limits, rounding, scheme, tensors, text, tokens\\)",
         ),
         ("[limits]\ntop_1 = 1", "has an unknown key 'limits.top_1'; did you mean 'top1'"),
         (
             "[limits]\nscheme = 1",
-            "has an unknown key 'limits.scheme'; \\(known: kl, max_memory, max_ttft_ms, min_tokens_per_s, perplexity, task, top1\\)",
+            "has an unknown key 'limits.scheme' \\(known: kl, max_memory, max_ttft_ms, min_tokens_per_s, perplexity, task, top1\\)",
         ),
         ("[[tensors]]\na = 1", "tensors is "),
         ("scheme = 8", "scheme is 8: .*string"),

@@ -160,6 +160,7 @@ def test_a_whole_package_passes_on_every_unit(
     assert report.runtime == "coremltools 9.0"
 
 
+@pytest.mark.slow
 def test_what_is_compared_is_not_the_same_twice(
     ran: tuple[subprocess.CompletedProcess[str], DeviceReport],
 ) -> None:
@@ -266,6 +267,7 @@ def test_what_goes_wrong_on_a_unit(
         assert gates(report, "all")["golden-decode"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_model_that_was_cut(tmp_path: Path) -> None:
     """Every package in turn, each with its own state, past the window."""
     cut = {"num_hidden_layers": 3, "sliding_window": WINDOW}

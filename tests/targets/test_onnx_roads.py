@@ -26,6 +26,7 @@ from tapeout.validate import Options, Report, validate
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # of torch.onnx and optimum, that make the graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "exporters" / "data" / "optimum"
