@@ -56,6 +56,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
+@pytest.mark.slow
 def test_wheel_holds_tapeout_only(wheel_names: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tapeout"}
@@ -66,6 +67,7 @@ def test_wheel_holds_tapeout_only(wheel_names: list[str]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_source(wheel_names: list[str]) -> None:
     folders = {
         "tapeout": "",

@@ -342,6 +342,7 @@ def beside(path: Path, package: Path) -> bool:
     ) or package / "licences" / "runtime" in path.parents
 
 
+@pytest.mark.slow
 def test_diff_of_a_package_and_its_model(null: Exported, tmp_path: Path) -> None:
     found = document(
         tapeout(

@@ -162,6 +162,7 @@ def test_it_is_the_one_graph(package, case: str) -> None:
     assert far(ran(artifact, PIECES)[0], expected(quant, artifact, PIECES)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "window", "gemma2", "experts", "deepseek_v2"])
 def test_float16_is_near(package, case: str) -> None:
     """Operators' results rounded to float16, 2^-12 of each in the mean: some thirty in a row in each of two layers, at random, and the logits."""
@@ -172,6 +173,7 @@ def test_float16_is_near(package, case: str) -> None:
     assert np.sqrt(np.mean((logits - wanted) ** 2)) / wanted.std() < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "window", "gemma2", "qwen2_moe", "deepseek_v2"])
 def test_a_batch_is_padded_on_the_left(package, case: str) -> None:
     """Tokens hidden by the mask count as positions, and rotary positions are relative: the others' logits are as without them."""

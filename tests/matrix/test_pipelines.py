@@ -14,6 +14,7 @@ from typing import Any
 import pipelines as ci
 import pytest
 from commands import tapeout
+from thinned import thinned
 
 from tapeout.cli import app
 from tapeout.errors import OutputError, RecipeError
@@ -109,7 +110,7 @@ def test_schemas_and_linters(place: Path) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("matrix", thinned(MATRICES))
 def test_no_cell_is_lost_and_each_finds_its_codes(place: Path, matrix: str, system: str) -> None:
     text = pipeline(Path(matrix), system)
     every, those = ci.jobs(system, text), cells(system, text)
@@ -262,6 +263,7 @@ def test_gitlab_s_key_is_what_our_command_prints(place: Path, digest: str) -> No
     assert found == (f"TAPEOUT_CODES={digest}\n" if digest else "")
 
 
+@pytest.mark.slow
 def test_runners(place: Path) -> None:
     def of(system: str, target: str) -> Any:
         (job,) = (

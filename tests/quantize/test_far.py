@@ -30,6 +30,7 @@ def files(quant: Quantized) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in quant.directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "rounding"),
     [
@@ -66,6 +67,7 @@ class Noting(Executor):
         return self.far.submit(fn, *args, **keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "rounding"), [("int4-g32", "gptq"), ("int4-g32", "awq"), ("w8a8-static", "rtn")]
 )

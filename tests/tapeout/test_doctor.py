@@ -169,6 +169,7 @@ def test_what_cannot_be_imported(make: Make) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_import_that_does_not_end(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     make("endless", "1", files={"endless/__init__.py": "import time; time.sleep(60)"})
     monkeypatch.setattr(installed, "_PATIENCE_S", 1.0)

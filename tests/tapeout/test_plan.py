@@ -32,7 +32,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("shape", thinned(SHAPES))
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if "iree" in way else ()) for way in WAYS]
+)
 def test_sizes_are_those_of_the_files(way: str, shape: str, tmp_path: Path) -> None:
     """Every file is as long as planned, to the byte, but for digests in them, which are as long as any."""
     family, fields = SHAPES[shape]
@@ -181,6 +183,7 @@ def _row(found: Planned, target: str) -> Row:
     return next(row for row in found.rows if row.target == target)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_context_and_batch(tmp_path: Path) -> None:
     """Keys and values by the target's own memory(), once for each sequence; a batch reads weights once."""
     config = write_config(tmp_path, "llama", LLAMA_7B)

@@ -30,6 +30,8 @@ pytest.importorskip("model_signing")
 from certificates import authority, written
 from cryptography.hazmat.primitives.asymmetric import ec
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(sys.executable).with_name("model_signing")
 
 

@@ -93,6 +93,7 @@ def damage(package: Path, value: float) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_with_its_model_every_gate_runs_again(work: Path) -> None:
     report = revalidate(work / "plain-package", str(work / "plain"), LOOSE)
     first = Report.read(work / "plain-package" / "report.json")
@@ -139,6 +140,7 @@ def test_a_calibrated_package_needs_no_recipe(
     assert report.passed
 
 
+@pytest.mark.slow
 def test_texts_are_asked_for_by_their_digests(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_damage_that_no_number_shows_fails_integrity(copied: Path) -> None:
     assert not report.passed
 
 
+@pytest.mark.slow
 def test_a_damaged_artifact_fails_with_the_model(work: Path, copied: Path) -> None:
     damage(copied, 50.0)
     report = revalidate(copied, str(work / "plain"), LOOSE)

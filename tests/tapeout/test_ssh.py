@@ -27,6 +27,7 @@ from tapeout.files import canonical_json
 from tapeout.pack import Package
 from tapeout.ssh import Address, checked
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("llama_cpp")
 pytest.importorskip("transformers")
 

@@ -229,6 +229,7 @@ def checker(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return lambda package, *arguments: check(package, tmp_path, *arguments, script=script)
 
 
+@pytest.mark.slow
 def test_the_program_finds_the_same(gguf: Path, told: Path, native: Path | None, tmp_path: Path) -> None:
     if native is None:
         pytest.skip(NO_NATIVE)

@@ -32,6 +32,7 @@ from tapeout.targets.apple import Apple
 from tapeout.targets.null import Null
 from tapeout.validate import GateResult, Report, mil
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("coremltools")
 
 Once = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
@@ -146,7 +147,6 @@ def ran(once: Once, decoder: Path) -> tuple[subprocess.CompletedProcess[str], De
     return done, DeviceReport.read(place / "told.json", Package.open(decoder))
 
 
-@pytest.mark.slow
 def test_a_whole_package_passes_on_every_unit(
     ran: tuple[subprocess.CompletedProcess[str], DeviceReport],
 ) -> None:
@@ -160,7 +160,6 @@ def test_a_whole_package_passes_on_every_unit(
     assert report.runtime == "coremltools 9.0"
 
 
-@pytest.mark.slow
 def test_what_is_compared_is_not_the_same_twice(
     ran: tuple[subprocess.CompletedProcess[str], DeviceReport],
 ) -> None:
@@ -237,7 +236,6 @@ def test_each_unit_answers_for_itself(decoder: Path, tmp_path: Path) -> None:
     assert report.units["cpu-and-ne"].throughput is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "failed", "words"),
     [
@@ -267,7 +265,6 @@ def test_what_goes_wrong_on_a_unit(
         assert gates(report, "all")["golden-decode"] == "passed"
 
 
-@pytest.mark.slow
 def test_a_model_that_was_cut(tmp_path: Path) -> None:
     """Every package in turn, each with its own state, past the window."""
     cut = {"num_hidden_layers": 3, "sliding_window": WINDOW}

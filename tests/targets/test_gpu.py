@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from thinned import thinned
 
 from tapeout.exporters import huggingface
 from tapeout.exporters.huggingface.reader import Tensors
@@ -74,7 +75,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-@pytest.mark.parametrize(("family", "form", "scheme"), CASES)
+@pytest.mark.parametrize(("family", "form", "scheme"), thinned(CASES, alike=lambda case: case[1]))
 def test_session(
     gpu: Any, family: str, form: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from thinned import thinned
 
 from tapeout import validate
 from tapeout.build import export, target
@@ -246,7 +247,7 @@ def test_what_is_done_to_decoders_only_is_refused(tmp_path: Path) -> None:
 # The whole pipeline
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "efficient_encoder_v2"])
+@pytest.mark.parametrize("family", thinned(["bert", "roberta", "efficient_encoder_v2"]))
 def test_a_package_passes_its_gates_and_can_be_used(tmp_path: Path, family: str) -> None:
     directory = write_model(tmp_path / family, family, {}, dtype="F32")
     texts = ["the bank raised rates", "a goal in the last minute", "stars and planets", "an election"]

@@ -142,6 +142,7 @@ def late_buckets(graph: Any) -> None:
             constant.CopyFrom(onnx.numpy_helper.from_array(values, constant.name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [scaled_scores, late_buckets])
 def test_a_planted_fault_fails_the_gates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None]

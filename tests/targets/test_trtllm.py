@@ -112,6 +112,7 @@ def _room(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_token_by_token_is_all_at_once_past_the_window(exported: tuple[Quantized, Artifact]) -> None:
     _, artifact = exported
     with WorkerSession(_device(tensor_parallel=2).session(artifact)) as session:
@@ -143,6 +144,7 @@ def test_ranks_end_with_their_worker(exported: tuple[Quantized, Artifact]) -> No
         _wait_until(lambda gone=ranks[0]: not gone.is_running() or gone.status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_a_crash(exported: tuple[Quantized, Artifact]) -> None:
     _, artifact = exported
     with WorkerSession(_device(tensor_parallel=2).session(artifact)) as session:
@@ -153,6 +155,7 @@ def test_a_rank_that_dies_is_a_crash(exported: tuple[Quantized, Artifact]) -> No
             session.prefill([1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_missing_rank_is_named_before_any_is_started(exported: tuple[Quantized, Artifact]) -> None:
     _, artifact = exported
     (artifact.directory / "rank1.safetensors").unlink()
@@ -204,6 +207,7 @@ def test_the_whole_of_all_ranks_is_the_models_weights(
         )
 
 
+@pytest.mark.slow
 def test_our_ranks_give_nvidias_logits_of_its_own_checkpoint() -> None:
     """The library's own model, its inputs rounded too, and the rank files that it wrote of it."""
     oracle = load_file(THEIRS / "oracle.safetensors")

@@ -460,6 +460,7 @@ def test_what_its_maker_said(save: Save) -> None:
     assert program.features["x"] == "what is normed"
 
 
+@pytest.mark.slow
 def test_a_program_is_read_without_torch_and_all_of_coremltools_is_there_for_who_asks(save: Save) -> None:
     code = (
         "import sys; from tapeout.validate import mil; mil.load(sys.argv[1]); assert 'torch' not in sys.modules\n"
