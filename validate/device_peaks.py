@@ -12,10 +12,8 @@ from typing import Any
 
 __all__ = ["copy_bandwidth", "matmul_peaks", "roof", "seconds"]
 
-_COPIED, _SIDE = (
-    1 << 30,
-    8192,
-)  # bytes, several times any GPU's cache; rows and columns, of which every unit has its share
+_COPIED = 1 << 30  # bytes, several times any GPU's cache
+_SIDE = 8192  # rows and columns, of which every unit has its share
 _WARM, _REPEATS = 3, 10
 
 
@@ -80,9 +78,8 @@ def matmul_peaks(device: str, types: Sequence[str], side: int = _SIDE) -> list[d
     """
     import torch
 
-    while (
-        side > 1024 and _fitting(12 * side**2, device) < 12 * side**2
-    ):  # two factors and a product in float32
+    # Two factors and a product in float32.
+    while side > 1024 and _fitting(12 * side**2, device) < 12 * side**2:
         side //= 2
     found = []
     for name in dict.fromkeys(types):
