@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tapeout import budget, targets
 from tapeout.budget import Floats, allocate, plan
 from tapeout.commands import make
+from tapeout.commands.terminal import Codes
 from tapeout.errors import MissingToolchain, RecipeError, RuntimeCrash
 from tapeout.models import Model, load
 from tapeout.quantize import SCHEMES, Calibration, assign, quantize
@@ -370,10 +371,10 @@ def test_a_budget_from_the_command_line(
     # Errors of a few small random matrices partly cancel or add up: 2 is far from any mistake.
     assert said["kl"] / 2 < distance.kl < said["kl"] * 2
     # The same inline, and with what it must not be given.
-    assert make.quantize(str(directory), **arguments, out=tmp_path / "codes") == 0
+    assert make.quantize(str(directory), codes=Codes(**arguments), out=tmp_path / "codes") == 0
     assert json.loads((tmp_path / "codes" / "quantization.json").read_text())["scheme"] != "int8"
     with pytest.raises(RecipeError, match="leave out --scheme"):
-        make.quantize(str(directory), **arguments, scheme="nf4", out=tmp_path / "other")
+        make.quantize(str(directory), codes=Codes(**arguments, scheme="nf4"), out=tmp_path / "other")
 
 
 @pytest.mark.usefixtures("costs")
