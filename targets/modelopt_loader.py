@@ -203,12 +203,12 @@ class Reader:
         algo, stored = found
         pre_scale = self._pre_scale(algo, base, stored.shape[1])
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
-            return partial(_float8_a_token, pre_scale=pre_scale)
+            return _scaled(_float8_a_token, pre_scale)
         how = {"W8A8_SQ_PER_CHANNEL": _int8, "FP8": _float8, "NVFP4": _float4}[algo]
         step = self._alike(base, "input_scale").item()
         if not 0 < step < float("inf"):
             raise PackageError(f"{base}.input_scale is {step}; a step is more than 0.")
-        return partial(how, step=step, pre_scale=pre_scale)
+        return _scaled(partial(how, step=step), pre_scale)
 
     def codes(self, base: str) -> QuantTensor | None:
         """The codes of a module's weight as a store has them; None: it is a float."""
@@ -266,25 +266,27 @@ class Reader:
         return raw
 
 
-def _int8(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+def _scaled(how: Inputs, pre_scale: torch.Tensor | None) -> Inputs:
+    """The same of inputs that are multiplied first."""
+    return how if pre_scale is None else lambda x: how(x * pre_scale)
+
+
+def _int8(x: torch.Tensor, step: float) -> torch.Tensor:
     """By the one step of the file."""
-    x = x if pre_scale is None else x * pre_scale
     return (x / step).round().clip(-128, 127) * step
 
 
-def _float8(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+def _float8(x: torch.Tensor, step: float) -> torch.Tensor:
     """By the one step of the file, to nearest even."""
     import torch
 
-    x = x if pre_scale is None else x * pre_scale
     return (x / step).clip(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * step
 
 
-def _float4(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+def _float4(x: torch.Tensor, step: float) -> torch.Tensor:
     """16 by their own float8 in steps of the file's, to the nearest of the eight sizes; halfway goes to the even code."""
     import torch
 
-    x = x if pre_scale is None else x * pre_scale
     parts = x.reshape(*x.shape[:-1], -1, 16)
     largest = parts.abs().amax(-1, keepdim=True)
     own = (largest / (6.0 * step)).clip(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * step
@@ -296,11 +298,10 @@ def _float4(x: torch.Tensor, step: float, pre_scale: torch.Tensor | None = None)
     return (sizes[codes].copysign(scaled) * own).reshape(x.shape)
 
 
-def _float8_a_token(x: torch.Tensor, pre_scale: torch.Tensor | None = None) -> torch.Tensor:
+def _float8_a_token(x: torch.Tensor) -> torch.Tensor:
     """Each token by its own step, the largest magnitude / 448 and no less than 1 / (448 · 512), to nearest even."""
     import torch
 
-    x = x if pre_scale is None else x * pre_scale
     own = x.abs().amax(-1, keepdim=True).div(_E4M3_MAX).clamp(min=1 / (_E4M3_MAX * 512))
     return (x / own).clip(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * own
 

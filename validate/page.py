@@ -340,7 +340,6 @@ def _shown(report: Report) -> dict[str, Any]:
     return {
         "counts": counts(report),
         "headline": headline(report),
-        "risk": risk(report),
         "nearest": nearest(report),
         "charts": drawn,
         "steepest": page_parts.steepest(report),

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from tapeout import targets
 from tapeout.commands.terminal import (
-    AllCodes,
     Codes,
     Demands,
     DemandsOfAll,
@@ -45,7 +44,7 @@ def register_export(kind: type[targets.Target]) -> None:
     def export(
         model: ModelArgument,
         *,
-        codes: AllCodes = None,
+        codes: Codes | None = None,
         out: Path | None = None,
         force: Annotated[bool, Flag] = False,
         require: Annotated[list[str] | None, Many] = None,
@@ -102,7 +101,7 @@ def register_export(kind: type[targets.Target]) -> None:
 def quantize(
     model: ModelArgument,
     *,
-    codes: AllCodes = None,
+    codes: Codes | None = None,
     out: Path,
     force: Annotated[bool, Flag] = False,
     json: Json = False,

@@ -150,6 +150,7 @@ def where_it_runs(target: str) -> None:
         environments.run_there(environment, sys.argv[1:])
 
 
+@Parameter(name="*")
 @dataclass(frozen=True)
 class Codes:
     """How weights become codes.
@@ -181,9 +182,6 @@ class Codes:
         if self.bits is None and self.max_kl is None:
             return None
         return f"{self.bits:g}bits" if self.bits is not None else f"kl{self.max_kl:g}"
-
-
-AllCodes = Annotated[Codes | None, Parameter(name="*")]
 
 
 def recipe_of(path: Path | None, text: Path | None, **given: Any) -> Recipe:

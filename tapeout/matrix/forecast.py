@@ -44,7 +44,7 @@ class Forecast:
 def calibrates(recipe: Recipe) -> bool:
     """Whether making the codes runs the model on a calibration text."""
     schemes = [SCHEMES[each] for each in (recipe.scheme, *recipe.tensors.values()) if each in SCHEMES]
-    static = any((scheme.activations or "").endswith("-static") for scheme in schemes)
+    static = any(scheme.calibrated for scheme in schemes)
     return recipe.calibration is not None or recipe.rounding not in ("rtn", "hqq") or static
 
 

@@ -146,7 +146,6 @@ def unknown(directory: Path, name: str) -> Path:
     return directory
 
 
-@pytest.mark.slow
 def test_a_family_of_optimums_is_proven(tmp_path: Path) -> None:
     model = unknown(tmp_path / "model", "gpt2")
     recipe = Recipe.of({"scheme": "int4-g32", "tokens": 192} | LOOSE)
@@ -176,7 +175,6 @@ def test_no_worker_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load(tmp_path / "model")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not environments.get("optimum").installed,
     reason="the worker environment is not here: tapeout env create optimum",
