@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import registries
 
 from tapeout import target
 from tapeout.generated import write_model
 from tapeout.models import Generation, load
+from tapeout.oci import session
 from tapeout.pack import pack
 from tapeout.quantize import quantize
 from tapeout.recipe import Recipe
@@ -95,3 +97,19 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     golden = (((1, 2), np.arange(272, dtype=np.float32)),)
     report = Report("small", "null", "int8", gates, golden=golden)
     return pack(artifact, report, quant, device, recipe.kept(quant)).directory
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Registries are asked again at once, and by nobody's login."""
+    monkeypatch.setattr(session, "_FIRST_WAIT_S", 0.002)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[registries.Running]:
+    """A registry on loopback."""
+    if not registries.REGISTRY:
+        pytest.skip(registries.WHY_NOT)
+    with registries.registry(tmp_path / "registry") as found:
+        yield found

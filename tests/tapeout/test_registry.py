@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import registries
 from commands import tapeout
 from packages import names, packed, same
 from registries import Cutting, Running
@@ -29,18 +28,7 @@ DATA = Path(__file__).parent / "data"
 RAW = "application/vnd.cncf.model.weight.v1.raw"
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(session, "_FIRST_WAIT_S", 0.002)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    if not registries.REGISTRY:
-        pytest.skip(registries.WHY_NOT)
-    with registries.registry(tmp_path / "registry") as found:
-        yield found
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

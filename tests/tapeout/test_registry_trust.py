@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from registries import Running
 
 from tapeout.errors import PackageError, RegistryError
 from tapeout.modelpack import FILEPATH, layers_of
-from tapeout.oci import Reference, Repository, session
+from tapeout.oci import Reference, Repository
 from tapeout.pack import Package
 from tapeout.registry import pull, push
 from tapeout.signing import Trust, sign
@@ -30,23 +30,9 @@ pytest.importorskip("model_signing")
 from certificates import authority, written
 from cryptography.hazmat.primitives.asymmetric import ec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
 PROGRAM = Path(sys.executable).with_name("model_signing")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(session, "_FIRST_WAIT_S", 0.002)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    if not registries.REGISTRY:
-        pytest.skip(registries.WHY_NOT)
-    with registries.registry(tmp_path / "registry") as found:
-        yield found
 
 
 @pytest.fixture
