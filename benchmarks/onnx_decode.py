@@ -1,13 +1,18 @@
 """A 1.1B Llama in INT4 on ONNX Runtime: ours against onnxruntime-genai's builder, optimum, and our own GGUF on llama.cpp.
 
-    python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float|--pair]
+    python benchmarks/onnx_decode.py [--launches 2] [--rounds 3] [--prefill 512] [--decode 128] [--no-float|--genai]
 
 Each artifact is loaded in a process of its own, all at once, and they are timed in turn, round after round; of a launch its medians
-count, and of launches the geometric mean. Where a process's memory lies makes a difference of 5 to 10 %: those that are started first
-get what scattered pages are free. So all are started anew for each launch, every other time in the opposite order, and a few percent
-take many launches (``--pair``: the two on onnxruntime-genai alone); the ratio of those two has its standard error beside it. Ours
-runs on onnxruntime as tapeout runs it, and on onnxruntime-genai as the builder's does. Needs 25 GB of disk and 16 GB of memory, and
-without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
+count, and of launches the geometric mean. Where a process's memory lies makes a difference of 5 to 10 %: the one that is started first
+gets what scattered pages are free. So one that is not timed is started before all, and all are started anew for each launch, in another
+order: as many launches as sides give each every place. A few percent take more (``--genai``: what runs on onnxruntime-genai alone); the
+ratios there have their standard errors beside them, with what the places do to them. Ours runs on onnxruntime as tapeout runs it,
+and on onnxruntime-genai as the builder's does.
+
+On onnxruntime-genai are compared the builder's INT4 (groups of 32, its head too), the same of ours, and int4-g128 as tapeout exports
+it (head int8), which GPTQ rounds with less loss than the builder has at 32: ``quality.py`` measures that, and here speed alone, which
+does not depend on the codes, counts. The builder's file in groups of 128 is as fast, at its own loss. Needs 25 GB of disk and 16 GB
+of memory, and without optimum's float model (``--no-float``) half of that. Artifacts of the peers are made once and kept.
 """
 
 from __future__ import annotations
@@ -25,18 +30,20 @@ from typing import Any
 import common
 from common import environment
 
+GENAI = (
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "onnx==1.23.2",
+    "onnx-ir",
+    "onnxruntime==1.32.0",
+    "onnxruntime-genai==0.18.0",
+)
 ENVIRONMENTS = {
-    "genai": (
-        "torch==2.13.0",
-        "transformers==5.23.0",
-        "onnx==1.23.2",
-        "onnx-ir",
-        "onnxruntime==1.32.0",
-        "onnxruntime-genai==0.18.0",
-    ),
+    "genai": GENAI,
     "optimum": ("torch==2.13.0", "optimum-onnx==0.1.0", "onnx==1.23.2", "onnxruntime==1.32.0", "accelerate"),
 }
-OURS, BUILDERS = "tapeout, onnxruntime-genai", "genai's builder, onnxruntime-genai"
+OURS, OURS_128 = "tapeout int4-g32, onnxruntime-genai", "tapeout int4-g128, onnxruntime-genai"
+BUILDERS, BUILDERS_128 = "genai's builder, onnxruntime-genai", "genai's builder g128, onnxruntime-genai"
 _PEERS = Path(__file__).resolve().parent / "peers"
 
 
@@ -54,12 +61,12 @@ class Times:
 
 
 def timed_together(
-    made: Made, times: dict[str, Times], lengths: list[str], rounds: int, *, backwards: bool
+    order: list[str], made: Made, times: dict[str, Times], lengths: list[str], rounds: int
 ) -> None:
-    """Start every side, ask them in turn, and end them."""
-    children = {}
-    for who in reversed(made) if backwards else made:
-        kind, path, python = made[who]
+    """Start every side in this order, ask them in turn, and end them."""
+    children: dict[str | None, subprocess.Popen[str]] = {}
+    for who in [None, *order]:
+        kind, path, python = made[who or order[0]]
         command = [str(python), "-P", str(_PEERS / "decoder.py"), kind, str(path), *lengths]
         children[who] = subprocess.Popen(
             [*command, "--threads", str(common.cores())],
@@ -70,7 +77,8 @@ def timed_together(
         )
         said(children[who])
     for _ in range(rounds):
-        for who, child in children.items():
+        for who in order:
+            child = children[who]
             assert child.stdin
             child.stdin.write("time\n")
             child.stdin.flush()
@@ -90,10 +98,8 @@ def launches(seconds: list[float], rounds: int) -> list[float]:
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
     """Speed of ours over theirs from seconds of as many launches, and its standard error, if there are more than two."""
     logs = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
-    # Two launches, one in each order, are one sample: what the order does is no spread.
-    pairs = [statistics.fmean(logs[at : at + 2]) for at in range(0, len(logs), 2)]
-    mean = math.exp(statistics.fmean(pairs))
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    mean = math.exp(statistics.fmean(logs))
+    error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 2 else None
     return round(mean, 3), error and round(mean * error, 3)
 
 
@@ -109,20 +115,23 @@ def said(child: subprocess.Popen[str]) -> dict[str, Any]:
 def artifacts(work: Path, with_float: bool) -> Made:
     """What is not there yet is made."""
     model = common.checkpoint("1b", work)
-    ours = {}
-    for kind in ("onnx", "gguf"):
-        ours[kind] = work / f"onnx_decode-{kind}"
-        if not (ours[kind] / "whole").exists():
-            # The builder's head is INT4 too. It leaves the embedding in float32; ours is int8.
-            store, head = work / "onnx_decode-store", {"lm_head": "int4-g32"}
-            common.export_by_us(model, ours[kind], "int4-g32", store, format=kind, overrides=head)
-            (ours[kind] / "whole").touch()
-    built = by_peer("genai", model, work / "onnx_decode-genai")
-    here, genai = Path(sys.executable), environment("genai", ENVIRONMENTS["genai"])
+    # The builder's head is INT4 too. It leaves the embedding in float32; ours is int8.
+    alike = {"lm_head": "int4-g32"}
+    ours = {
+        name: by_us(model, work / f"onnx_decode-{name}", kind, scheme, ends)
+        for name, kind, scheme, ends in (
+            ("onnx", "onnx", "int4-g32", alike),
+            ("onnx-g128", "onnx", "int4-g128", {}),
+            ("gguf", "gguf", "int4-g32", alike),
+        )
+    }
+    here, python = Path(sys.executable), environment("genai", GENAI)
     found = {
-        "tapeout, onnxruntime": ("tapeout-onnx", ours["onnx"], here),
-        OURS: ("genai", ours["onnx"], genai),
-        BUILDERS: ("genai", built, genai),
+        "tapeout int4-g32, onnxruntime": ("tapeout-onnx", ours["onnx"], here),
+        OURS: ("genai", ours["onnx"], python),
+        OURS_128: ("genai", ours["onnx-g128"], python),
+        BUILDERS: ("genai", by_peer("genai", model, work / "onnx_decode-genai"), python),
+        BUILDERS_128: ("genai", by_peer("genai-g128", model, work / "onnx_decode-genai-g128"), python),
         "tapeout GGUF, llama.cpp": ("tapeout-gguf", ours["gguf"], here),
     }
     if with_float:
@@ -141,6 +150,16 @@ def artifacts(work: Path, with_float: bool) -> Made:
     return found
 
 
+def by_us(model: Path, out: Path, kind: str, scheme: str, overrides: dict[str, str]) -> Path:
+    """Exported once."""
+    if not (out / "whole").exists():
+        common.export_by_us(
+            model, out, scheme, out.parent / "onnx_decode-store", format=kind, overrides=overrides
+        )
+        (out / "whole").touch()
+    return out
+
+
 def by_peer(road: str, model: Path, out: Path) -> Path:
     """What ``peers/onnx_export.py`` makes of a model; made once."""
     if not (out / "whole").exists():
@@ -154,27 +173,25 @@ def by_peer(road: str, model: Path, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--launches", type=int, default=2, help="an even number")
+    parser.add_argument("--launches", type=int, default=2, help="a multiple of the sides, at best")
     parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--no-float", action="store_true", help="without optimum's artifacts")
-    parser.add_argument(
-        "--pair", action="store_true", help="ours and the builder's on onnxruntime-genai alone"
-    )
+    parser.add_argument("--genai", action="store_true", help="what runs on onnxruntime-genai alone")
     parser.add_argument("--work", type=Path, default=common.cache_directory() / "benchmarks")
     arguments = parser.parse_args()
-    if arguments.launches < 2 or arguments.launches % 2:
-        parser.error(
-            f"--launches {arguments.launches}: either side is first as often in an even number of launches alone"
-        )
     lengths = ["--prefill", str(arguments.prefill), "--decode", str(arguments.decode)]
-    made = artifacts(arguments.work, not (arguments.no_float or arguments.pair))
-    if arguments.pair:
-        made = {who: made[who] for who in (OURS, BUILDERS)}
+    made = artifacts(arguments.work, not (arguments.no_float or arguments.genai))
+    if arguments.genai:
+        made = {who: made[who] for who in (OURS, OURS_128, BUILDERS, BUILDERS_128)}
     times = {who: Times() for who in made}
     for launch in range(arguments.launches):
-        timed_together(made, times, lengths, arguments.rounds, backwards=launch % 2 == 1)
+        turn = launch % len(made)
+        order = [*list(made)[turn:], *list(made)[:turn]]
+        if launch // len(made) % 2:
+            order.reverse()
+        timed_together(order, made, times, lengths, arguments.rounds)
     rows = {}
     for who, side in times.items():
         size = sum(p.stat().st_size for p in made[who][1].iterdir() if p.is_file())
@@ -190,22 +207,24 @@ def main() -> None:
         }
         row = rows[who]
         print(
-            f"{who:36} prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:6.2f} tokens/s  "
+            f"{who:42} prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:6.2f} tokens/s  "
             f"{row['resident_gb']:5.2f} GB resident, {row['file_mb']:7.1f} MB"
         )
-    ours, theirs = times[OURS], times[BUILDERS]
-    ratios = {
-        what: ratio(launches(mine, arguments.rounds), launches(others, arguments.rounds))
-        for what, mine, others in (
-            ("prefill", ours.first, theirs.first),
-            ("decode", ours.tokens, theirs.tokens),
+    ratios = {}
+    for ours, theirs in ((OURS, BUILDERS), (OURS_128, BUILDERS), (OURS_128, BUILDERS_128)):
+        pair = f"{ours.partition(',')[0]} / {theirs.partition(',')[0]}"
+        ratios[pair] = {
+            what: ratio(
+                launches(getattr(times[ours], kind), arguments.rounds),
+                launches(getattr(times[theirs], kind), arguments.rounds),
+            )
+            for what, kind in (("prefill", "first"), ("decode", "tokens"))
+        }
+        words = ", ".join(
+            f"{what} {value}" + (f" ± {error}" if error is not None else "")
+            for what, (value, error) in ratios[pair].items()
         )
-    }
-    words = ", ".join(
-        f"{what} {value}" + (f" ± {error}" if error is not None else "")
-        for what, (value, error) in ratios.items()
-    )
-    print(f"on onnxruntime-genai, ours / the builder's: {words}")
+        print(f"{pair}: {words}")
     common.report(
         {
             "benchmark": "onnx_decode",
@@ -213,7 +232,10 @@ def main() -> None:
             "rounds": arguments.rounds,
             "rows": rows,
             "same_runtime": {
-                what: {"ratio": value, "standard_error": error} for what, (value, error) in ratios.items()
+                pair: {
+                    what: {"ratio": value, "standard_error": error} for what, (value, error) in each.items()
+                }
+                for pair, each in ratios.items()
             },
         }
     )

@@ -1,6 +1,6 @@
-"""Exports a checkpoint to ONNX in a peer's own way: ``python onnx_export.py genai|optimum|optimum-int8 MODEL OUT``.
+"""Exports a checkpoint to ONNX in a peer's own way: ``python onnx_export.py genai|genai-g128|optimum|optimum-int8 MODEL OUT``.
 
-genai: onnxruntime-genai's model builder, INT4 in groups of 32, activations in int8. optimum: float32 with a cache.
+genai: onnxruntime-genai's model builder, INT4 in groups of 32 (its own choice) or 128, activations in int8. optimum: float32 with a cache.
 optimum-int8: the graph that optimum left in MODEL, its matmuls rounded to int8 with dynamic activations.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import runpy
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 
-def genai(model: Path, out: Path) -> None:
+def genai(model: Path, out: Path, group: int = 32, way: str = "default") -> None:
     with tempfile.TemporaryDirectory() as cache:
         settings = (
             "-p",
@@ -20,8 +21,9 @@ def genai(model: Path, out: Path) -> None:
             "-e",
             "cpu",
             "--extra_options",
-            "int4_block_size=32",
-            "int4_accuracy_level=4",
+            f"block_size={group}",
+            f"algo_config={way}",
+            "accuracy_level=4",
         )
         sys.argv = ["builder", "-i", str(model), "-o", str(out), "-c", cache, *settings]
         runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
@@ -44,4 +46,10 @@ def optimum_int8(model: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     road, source, target = sys.argv[1:]
-    {"genai": genai, "optimum": optimum, "optimum-int8": optimum_int8}[road](Path(source), Path(target))
+    roads = {
+        "genai": genai,
+        "genai-g128": partial(genai, group=128),
+        "optimum": optimum,
+        "optimum-int8": optimum_int8,
+    }
+    roads[road](Path(source), Path(target))
