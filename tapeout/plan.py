@@ -251,7 +251,7 @@ def _fit(
     reaches, source = device.fraction(artifact.format)
     layers = getattr(quant.model.config, "num_layers", 0)
     besides = device.besides_s(batch * _products(quant, context), layers, artifact.format)
-    read = _read_bytes(target, quant, artifact, batch) + memory.cache
+    read = targets.read(target, quant, _read_bytes(target, quant, artifact, batch)) + memory.cache
     speed = None
     if artifact.bytes_per_token >= LEAST:
         least, most = (batch / (read / (share * device.bandwidth) + besides) for share in reaches)

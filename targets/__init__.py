@@ -35,6 +35,7 @@ __all__ = [
     "get",
     "loaded",
     "names",
+    "read",
     "restored",
     "runtimes",
     "scratch_bytes",
@@ -140,6 +141,12 @@ def loaded(target: Target, quant: Quantized, size: int) -> tuple[int, int]:
     """
     found = getattr(target, "loaded", None)
     return found(quant, size) if found else (size, 0)
+
+
+def read(target: Target, quant: Quantized, count: float) -> float:
+    """Bytes that kernels read of weights which are ``count`` bytes in the files: the target's ``read``; without one as many."""
+    found = getattr(target, "read", None)
+    return float(found(quant, count)) if found else count
 
 
 def runtimes(target: Target) -> tuple[str, ...]:

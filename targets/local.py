@@ -134,6 +134,13 @@ class Local:
         """Matrices anew in the order that kernels like; see ``targets.loaded``."""
         return self._road.loaded(self, quant, size)
 
+    def read(self, quant: Quantized, count: float) -> float:
+        """Of onnx more than the files have: beside each scale a sum of its block; see ``targets.read``."""
+        if self.format != "onnx":
+            return count
+        kept, scales = self.loaded(quant, 0)
+        return count * kept / (kept - scales) if kept else count
+
     def scratch_bytes(self, quant: Quantized) -> int:
         """Of gguf a twin in float32, of which the gate ``lowering`` is made."""
         weights = sum(math.prod(spec.shape) for spec in quant.model.specs.values())

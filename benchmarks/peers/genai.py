@@ -40,6 +40,7 @@ def read(path: Path, original: dict[str, Float]) -> tuple[dict[str, Float], dict
     import onnx
 
     graph = onnx.load(path).graph
+    assert any(node.op_type == "GatherBlockQuantized" for node in graph.node), "its embedding is not tied"
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     weights: dict[str, Float] = {}
     bits: dict[str, int] = {}

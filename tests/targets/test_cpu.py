@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from tapeout import target
+from tapeout import target, targets
 from tapeout.errors import TapeoutError
 from tapeout.exporters import Artifact
 from tapeout.models import load
+from tapeout.quantize import quantize
 from tapeout.targets import check_cache
 from tapeout.targets.cpu import Cpu
 
@@ -64,3 +65,16 @@ def test_sessions_read_weights_from_huge_pages(tmp_path: Path, monkeypatch: Any,
     assert Cpu(format=format).session(artifact).environment == asked
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")  # a user's own
     assert Cpu(format=format).session(artifact).environment == {}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "read"), [("int4-g32", 5, 6), ("int4-g128", 4.25, 4.5), ("int8", 8.25, 8.5)]
+)
+def test_onnxruntime_reads_a_sum_beside_each_scale(
+    make_model: MakeModel, tmp_path: Path, scheme: str, bits: float, read: float
+) -> None:
+    """Float32 both, a block of 32 or 128; the head is of the same codes here, and llama.cpp reads what the file has."""
+    model = load(make_model("llama", hidden_size=256, intermediate_size=512))
+    quant = quantize(model, scheme, overrides={"lm_head": scheme}, out=tmp_path / "store")
+    assert targets.read(Cpu(format="onnx"), quant, 1000.0) == pytest.approx(1000 * read / bits)
+    assert targets.read(Cpu(), quant, 1000.0) == 1000
