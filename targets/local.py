@@ -135,11 +135,8 @@ class Local:
         return self._road.loaded(self, quant, size)
 
     def read(self, quant: Quantized, count: float) -> float:
-        """Of onnx more than the files have: beside each scale a sum of its block; see ``targets.read``."""
-        if self.format != "onnx":
-            return count
-        kept, scales = self.loaded(quant, 0)
-        return count * kept / (kept - scales) if kept else count
+        """Of gguf what the file has; of onnx more, see ``targets.read``."""
+        return self._road.read(self, quant, count)
 
     def scratch_bytes(self, quant: Quantized) -> int:
         """Of gguf a twin in float32, of which the gate ``lowering`` is made."""
@@ -264,6 +261,10 @@ class _Gguf:
         return int(kept), int(size - table)
 
     @staticmethod
+    def read(device: Local, quant: Quantized, count: float) -> float:
+        return count
+
+    @staticmethod
     def open(device: Local, artifact: Artifact, **settings: Any) -> SessionSpec:
         given = {
             "model": str(artifact.directory / artifact.files[0]),
@@ -305,6 +306,16 @@ class _Gguf:
         return f"llama-cli {flags}\nllama-server {flags}"
 
 
+@dataclass(frozen=True)
+class _Multiplied:
+    """Bytes of a matrix that every token is multiplied with: in the file, kept by the runtime, the sums of that, and read by a product."""
+
+    held: float
+    kept: float
+    sums: float
+    read: float
+
+
 class _Onnx:
     """ONNX on ONNX Runtime."""
 
@@ -339,19 +350,34 @@ class _Onnx:
     @staticmethod
     def loaded(device: Local, quant: Quantized, size: int) -> tuple[int, int]:
         """Codes with their scales and a sum a block; floats, and float8, as float32. Of the mapped data scales stay."""
-        kept, mapped = 0.0, 0.0
+        found = list(_Onnx._multiplied(device, quant))
+        return int(sum(each.kept for each in found)), int(sum(each.sums for each in found))
+
+    @staticmethod
+    def read(device: Local, quant: Quantized, count: float) -> float:
+        """What is kept; and of NF4 the float32 of each weight, which its kernel writes and reads again for every product."""
+        found = list(_Onnx._multiplied(device, quant))
+        held = sum(each.held for each in found)
+        return count * sum(each.read for each in found) / held if held else count
+
+    @staticmethod
+    def _multiplied(device: Local, quant: Quantized) -> Iterator[_Multiplied]:
         for name, weights, width in _matrices(quant):
-            scheme = quant.schemes[name]
-            bits = held_bits(device, scheme, width)
             if _looked_up(quant, name):
                 continue
-            if bits is None or scheme.levels == "e4m3":
-                kept += 4 * weights
+            scheme = quant.schemes[name]
+            bits = held_bits(device, scheme, width)
+            if bits is None:
+                yield _Multiplied(quant.model.checkpoint[name].nbytes, 4 * weights, 0, 4 * weights)
+                continue
+            held = weights * bits / 8
+            if scheme.levels == "e4m3":
+                yield _Multiplied(held, 4 * weights, 0, 4 * weights)
+            elif scheme.levels == "nf4":
+                yield _Multiplied(held, held, 0, held + 8 * weights)
             else:
-                block = onnx.block_of(scheme, width) or width
-                kept += weights * (bits + 32 / block) / 8
-                mapped += weights * 4 / block
-        return int(kept), int(mapped)
+                sums = 4 * weights / (onnx.block_of(scheme, width) or width)
+                yield _Multiplied(held, held + sums, sums, held + sums)
 
     @staticmethod
     def open(device: Local, artifact: Artifact, graph: Path | None = None) -> SessionSpec:

@@ -120,10 +120,10 @@ class ContribOps(Emitter):
             codes, scales, *_ = self._parts(weight, container)
             wide = self.graph.node("Mul", [self._float32(codes, f"{out}.levels"), scales], f"{out}.weight")
             y = self.graph.node("MatMul", [x, wide], out)
+        elif isinstance(container, Float8):
+            y = self._float8(out, x, weight, container)
         else:
-            y = self.graph.node(
-                "FusedMatMul", [x, self._floats(weight, container)], out, domain=DOMAIN, transB=1
-            )
+            y = self.graph.node("FusedMatMul", [x, self._matrix(weight)], out, domain=DOMAIN, transB=1)
         return self._plus(name, y, self.graph.vector(bias)) if bias else y
 
     def rms_norm(self, name: str, x: Value, weight: str, *, eps: float, offset: float, parts: int = 1) -> str:
@@ -376,18 +376,18 @@ class ContribOps(Emitter):
         g.node("Reshape", [codes, g.node("Shape", [x], f"{x}.shape")], given)
         return given, step
 
-    def _parts(self, weight: str, container: Container, codes: tuple[int, ...] | None = None) -> list[str]:
-        """The initializers of a tensor: codes (in this shape, if nobody has asked before), scales, zero points."""
+    def _parts(self, weight: str, container: Container, **shapes: tuple[int, ...]) -> list[str]:
+        """The initializers of a tensor: codes, scales, zero points; of another shape where one is given and nobody has asked before."""
         found = []
         for part, (_, shape) in container.shapes(*self._shape(weight)).items():
-            shape = codes if codes and part == "codes" else shape
+            shape = shapes.get(part, shape)
             found.append(self.graph.part(f"{weight}.{part}", part, container, [(weight,)], shape))
         return found
 
     def _n_bits(self, name: str, x: str, weight: str, container: NBits, bias: str | None) -> str:
         out, into = self._shape(weight)
         blocks = container.blocks(out, into)
-        codes, *rest = self._parts(weight, container, blocks)
+        codes, *rest = self._parts(weight, container, codes=blocks)
         codes = self.graph.view(f"{weight}.blocks", codes, blocks)
         vector = self.graph.vector(bias) if bias else None
         return self._multiply(name, x, [codes, *rest], container, out, into, vector)
@@ -403,11 +403,10 @@ class ContribOps(Emitter):
             N=out, K=into, bits=container.bits, block_size=container.block, accuracy_level=0 if self.exact else 4,
         )  # fmt: skip
 
-    def _floats(self, weight: str, container: Container | None) -> str:
-        """A matrix [out, in] as float32; what is made of constants is made when the model is loaded."""
-        if isinstance(container, Float8):
-            codes, scales = self._parts(weight, container)
-            return self.graph.node(
-                "Mul", [self._float32(codes, f"{weight}.levels"), scales], f"{weight}.float32"
-            )
-        return self._matrix(weight)
+    def _float8(self, name: str, x: Value, weight: str, container: Float8) -> str:
+        """Codes as float32, made when the model is loaded; scales of rows on the product, or each matrix would be made and kept twice."""
+        rows, _ = self._shape(weight)
+        codes, scales = self._parts(weight, container, scales=(rows,))
+        wide = self._float32(codes, f"{weight}.float32")
+        y = self.graph.node("FusedMatMul", [x, wide], f"{name}.unscaled", domain=DOMAIN, transB=1)
+        return self.graph.node("Mul", [y, self.graph.view(f"{weight}.row_scales", scales, (rows,))], name)
