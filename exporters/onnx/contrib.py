@@ -403,7 +403,7 @@ class ContribOps(Emitter):
             N=out, K=into, bits=container.bits, block_size=container.block, accuracy_level=0 if self.exact else 4,
         )  # fmt: skip
 
-    def _float8(self, name: str, x: Value, weight: str, container: Float8) -> str:
+    def _float8(self, name: str, x: str, weight: str, container: Float8) -> str:
         """Codes as float32, made when the model is loaded; scales of rows on the product, or each matrix would be made and kept twice."""
         rows, _ = self._shape(weight)
         codes, scales = self._parts(weight, container, scales=(rows,))
