@@ -21,7 +21,7 @@ from tapeout.validate.worker import WorkerSession, open_session
 
 __all__ = ["LIMITS", "compared", "files_bytes", "filled", "lines", "measured", "planned"]
 
-LIMITS = {"size": 0.01, "memory": 0.10, "speed": 0.15}
+LIMITS = {"size": 0.01, "memory": 0.10, "speed": 0.25}
 """How far a plan may be off, as a share of what was measured."""
 
 NEW = 16

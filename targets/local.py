@@ -252,10 +252,11 @@ class _Gguf:
         """What llama.cpp packs anew on this machine's kind of CPU, and the file but for a table of which single rows are read."""
         kept, table = 0.0, 0.0
         for name, weights, width in _matrices(quant):
-            bits = held_bits(device, quant.schemes[name], width)
+            scheme = quant.schemes[name]
             if _looked_up(quant, name):
-                table += weights * (bits or 8 * quant.model.checkpoint[name].nbytes / weights) / 8
-            elif bits is not None and (block := gguf.block_of(quant.schemes[name])):
+                bits = held_bits(device, scheme, width) or 8 * quant.model.checkpoint[name].nbytes / weights
+                table += weights * bits / 8
+            elif scheme.kind != "none" and (block := gguf.block_of(scheme)) and width % block.weights == 0:
                 stacked = ".experts." in name
                 kept += weights * llama_cpp.repacked_bytes(block.kind, block.size / block.weights, stacked)
         return int(kept), int(size - table)
@@ -351,7 +352,9 @@ class _Onnx:
     def loaded(device: Local, quant: Quantized, size: int) -> tuple[int, int]:
         """Codes with their scales and a sum a block; floats, and float8, as float32. Of the mapped data scales stay."""
         found = list(_Onnx._multiplied(device, quant))
-        return int(sum(each.kept for each in found)), int(sum(each.sums for each in found))
+        # Of the largest matrix in NF4 a float32, for which the arena doubles.
+        twin = max((each.read - each.kept for each in found), default=0)
+        return int(sum(each.kept for each in found) + twin), int(sum(each.sums for each in found))
 
     @staticmethod
     def read(device: Local, quant: Quantized, count: float) -> float:

@@ -68,12 +68,13 @@ def test_sessions_read_weights_from_huge_pages(tmp_path: Path, monkeypatch: Any,
 
 
 @pytest.mark.parametrize(
-    ("scheme", "bits", "read"), [("int4-g32", 5, 6), ("int4-g128", 4.25, 4.5), ("int8", 8.25, 8.5)]
+    ("scheme", "bits", "read"),
+    [("int4-g32", 5, 6), ("int4-g128", 4.25, 4.5), ("int8", 8.25, 8.5), ("nf4", 4.5, 68.5), ("none", 16, 32)],
 )
-def test_onnxruntime_reads_a_sum_beside_each_scale(
+def test_onnxruntime_reads_more_than_the_file_has(
     make_model: MakeModel, tmp_path: Path, scheme: str, bits: float, read: float
 ) -> None:
-    """Float32 both, a block of 32 or 128; the head is of the same codes here, and llama.cpp reads what the file has."""
+    """A float32 sum beside each scale, of a block of 32 or 128, and NF4's float32 twice; llama.cpp reads what the file has."""
     model = load(make_model("llama", hidden_size=256, intermediate_size=512))
     quant = quantize(model, scheme, overrides={"lm_head": scheme}, out=tmp_path / "store")
     assert targets.read(Cpu(format="onnx"), quant, 1000.0) == pytest.approx(1000 * read / bits)
