@@ -30,16 +30,15 @@ from typing import Any
 import common
 from common import environment
 
-GENAI = (
-    "torch==2.13.0",
-    "transformers==5.23.0",
-    "onnx==1.23.2",
-    "onnx-ir",
-    "onnxruntime==1.32.0",
-    "onnxruntime-genai==0.18.0",
-)
 ENVIRONMENTS = {
-    "genai": GENAI,
+    "genai": (
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "onnx==1.23.2",
+        "onnx-ir",
+        "onnxruntime==1.32.0",
+        "onnxruntime-genai==0.18.0",
+    ),
     "optimum": ("torch==2.13.0", "optimum-onnx==0.1.0", "onnx==1.23.2", "onnxruntime==1.32.0", "accelerate"),
 }
 OURS, OURS_128 = "tapeout int4-g32, onnxruntime-genai", "tapeout int4-g128, onnxruntime-genai"
@@ -125,7 +124,7 @@ def artifacts(work: Path, with_float: bool) -> Made:
             ("gguf", "gguf", "int4-g32", alike),
         )
     }
-    here, python = Path(sys.executable), environment("genai", GENAI)
+    here, python = Path(sys.executable), environment("genai", ENVIRONMENTS["genai"])
     found = {
         "tapeout int4-g32, onnxruntime": ("tapeout-onnx", ours["onnx"], here),
         OURS: ("genai", ours["onnx"], python),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from onnx_decode import GENAI
+from onnx_decode import ENVIRONMENTS
 
 from tapeout.files import file_sha256
 
@@ -32,7 +32,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "llm_compressor": ("torch==2.13.0", "llmcompressor==0.14.0.1"),
     "hqq_peer": (*_TORCH, "hqq==0.2.8.post1"),
     "bitsandbytes_peer": (*_TORCH, "bitsandbytes==0.50.2"),
-    "genai": GENAI,
+    "genai": ENVIRONMENTS["genai"],
 }
 
 

@@ -256,7 +256,7 @@ class _Gguf:
             if _looked_up(quant, name):
                 bits = held_bits(device, scheme, width) or 8 * quant.model.checkpoint[name].nbytes / weights
                 table += weights * bits / 8
-            elif scheme.kind != "none" and (block := gguf.block_of(scheme)) and width % block.weights == 0:
+            elif (block := gguf.block_of(scheme)) and width % block.weights == 0:
                 stacked = ".experts." in name
                 kept += weights * llama_cpp.repacked_bytes(block.kind, block.size / block.weights, stacked)
         return int(kept), int(size - table)
@@ -309,12 +309,12 @@ class _Gguf:
 
 @dataclass(frozen=True)
 class _Multiplied:
-    """Bytes of a matrix that every token is multiplied with: in the file, kept by the runtime, the sums of that, and read by a product."""
+    """Bytes of a matrix that every token is multiplied with: in the file, kept by the runtime, sums among those, and a float32 made anew."""
 
     held: float
     kept: float
-    sums: float
-    read: float
+    sums: float = 0
+    twin: float = 0
 
 
 class _Onnx:
@@ -350,10 +350,10 @@ class _Onnx:
 
     @staticmethod
     def loaded(device: Local, quant: Quantized, size: int) -> tuple[int, int]:
-        """Codes with their scales and a sum a block; floats, and float8, as float32. Of the mapped data scales stay."""
+        """Codes with their scales and a sum a block; floats, and float8, as float32; NF4's twin. Of the mapped data scales stay."""
         found = list(_Onnx._multiplied(device, quant))
-        # Of the largest matrix in NF4 a float32, for which the arena doubles.
-        twin = max((each.read - each.kept for each in found), default=0)
+        # For the largest twin the arena doubles.
+        twin = 2 * max((each.twin for each in found), default=0)
         return int(sum(each.kept for each in found) + twin), int(sum(each.sums for each in found))
 
     @staticmethod
@@ -361,7 +361,7 @@ class _Onnx:
         """What is kept; and of NF4 the float32 of each weight, which its kernel writes and reads again for every product."""
         found = list(_Onnx._multiplied(device, quant))
         held = sum(each.held for each in found)
-        return count * sum(each.read for each in found) / held if held else count
+        return count * sum(each.kept + 2 * each.twin for each in found) / held if held else count
 
     @staticmethod
     def _multiplied(device: Local, quant: Quantized) -> Iterator[_Multiplied]:
@@ -370,17 +370,14 @@ class _Onnx:
                 continue
             scheme = quant.schemes[name]
             bits = held_bits(device, scheme, width)
-            if bits is None:
-                yield _Multiplied(quant.model.checkpoint[name].nbytes, 4 * weights, 0, 4 * weights)
-                continue
-            held = weights * bits / 8
-            if scheme.levels == "e4m3":
-                yield _Multiplied(held, 4 * weights, 0, 4 * weights)
+            held = quant.model.checkpoint[name].nbytes if bits is None else weights * bits / 8
+            if bits is None or scheme.levels == "e4m3":
+                yield _Multiplied(held, 4 * weights)
             elif scheme.levels == "nf4":
-                yield _Multiplied(held, held, 0, held + 8 * weights)
+                yield _Multiplied(held, held, twin=4 * weights)
             else:
                 sums = 4 * weights / (onnx.block_of(scheme, width) or width)
-                yield _Multiplied(held, held + sums, sums, held + sums)
+                yield _Multiplied(held, held + sums, sums)
 
     @staticmethod
     def open(device: Local, artifact: Artifact, graph: Path | None = None) -> SessionSpec:
